@@ -1,0 +1,28 @@
+"""Asynchronous Local-SGD for PyTorch Lightning: workers of unequal speed, ordinary networks, little communication."""
+
+from lightning_async_localsgd.errors import (
+    AsyncLocalSGDError,
+    PeerAbortedError,
+    PeerLostError,
+    ReplicaDivergedError,
+    WorkerMismatchError,
+)
+from lightning_async_localsgd.exchange import OuterUpdate
+from lightning_async_localsgd.settings import Settings
+from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
+from lightning_async_localsgd.version import __version__
+from lightning_async_localsgd.worker import RunSummary, Worker
+
+__all__ = [
+    "AsyncLocalSGDError",
+    "AsyncLocalSGDStrategy",
+    "OuterUpdate",
+    "PeerAbortedError",
+    "PeerLostError",
+    "ReplicaDivergedError",
+    "RunSummary",
+    "Settings",
+    "Worker",
+    "WorkerMismatchError",
+    "__version__",
+]

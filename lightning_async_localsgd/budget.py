@@ -1,0 +1,85 @@
+"""The budget of a run: how many local steps are left, and who makes them. Pure functions of shared progress."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Budget", "allocate", "estimate_total"]
+
+
+def allocate(amount: int, weights: Sequence[int]) -> list[int]:
+    """Split ``amount`` steps in proportion to ``weights``, by largest remainder, ties to the lower rank.
+
+    Args:
+        amount: steps to hand out, at least 0.
+        weights: one positive weight per worker.
+
+    Returns:
+        One share per worker; they add up to ``amount``.
+    """
+    total = sum(weights)
+    shares = [amount * w // total for w in weights]
+    by_remainder = sorted(range(len(weights)), key=lambda i: (-(amount * weights[i] % total), i))
+    for i in by_remainder[: amount - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many local steps a run has.
+
+    Args:
+        max_steps: local steps per worker, on average (``shared``) or exactly; None: no limit.
+        workers: number of workers.
+        shared: whether the workers spend ``max_steps * workers`` together, the fast ones more of it.
+
+    References:
+        Liu et al. 2024 (arXiv 2401.09135), Algorithm 4: a run ends when the sum of local updates reaches its budget.
+    """
+
+    max_steps: int | None
+    workers: int
+    shared: bool = True
+
+    def caps(self, steps: Sequence[int], weights: Sequence[int]) -> tuple[int, ...] | None:
+        """How far each worker may go, so that all end at the same time; None: no limit.
+
+        Computed anew at every exchange from the same numbers on every worker: what is left is shared out by pace. A
+        worker that reaches its cap early gets part of what slower ones have not done yet, so that together they spend
+        the budget exactly.
+
+        Args:
+            steps: local steps each worker has made.
+            weights: each worker's pace, in local steps per round.
+
+        Returns:
+            Cumulative local steps at which each worker stops.
+        """
+        if self.max_steps is None:
+            return None
+        if not self.shared:
+            return (self.max_steps,) * self.workers
+        remaining = max(0, self.max_steps * self.workers - sum(steps))
+        return tuple(done + share for done, share in zip(steps, allocate(remaining, weights), strict=True))
+
+    def exhausted(self, steps: Sequence[int]) -> bool:
+        """Whether a shared budget is spent."""
+        return self.shared and self.max_steps is not None and sum(steps) >= self.max_steps * self.workers
+
+
+def estimate_total(steps: Sequence[int], weights: Sequence[int], worker: int, own_steps: int) -> int:
+    """Local steps of all workers now, as one worker can know it between two exchanges.
+
+    The others are taken to have advanced since the last exchange in proportion to their pace. No clock is read, so
+    equal workers in synchronous mode count alike.
+
+    Args:
+        steps: local steps of each worker at the last exchange.
+        weights: each worker's pace, in steps per round.
+        worker: who estimates.
+        own_steps: its own local steps now.
+    """
+    advance = own_steps - steps[worker]
+    return sum(steps) + advance * sum(weights) // weights[worker]

@@ -1,0 +1,123 @@
+"""The header: what every worker tells every other at each turn of the exchange, in a fixed number of bytes."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from enum import IntFlag
+from typing import Any
+
+__all__ = ["HEADER_BYTES", "MESSAGE_BYTES", "PROTOCOL", "Flag", "Header"]
+
+PROTOCOL = 1
+HEADER_BYTES = 4096
+_MAGIC = b"ALSG"
+_PREFIX = struct.Struct("<4sHHI")  # magic, protocol, flags, bytes of message
+_FIELDS = struct.Struct("<10Qdq")
+MESSAGE_BYTES = HEADER_BYTES - _PREFIX.size - _FIELDS.size
+
+
+class Flag(IntFlag):
+    """What a worker says of itself in a header."""
+
+    NONE = 0
+    DELTA = 1  # it has a delta, to be applied in this turn or, while the quorum is not met, in a later one
+    DROPPED = 2  # its delta was not finite: its steps count, the delta is not sent
+    IDLE = 4  # it waits at its share of the budget with nothing to push
+    FINAL = 8  # it has made its last step and has nothing to push after this
+    STOP = 16  # it asks all workers to end their training
+    PAUSED = 32  # it is busy with something other than training: validation, a checkpoint
+    ABORT = 64  # it leaves because of an error, which the message tells
+
+
+@dataclass(frozen=True)
+class Header:
+    """One worker's side of one turn. All counts are of this run.
+
+    ``round``, ``round_steps``, ``round_samples``, ``round_seconds``, ``shard`` and ``start_version`` are about the
+    delta, if there is one; ``steps`` and ``speed`` (local steps per second) are as of now. ``checksum`` is that of the
+    global state at ``version``, before this turn.
+    """
+
+    worker: int
+    turn: int
+    version: int = 0
+    checksum: int = 0
+    flags: Flag = Flag.NONE
+    steps: int = 0
+    speed: float = 0.0
+    round: int = 0
+    round_steps: int = 0
+    round_samples: int = 0
+    round_seconds: float = 0.0
+    shard: int = 0
+    start_version: int = 0
+    message: dict[str, Any] | None = None
+
+    def pack(self) -> bytes:
+        """The header as ``HEADER_BYTES`` bytes.
+
+        Raises:
+            ValueError: if the message, as JSON, is longer than ``MESSAGE_BYTES``.
+        """
+        text = b"" if self.message is None else json.dumps(self.message).encode()
+        if len(text) > MESSAGE_BYTES:
+            raise ValueError(f"A control message of {len(text)} bytes is too long: at most {MESSAGE_BYTES} fit.")
+        prefix = _PREFIX.pack(_MAGIC, PROTOCOL, self.flags, len(text))
+        fields = _FIELDS.pack(
+            self.worker,
+            self.turn,
+            self.version,
+            self.steps,
+            self.round,
+            self.round_steps,
+            self.round_samples,
+            round(self.round_seconds * 1e6),
+            self.shard,
+            self.start_version,
+            self.speed,
+            self.checksum,
+        )
+        return (prefix + fields + text).ljust(HEADER_BYTES, b"\0")
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Header:
+        """Read a header.
+
+        Raises:
+            ValueError: if ``data`` is not a header of this protocol.
+        """
+        if len(data) != HEADER_BYTES:
+            raise ValueError(f"a header has {HEADER_BYTES} bytes, got {len(data)}")
+        magic, protocol, flags, text_bytes = _PREFIX.unpack_from(data)
+        if magic != _MAGIC or protocol != PROTOCOL:
+            raise ValueError(f"not a header of protocol {PROTOCOL}")
+        if text_bytes > MESSAGE_BYTES:
+            raise ValueError(f"its message claims {text_bytes} bytes of at most {MESSAGE_BYTES}")
+        values = _FIELDS.unpack_from(data, _PREFIX.size)
+        start = _PREFIX.size + _FIELDS.size
+        text = data[start : start + text_bytes]
+        return cls(
+            worker=values[0],
+            turn=values[1],
+            version=values[2],
+            steps=values[3],
+            round=values[4],
+            round_steps=values[5],
+            round_samples=values[6],
+            round_seconds=values[7] / 1e6,
+            shard=values[8],
+            start_version=values[9],
+            speed=values[10],
+            checksum=values[11],
+            flags=Flag(flags),
+            message=_message(text) if text else None,
+        )
+
+
+def _message(text: bytes) -> dict[str, Any]:
+    message = json.loads(text)  # a JSONDecodeError is a ValueError
+    if not isinstance(message, dict):
+        raise ValueError("its message is not a JSON object")
+    return message

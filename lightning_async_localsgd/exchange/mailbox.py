@@ -1,0 +1,267 @@
+"""The mailbox: the one place where the training thread and the exchange thread meet."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lightning_async_localsgd.exchange.header import Flag
+
+__all__ = ["Adoption", "Live", "Mailbox", "OuterUpdate", "Progress", "Push"]
+
+_UPDATES_KEPT = 4096  # outer updates that nobody has asked for yet; older ones are forgotten
+
+
+class OuterUpdate(NamedTuple):
+    """One delta that has been applied, as every worker learns of it."""
+
+    version: int
+    """Version of the global parameters after it."""
+    worker: int
+    round: int
+    local_steps: int
+    samples: int
+    staleness: int
+    """Versions that passed between the start of the round and the application of its delta."""
+    seconds: float
+    """How long the round took its worker."""
+
+
+@dataclass(frozen=True)
+class Push:
+    """A finished round. The training thread gives up both tensors (fp32, flat) until the :class:`Adoption` comes."""
+
+    base: Tensor
+    """Global parameters from which the round's progress counts."""
+    snapshot: Tensor
+    """Local parameters at the end of the round."""
+    ready: Callable[[], object]
+    """Waits until ``snapshot`` is filled (a copy from an accelerator may still run)."""
+    round: int
+    steps: int
+    samples: int
+    seconds: float
+    shard: int
+    start_version: int
+
+
+@dataclass(frozen=True)
+class Adoption:
+    """New global parameters for the worker. It owns both tensors from now on."""
+
+    base: Tensor
+    """Global parameters at ``version``."""
+    correction: Tensor
+    """``base`` minus the local parameters at the push: what to add to the local parameters of now."""
+    version: int
+    restart: bool
+    """The delta was not finite: take ``base`` as it is and forget the local parameters."""
+
+
+@dataclass(frozen=True)
+class Live:
+    """How the worker stands now, as the next header will tell."""
+
+    steps: int = 0
+    speed: float = 0.0
+    flags: Flag = Flag.NONE
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Shared progress after a turn: computed from the headers, alike on every worker."""
+
+    version: int
+    steps: tuple[int, ...]
+    """Local steps of each worker, at its last header."""
+    round_steps: tuple[int, ...]
+    """Local steps per round that the pace gives each worker."""
+    caps: tuple[int, ...] | None
+    """Local steps at which each worker stops; None: no limit."""
+    exhausted: bool
+    """The shared budget is spent."""
+    stop: bool
+    """Some worker asked all to end their training."""
+    over: bool
+    """Every worker has pushed everything and every delta is applied."""
+    shard_samples: tuple[int, ...]
+    updates: int = 0
+    total_staleness: int = 0
+    max_staleness: int = 0
+    dropped: tuple[int, ...] = ()
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+
+class Mailbox:
+    """Everything that crosses between the two threads of a worker, guarded by one condition variable.
+
+    Neither thread holds the condition while it computes or waits for the network, so neither keeps the other waiting.
+    The global state belongs to the exchange thread; :meth:`global_state` lends it.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._condition = threading.Condition()
+        self._state_lock = threading.Lock()
+        self._live = Live()
+        self._push: Push | None = None
+        self._adoption: Adoption | None = None
+        self._progress = progress
+        self._updates: deque[OuterUpdate] = deque(maxlen=_UPDATES_KEPT)
+        self._news = False  # the training thread said something that the others should hear of now
+        self._waiting = False  # the training thread is blocked in here
+        self._rung = -1  # the last turn that some worker opened
+        self._failure: BaseException | None = None
+
+    @contextmanager
+    def global_state(self) -> Iterator[None]:
+        """Hold the global state still: the exchange thread while it changes it, others while they read it."""
+        with self._state_lock:
+            yield
+
+    # ---- the training thread's side ---------------------------------------------------------------------------------
+
+    @property
+    def progress(self) -> Progress:
+        """Shared progress after the latest turn."""
+        return self._progress
+
+    def report(self, steps: int, speed: float) -> None:
+        """Tell how far the worker is; it rides on the next header."""
+        with self._condition:
+            self._live = replace(self._live, steps=steps, speed=speed)
+
+    def flag(self, flags: Flag, announce: bool = True, reason: str = "") -> None:
+        """Raise ``flags``; with ``announce`` the others hear of it in a turn opened now."""
+        with self._condition:
+            self._live = replace(self._live, flags=self._live.flags | flags, reason=reason)
+            self._news |= announce
+            self._condition.notify_all()
+
+    def unflag(self, flags: Flag) -> None:
+        """Lower ``flags``."""
+        with self._condition:
+            self._live = replace(self._live, flags=self._live.flags & ~flags)
+
+    def push(self, push: Push, flags: Flag = Flag.NONE) -> None:
+        """Hand over a finished round. Its adoption must have come before the next push."""
+        with self._condition:
+            assert self._push is None and self._adoption is None
+            self._push = push
+            self._live = replace(self._live, flags=self._live.flags | flags)
+            self._news = True
+            self._condition.notify_all()
+
+    def collect(self) -> Adoption | None:
+        """The adoption, if it has come.
+
+        Raises:
+            BaseException: what the exchange thread died of.
+        """
+        with self._condition:
+            self._raise_failure()
+            adoption, self._adoption = self._adoption, None
+            return adoption
+
+    def wait_for_adoption(self) -> Adoption:
+        """Block until the adoption of the last push comes."""
+        self._wait(lambda: self._adoption is not None)
+        adoption = self.collect()
+        assert adoption is not None
+        return adoption
+
+    def wait_for_progress(self, than: Progress) -> Progress:
+        """Block until there is newer progress ``than`` this."""
+        self._wait(lambda: self._progress is not than)
+        return self._progress
+
+    def take_updates(self) -> list[OuterUpdate]:
+        """The outer updates since the last call, oldest first."""
+        with self._condition:
+            updates = list(self._updates)
+            self._updates.clear()
+            return updates
+
+    def _wait(self, until: Callable[[], bool]) -> None:
+        with self._condition:
+            self._waiting = True
+            self._condition.notify_all()  # the exchange thread now looks after the others' health
+            self._condition.wait_for(lambda: until() or self._failure is not None)
+            self._waiting = False
+            self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    # ---- the exchange thread's side ---------------------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the training thread is blocked in here."""
+        return self._waiting
+
+    def wait_for_turn(self, turn: int, heartbeat: float) -> bool:
+        """Sleep until ``turn`` is due; returns whether this worker is the one to open it.
+
+        Args:
+            turn: number of the next turn.
+            heartbeat: seconds after which to open one anyway while the training thread is blocked.
+        """
+        with self._condition:
+            while self._rung < turn and not self._news:
+                timeout = heartbeat if self._waiting else None
+                if not self._condition.wait(timeout) and self._waiting:
+                    break
+                self._raise_failure()
+            return self._rung < turn
+
+    def wait_for_push(self, grace: float) -> None:
+        """Wait up to ``grace`` seconds for a push, unless none can come."""
+        none_to_come = Flag.IDLE | Flag.FINAL | Flag.ABORT | Flag.PAUSED
+        with self._condition:
+            self._condition.wait_for(
+                lambda: self._push is not None or self._live.flags & none_to_come or self._failure is not None, grace
+            )
+            self._raise_failure()
+
+    def take(self) -> tuple[Live, Push | None]:
+        """What the next header is to say, and the round to push with it."""
+        with self._condition:
+            push, self._push, self._news = self._push, None, False
+            return self._live, push
+
+    def publish(self, progress: Progress, updates: list[OuterUpdate], adoption: Adoption | None) -> None:
+        """Give the training thread the outcome of a turn."""
+        with self._condition:
+            self._progress = progress
+            self._updates.extend(updates)
+            if adoption is not None:
+                self._adoption = adoption
+            self._condition.notify_all()
+
+    def wait_for_bell(self, turn: int) -> None:
+        """Wait until the listener, too, has heard ``turn``."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._rung >= turn or self._failure is not None)
+            self._raise_failure()
+
+    def hear(self, turn: int) -> None:
+        """Called by the bell's listener: some worker opened ``turn``."""
+        with self._condition:
+            self._rung = turn
+            self._condition.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """Make the training thread raise ``error``; the first one counts."""
+        with self._condition:
+            if self._failure is None:
+                self._failure = error
+            self._condition.notify_all()

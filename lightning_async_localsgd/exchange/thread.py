@@ -1,0 +1,374 @@
+"""The exchange thread: turn after turn, it gathers headers, trades deltas and applies them in rank order.
+
+A turn goes through these states, alike on every worker:
+
+1. *asleep* until the training thread has news or the bell tells that another worker opened the turn;
+2. *grace*: a worker without a delta waits for one, at most ``grace_period`` seconds;
+3. *headers*: every worker gives its header to every other;
+4. *deltas*, if the quorum is met: each worker that has one sends it, in rank order, and all apply it;
+5. *publish*: shared progress, and to a worker whose delta was applied its new global parameters.
+
+A worker that dies in 1 is noticed in the next turn's 3; in 2 to 4, by whoever waits for it. Whoever notices first
+writes the cause to the store before it closes its connections, so that the others name the same worker and not the
+messenger.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+from torch.distributed import Store
+from torch.profiler import record_function
+
+from lightning_async_localsgd import errors
+from lightning_async_localsgd.budget import Budget
+from lightning_async_localsgd.codecs import make_codec
+from lightning_async_localsgd.errors import (
+    AsyncLocalSGDError,
+    PeerAbortedError,
+    PeerLostError,
+    ReplicaDivergedError,
+)
+from lightning_async_localsgd.exchange.bell import Bell
+from lightning_async_localsgd.exchange.header import Flag, Header
+from lightning_async_localsgd.exchange.mailbox import Adoption, Live, Mailbox, OuterUpdate, Progress, Push
+from lightning_async_localsgd.exchange.transport import Transport
+from lightning_async_localsgd.membership import Roster
+from lightning_async_localsgd.outer import GlobalState
+from lightning_async_localsgd.pace import make_pace
+from lightning_async_localsgd.settings import Settings
+
+__all__ = ["ExchangeThread"]
+
+_CHUNK = 1 << 20  # elements per message: what the largest wire buffer holds, and what `timeout` applies to
+_GOODBYE = timedelta(seconds=30)
+_LAST_WORDS = timedelta(seconds=5)
+
+
+@dataclass
+class _Tally:
+    """What is counted over the whole run, alike on every worker."""
+
+    updates: int = 0
+    total_staleness: int = 0
+    max_staleness: int = 0
+    dropped: list[int] = field(default_factory=list)
+    shard_samples: list[int] = field(default_factory=list)
+
+
+class ExchangeThread:
+    """Owns the global state, the transport and the bell while it runs; meets the training thread in ``mailbox`` only.
+
+    Args:
+        mailbox: where to meet the training thread.
+        state: the global state, equal on all workers.
+        transport: connections to the other workers.
+        store: the run's part of the job's store.
+        roster: who takes part.
+        settings: settings of the run.
+        budget: how many local steps the run has.
+    """
+
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        state: GlobalState,
+        transport: Transport,
+        store: Store,
+        roster: Roster,
+        settings: Settings,
+        budget: Budget,
+    ) -> None:
+        self._mailbox = mailbox
+        self._state = state
+        self._transport = transport
+        self._store = store
+        self._roster = roster
+        self._settings = settings
+        self._budget = budget
+        self._pace = make_pace(settings.pace)
+        self._codec = make_codec(settings.codec)
+        self._timeout = settings.timeout.total_seconds()
+        self._turn = 0
+        self._checked = -1  # the version that `_last_checksum` belongs to
+        self._last_checksum = 0
+        self._pending: Push | None = None
+        self._tally = _Tally(dropped=[0] * roster.size, shard_samples=[0] * roster.size)
+        self._steps = [0] * roster.size
+        self._advanced = [time.monotonic()] * roster.size
+        self._bell = Bell(store, mailbox.hear, self._on_store_lost)
+        self._thread = threading.Thread(target=self._run, name="async-localsgd-exchange", daemon=True)
+
+    def start(self) -> None:
+        """Begin with the first turn."""
+        self._bell.start()
+        self._thread.start()
+
+    def join(self, timeout: float) -> None:
+        """Wait up to ``timeout`` seconds for the thread to end."""
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._take_turn():
+                pass
+            self._say_goodbye(_GOODBYE)
+        except BaseException as error:
+            self._mailbox.fail(self._first_cause(error))
+            self._say_goodbye(_LAST_WORDS)
+        finally:
+            self._bell.close()
+            self._transport.close()
+
+    def _take_turn(self) -> bool:
+        """One turn; returns whether it was the last."""
+        if self._mailbox.wait_for_turn(self._turn, heartbeat=self._timeout / 4):
+            self._bell.ring(self._turn)
+        if self._pending is None:
+            self._mailbox.wait_for_push(self._settings.grace_period)
+        live, push = self._mailbox.take()
+        finite = True
+        if push is not None:
+            finite = self._prepare(push)
+            self._pending = push
+        with record_function("async_localsgd::headers"):
+            headers = self._gather(self._header(live, finite))
+        if Flag.ABORT in live.flags:
+            raise PeerAbortedError(f"{self._roster.name(self._roster.rank)} stopped: {live.reason}")
+        adoption, updates = self._apply(headers, finite)
+        progress = self._progress(headers)
+        self._mailbox.wait_for_bell(self._turn)
+        if self._turn > 0 and self._roster.rank == 0:
+            # All headers of this turn are here, so every listener has heard the one before it.
+            self._bell.clear(self._turn - 1)
+        self._turn += 1
+        self._mailbox.publish(progress, updates, adoption)
+        return progress.over
+
+    def _say_goodbye(self, patience: timedelta) -> None:
+        """Keep the store, which worker 0 may host, until every worker is through with it (and has read the cause)."""
+        with suppress(RuntimeError):  # whoever is gone by now has nothing more to read
+            self._store.set(f"goodbye/{self._roster.rank}", b"1")
+            if self._roster.rank == 0:
+                self._store.wait([f"goodbye/{r}" for r in range(self._roster.size)], patience)
+
+    # ---- headers ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _prepare(self, push: Push) -> bool:
+        """Turn ``push.base`` into the delta; returns whether it can be sent."""
+        with record_function("async_localsgd::encode"):
+            push.ready()
+            delta = push.base.sub_(push.snapshot)
+            low, high = torch.aminmax(delta)
+            return bool(torch.maximum(-low, high) <= self._codec.largest)  # False for NaN
+
+    def _header(self, live: Live, finite: bool) -> Header:
+        header = Header(
+            worker=self._roster.rank,
+            turn=self._turn,
+            version=self._state.version,
+            checksum=self._checksum(),
+            flags=live.flags,
+            steps=live.steps,
+            speed=live.speed,
+            message={"reason": live.reason[:1000]} if live.reason else None,
+        )
+        if self._pending is None:
+            return header
+        return replace(
+            header,
+            flags=live.flags | (Flag.DELTA if finite else Flag.DROPPED),
+            round=self._pending.round,
+            round_steps=self._pending.steps,
+            round_samples=self._pending.samples,
+            round_seconds=self._pending.seconds,
+            shard=self._pending.shard,
+            start_version=self._pending.start_version,
+        )
+
+    def _checksum(self) -> int:
+        if self._checked != self._state.version:
+            self._checked, self._last_checksum = self._state.version, self._state.checksum()
+        return self._last_checksum
+
+    def _gather(self, header: Header) -> list[Header]:
+        headers = []
+        for worker, data in enumerate(self._transport.gather(header.pack())):
+            try:
+                headers.append(Header.unpack(data))
+            except ValueError as error:
+                raise PeerLostError(
+                    f"{self._roster.name(worker)} sent something that is not a header: {error}. "
+                    "Check that all workers run the same version of this library."
+                ) from error
+        for worker, other in enumerate(headers):
+            self._check(worker, other, header)
+        return headers
+
+    def _check(self, worker: int, other: Header, own: Header) -> None:
+        name = self._roster.name(worker)
+        if Flag.ABORT in other.flags and worker != self._roster.rank:
+            reason = (other.message or {}).get("reason", "no reason given")
+            raise PeerAbortedError(f"{name} stopped: {reason}")
+        if (other.worker, other.turn) != (worker, own.turn) or not 0 <= other.shard < self._roster.size:
+            raise PeerLostError(f"{name} is out of step: it is in turn {other.turn}, this worker in {own.turn}.")
+        if (other.version, other.checksum) != (own.version, own.checksum):
+            raise ReplicaDivergedError(
+                f"{name} holds other global parameters than {self._roster.name(self._roster.rank)} at version "
+                f"{own.version}. This is a bug, an outer optimizer that is not deterministic, or faulty memory; "
+                "restart from the last checkpoint."
+            )
+        now = time.monotonic()
+        alive = Flag.DELTA | Flag.DROPPED | Flag.IDLE | Flag.FINAL | Flag.PAUSED
+        if other.steps > self._steps[worker] or other.flags & alive:
+            self._advanced[worker] = now
+        elif self._mailbox.waiting and now - self._advanced[worker] > self._timeout:
+            raise PeerLostError(
+                f"{name} has made no step for {now - self._advanced[worker]:.0f} s, though its exchange thread "
+                "answers: its training hangs. Look at its data loading; raise `timeout` if a step may take that long."
+            )
+
+    # ---- deltas -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _apply(self, headers: list[Header], finite: bool) -> tuple[Adoption | None, list[OuterUpdate]]:
+        """Apply this turn's deltas, if enough are there; returns an adoption if this worker's own was among them."""
+        dropped = [h.worker for h in headers if Flag.DROPPED in h.flags]
+        deltas = [h for h in headers if Flag.DELTA in h.flags]
+        none_to_come = Flag.DELTA | Flag.IDLE | Flag.FINAL
+        if len(deltas) < self._settings.quorum and not all(h.flags & none_to_come for h in headers):
+            deltas = []
+        for worker in dropped:
+            self._tally.dropped[worker] += 1
+        with self._mailbox.global_state():
+            updates = self._apply_each(deltas) if self._settings.quorum == 1 else self._apply_mean(deltas)
+        for header in deltas:
+            self._tally.shard_samples[header.shard] += header.round_samples
+        if self._pending is None or self._roster.rank not in dropped + [h.worker for h in deltas]:
+            return None, updates
+        return self._adoption(restart=not finite), updates
+
+    def _apply_each(self, deltas: list[Header]) -> list[OuterUpdate]:
+        updates = []
+        for header in deltas:
+            self._receive(header.worker, add=False)
+            staleness = self._state.version - header.start_version
+            with record_function("async_localsgd::apply"):
+                self._state.apply()
+            updates.append(self._record(header, staleness))
+        return updates
+
+    def _apply_mean(self, deltas: list[Header]) -> list[OuterUpdate]:
+        if not deltas:
+            return []
+        for i, header in enumerate(deltas):
+            self._receive(header.worker, add=i > 0)
+        version = self._state.version
+        with record_function("async_localsgd::apply"):
+            self._state.pseudo_gradient.div_(len(deltas))
+            self._state.apply(len(deltas))
+        return [self._record(header, version - header.start_version) for header in deltas]
+
+    def _receive(self, worker: int, add: bool) -> None:
+        """Bring a worker's delta, its own or a peer's, into the state's pseudo-gradient."""
+        own = self._pending.base if worker == self._roster.rank and self._pending is not None else None
+        target = self._state.pseudo_gradient
+        with record_function("async_localsgd::exchange"):
+            for start in range(0, target.numel(), _CHUNK):
+                chunk = target[start : start + _CHUNK]
+                if own is not None:
+                    wire = self._codec.encode(own[start : start + _CHUNK]).cpu()
+                else:
+                    wire = self._wire_buffer(chunk, add)
+                self._transport.broadcast(wire, worker)
+                decoded = self._codec.decode(wire)
+                if add:
+                    chunk.add_(decoded.to(chunk.device))
+                elif decoded.data_ptr() != chunk.data_ptr():
+                    chunk.copy_(decoded)
+
+    def _wire_buffer(self, chunk: Tensor, add: bool) -> Tensor:
+        """Where to receive a chunk: in place if the wire form is the final form."""
+        if not add and self._codec.wire_dtype == chunk.dtype and chunk.device.type == "cpu":
+            return chunk
+        return torch.empty(chunk.numel(), dtype=self._codec.wire_dtype)
+
+    def _record(self, header: Header, staleness: int) -> OuterUpdate:
+        self._tally.updates += 1
+        self._tally.total_staleness += staleness
+        self._tally.max_staleness = max(self._tally.max_staleness, staleness)
+        return OuterUpdate(
+            version=self._state.version,
+            worker=header.worker,
+            round=header.round,
+            local_steps=header.round_steps,
+            samples=header.round_samples,
+            staleness=staleness,
+            seconds=header.round_seconds,
+        )
+
+    def _adoption(self, restart: bool) -> Adoption:
+        push, self._pending = self._pending, None
+        assert push is not None
+        base, correction = push.base, push.snapshot
+        base.copy_(self._state.flat)
+        torch.sub(base, correction, out=correction)
+        return Adoption(base, correction, self._state.version, restart)
+
+    # ---- shared progress --------------------------------------------------------------------------------------------
+
+    def _progress(self, headers: list[Header]) -> Progress:
+        self._steps = [h.steps for h in headers]
+        round_steps = self._pace.steps([h.speed for h in headers], self._settings.local_steps)
+        final = all(Flag.FINAL in h.flags for h in headers)
+        tally = self._tally
+        return Progress(
+            version=self._state.version,
+            steps=tuple(self._steps),
+            round_steps=tuple(round_steps),
+            caps=self._budget.caps(self._steps, round_steps),
+            exhausted=self._budget.exhausted(self._steps),
+            stop=any(Flag.STOP in h.flags for h in headers),
+            over=final,
+            shard_samples=tuple(tally.shard_samples),
+            updates=tally.updates,
+            total_staleness=tally.total_staleness,
+            max_staleness=tally.max_staleness,
+            dropped=tuple(tally.dropped),
+            bytes_sent=self._transport.bytes_sent,
+            bytes_received=self._transport.bytes_received,
+        )
+
+    # ---- failures ---------------------------------------------------------------------------------------------------
+
+    def _on_store_lost(self, error: Exception) -> None:
+        self._mailbox.fail(self._store_lost(error))
+
+    def _store_lost(self, error: BaseException) -> PeerLostError:
+        lost = PeerLostError(
+            f"The job's store is gone: its host, {self._roster.name(0)} or the launcher beside it, has died. "
+            "Look for the cause in its log, then start the job again."
+        )
+        lost.__cause__ = error
+        return lost
+
+    def _first_cause(self, error: BaseException) -> BaseException:
+        """The error to raise here: the first that any worker met, since later ones are its consequences."""
+        if not isinstance(error, AsyncLocalSGDError):
+            return error
+        try:
+            written = self._store.compare_set("cause", "", f"{type(error).__name__}\n{error}").decode()
+        except RuntimeError as store_error:
+            return self._store_lost(store_error) if isinstance(error, PeerLostError) else error
+        kind, text = written.split("\n", 1)
+        return error if text == str(error) else getattr(errors, kind, AsyncLocalSGDError)(text)

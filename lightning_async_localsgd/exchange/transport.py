@@ -1,0 +1,114 @@
+"""Transport: headers and deltas between workers, straight from each worker to each other one over gloo."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed import PrefixStore, ProcessGroupGloo, Store
+
+from lightning_async_localsgd.errors import PeerLostError
+from lightning_async_localsgd.exchange.header import HEADER_BYTES
+from lightning_async_localsgd.membership import Roster
+
+__all__ = ["GlooTransport", "Transport"]
+
+_HEADERS, _PAYLOAD = 1, 2  # message tags
+
+
+class Transport(Protocol):
+    """Moves bytes between workers. Used by the exchange thread alone, in the same order on every worker."""
+
+    bytes_sent: int
+    bytes_received: int
+
+    def gather(self, header: bytes) -> list[bytes]:
+        """Give ``header`` to every worker and return all workers' headers, by rank.
+
+        Raises:
+            PeerLostError: if a worker cannot be reached within the timeout.
+        """
+
+    def broadcast(self, chunk: Tensor, root: int) -> None:
+        """Copy ``chunk`` (contiguous, on the CPU) from worker ``root`` into every other worker's ``chunk``.
+
+        Raises:
+            PeerLostError: if ``root``, or on ``root`` any worker, cannot be reached within the timeout.
+        """
+
+    def close(self) -> None:
+        """Give up the connections."""
+
+
+class GlooTransport:
+    """All-gather by point-to-point messages over a gloo group of its own.
+
+    Every wait is a wait for one named peer, so that a failure says who: a collective algorithm would blame whichever
+    neighbour its ring or tree happens to have.
+
+    Args:
+        store: the job's store, for gloo to meet.
+        roster: who takes part.
+        timeout: how long a peer may take to answer.
+    """
+
+    def __init__(self, store: Store, roster: Roster, timeout: timedelta) -> None:
+        self._roster = roster
+        self._timeout = timeout
+        self._group = ProcessGroupGloo(PrefixStore("outer", store), roster.rank, roster.size, timeout)
+        self._peers = [r for r in range(roster.size) if r != roster.rank]
+        self._inbox = torch.zeros(roster.size, HEADER_BYTES, dtype=torch.uint8)
+        self.bytes_sent = 0
+        self.bytes_received = 0
+
+    def gather(self, header: bytes) -> list[bytes]:
+        """See :meth:`Transport.gather`."""
+        own = self._inbox[self._roster.rank]
+        own.copy_(torch.frombuffer(bytearray(header), dtype=torch.uint8))
+        receives = [(peer, self._group.recv([self._inbox[peer]], peer, _HEADERS)) for peer in self._peers]
+        sends = [(peer, self._group.send([own], peer, _HEADERS)) for peer in self._peers]
+        self._wait(receives + sends)
+        self.bytes_sent += HEADER_BYTES * len(self._peers)
+        self.bytes_received += HEADER_BYTES * len(self._peers)
+        return [bytes(row.numpy()) for row in self._inbox]
+
+    def broadcast(self, chunk: Tensor, root: int) -> None:
+        """See :meth:`Transport.broadcast`."""
+        wire = chunk.view(torch.uint8)
+        if root == self._roster.rank:
+            self._wait([(peer, self._group.send([wire], peer, _PAYLOAD)) for peer in self._peers])
+            self.bytes_sent += wire.numel() * len(self._peers)
+        else:
+            self._wait([(root, self._group.recv([wire], root, _PAYLOAD))])
+            self.bytes_received += wire.numel()
+
+    def close(self) -> None:
+        """See :meth:`Transport.close`."""
+        del self._group
+
+    def _wait(self, works: list[tuple[int, torch.distributed.Work]]) -> None:
+        failures = list(self._failures(works))
+        if failures:
+            peer, error = failures[0]
+            raise PeerLostError(f"{self._roster.name(peer)} {_reason(error, self._timeout)}") from error
+
+    def _failures(self, works: list[tuple[int, torch.distributed.Work]]) -> Iterator[tuple[int, RuntimeError]]:
+        for peer, work in works:
+            try:
+                work.wait(self._timeout)
+            except RuntimeError as error:  # gloo reports a closed connection and a timeout alike
+                yield peer, error
+                return
+
+
+def _reason(error: RuntimeError, timeout: timedelta) -> str:
+    text = str(error)
+    if "imed out" in text or "imeout" in text:
+        return (
+            f"did not answer within {timeout.total_seconds():g} s. It froze, or the network to it failed; "
+            "raise `timeout` if it is only slow."
+        )
+    return "is gone: its connection was closed. Look for the cause in its own log, then start the job again."

@@ -1,0 +1,88 @@
+"""The flat layout: where each trainable parameter and float buffer of a module lies in one vector."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Layout", "Slot"]
+
+_ALIGNMENT = 16  # elements; every tensor of the flat vector starts on a 64-byte boundary
+
+
+class Slot(NamedTuple):
+    """One tensor's place in the flat vector."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the tensor."""
+        return torch.Size(self.shape).numel()
+
+
+class Layout:
+    """Maps the tensors that workers share to one contiguous fp32 vector, alike on every worker.
+
+    Trainable parameters come first, in the order of ``module.named_parameters()``; floating-point buffers (BatchNorm
+    statistics) follow. Frozen parameters and integer buffers have no place in it: they are neither copied nor sent.
+    Tied parameters appear once.
+
+    Args:
+        module: the module to share.
+
+    Raises:
+        ValueError: if the module has no trainable parameter, or one that is not a dense floating-point tensor.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        parameters = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        buffers = [(name, b) for name, b in module.named_buffers() if b.is_floating_point() and b.numel() > 0]
+        if not parameters:
+            raise ValueError(
+                f"{type(module).__name__} has no trainable parameters, so there is nothing to exchange. Set "
+                "`requires_grad=True` on the parameters to train before `fit`."
+            )
+        for name, p in parameters:
+            if not p.is_floating_point() or p.layout is not torch.strided:
+                raise ValueError(f"Parameter {name!r} is {p.dtype}, {p.layout}: only dense real tensors can be shared.")
+        named = parameters + buffers
+        sizes = [-(-t.numel() // _ALIGNMENT) * _ALIGNMENT for _, t in named]
+        ends = list(accumulate(sizes))
+        self.slots = [
+            Slot(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), end - size)
+            for (name, t), size, end in zip(named, sizes, ends, strict=True)
+        ]
+        self.parameter_count = len(parameters)
+        self.numel = ends[-1]
+        self.parameter_numel = ends[self.parameter_count - 1]
+
+    @property
+    def parameter_slots(self) -> list[Slot]:
+        """The places of the trainable parameters, without those of the buffers."""
+        return self.slots[: self.parameter_count]
+
+    def tensors(self, module: nn.Module) -> list[Tensor]:
+        """The tensors of ``module`` (the one this layout was made of, or a like one) in the order of the slots."""
+        named = dict(module.named_parameters()) | dict(module.named_buffers())
+        return [named[slot.name].detach() for slot in self.slots]
+
+    def empty(self, device: torch.device | str = "cpu", pin_memory: bool = False) -> Tensor:
+        """A flat fp32 vector of zeros, shape ``(numel,)``. The gaps between tensors stay zero for good."""
+        return torch.zeros(self.numel, dtype=torch.float32, device=device, pin_memory=pin_memory)
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """One view of ``flat`` (shape ``(numel,)``) per tensor, each in the shape of its tensor."""
+        return [flat[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in self.slots]
+
+    def describe(self) -> Iterator[str]:
+        """One line per tensor, to compare the models of two workers."""
+        for slot in self.slots:
+            yield f"{slot.name}: {slot.dtype}{list(slot.shape)}"

@@ -1,0 +1,82 @@
+"""The roster: the workers of a run, introduced to each other and found to agree."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import Store
+
+from lightning_async_localsgd.errors import WorkerMismatchError
+
+__all__ = ["Roster"]
+
+
+class Roster:
+    """Who is in the run, by rank.
+
+    Args:
+        rank: this worker.
+        hosts: the host name of each worker.
+    """
+
+    def __init__(self, rank: int, hosts: Sequence[str]) -> None:
+        self.rank = rank
+        self.hosts = list(hosts)
+
+    @property
+    def size(self) -> int:
+        """Number of workers."""
+        return len(self.hosts)
+
+    def name(self, worker: int) -> str:
+        """How errors call a worker: its rank and host."""
+        return f"Worker {worker} (host {self.hosts[worker]})"
+
+    @classmethod
+    def introduce(
+        cls, store: Store, rank: int, size: int, credentials: Mapping[str, Any], timeout: timedelta
+    ) -> Roster:
+        """Tell every worker what this one was started with, and hear the same of all.
+
+        Args:
+            store: the run's part of the job's store.
+            rank: this worker.
+            size: number of workers.
+            credentials: what must be equal everywhere: name to JSON value.
+            timeout: how long to wait for the others.
+
+        Raises:
+            WorkerMismatchError: on every worker, if two were started with different credentials; names the difference.
+        """
+        greeting = {"host": socket.gethostname(), "credentials": dict(credentials)}
+        store.set(f"hello/{rank}", json.dumps(greeting))
+        keys = [f"hello/{r}" for r in range(size)]
+        store.wait(keys, timeout)
+        greetings = [json.loads(store.get(key)) for key in keys]
+        roster = cls(rank, [g["host"] for g in greetings])
+        for other in range(1, size):
+            difference = _difference(greetings[0]["credentials"], greetings[other]["credentials"])
+            if difference:
+                raise WorkerMismatchError(
+                    f"{roster.name(0)} and {roster.name(other)} were started differently: {difference}. "
+                    "Start all workers with the same code, model and settings."
+                )
+        return roster
+
+
+def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    for name in sorted(ours.keys() | theirs.keys()):
+        a, b = ours.get(name), theirs.get(name)
+        if a == b:
+            continue
+        if isinstance(a, list) and isinstance(b, list):
+            if len(a) != len(b):
+                extra = sorted(set(a) ^ set(b))
+                return f"`{name}` has {len(a)} entries against {len(b)}, first difference {extra[:1]}"
+            a, b = next((x, y) for x, y in zip(a, b, strict=True) if x != y)
+        return f"`{name}` is {a!r} against {b!r}"
+    return ""

@@ -1,0 +1,87 @@
+"""Static membership: the fixed set of processes that torchrun, SLURM or Lightning started."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store
+
+__all__ = ["StaticJob", "join_job"]
+
+
+class StaticJob:
+    """The processes of one launch, and the store through which they find each other.
+
+    Every process goes through the same stages (a fit, a validation) in the same order; each stage gets a part of the
+    store of its own, so that nothing left over from one can be taken for another's.
+
+    Args:
+        store: a store that all processes share.
+        rank: this process.
+        size: number of processes.
+        timeout: how long to wait for the others.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
+        self._store = store
+        self.rank = rank
+        self.size = size
+        self._timeout = timeout
+        self._stage = -1
+        self._messages = 0
+        self.store = store
+
+    def next_stage(self) -> Store:
+        """Go on to the next stage; returns its part of the store, also found as ``store`` from now on."""
+        self._stage += 1
+        self._messages = 0
+        self.store = PrefixStore(f"stage{self._stage}", self._store)
+        return self.store
+
+    def barrier(self) -> None:
+        """Wait until every process is here.
+
+        Raises:
+            RuntimeError: if they are not within the timeout.
+        """
+        key = self._next_key("barrier")
+        self.store.set(f"{key}/{self.rank}", b"1")
+        self.store.wait([f"{key}/{r}" for r in range(self.size)], self._timeout)
+
+    def broadcast(self, value: Any, root: int = 0) -> Any:
+        """Worker ``root``'s ``value`` on every process.
+
+        Raises:
+            TypeError: if ``value`` is not made of what JSON can say. Nothing is pickled.
+        """
+        key = self._next_key("broadcast")
+        if self.rank == root:
+            self.store.set(key, json.dumps(value))
+            return value
+        self.store.wait([key], self._timeout)
+        return json.loads(self.store.get(key))
+
+    def _next_key(self, kind: str) -> str:
+        self._messages += 1
+        return f"{kind}{self._messages}"
+
+
+_jobs: dict[tuple[int, int], StaticJob] = {}
+
+
+def join_job(rank: int, size: int, timeout: timedelta) -> StaticJob:
+    """Join the other processes at ``MASTER_ADDR:MASTER_PORT``, once per process: later calls return the same job.
+
+    Under torchrun the store is the agent's; elsewhere process 0 hosts it, for as long as it lives.
+
+    Raises:
+        RuntimeError: if the others cannot be reached within ``timeout``.
+    """
+    if (rank, size) not in _jobs:
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+        store.set_timeout(timeout)
+        _jobs[rank, size] = StaticJob(store, rank, size, timeout)
+    return _jobs[rank, size]

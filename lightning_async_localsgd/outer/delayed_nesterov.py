@@ -1,0 +1,157 @@
+"""Delayed Nesterov: momentum moves only every N pseudo-gradients, the gradient part at each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+__all__ = ["DelayedNesterov"]
+
+
+class DelayedNesterov(torch.optim.Optimizer):
+    r"""Delayed Nesterov (DN), the outer optimizer of asynchronous Local-SGD.
+
+    :meth:`step` consumes ``p.grad`` as one pseudo-gradient :math:`g_t` (parameters a worker started its round from,
+    minus the parameters it ended with). With buffer size :math:`N`, momentum :math:`\beta`, learning rate
+    :math:`\epsilon` and momentum activation :math:`c`:
+
+    .. math::
+        \Delta &\leftarrow \Delta + g_t \\
+        \text{if } (t + 1) \bmod N = 0: \quad
+        m &\leftarrow \beta m + \Delta / N, \quad
+        \theta \leftarrow \theta - \epsilon \left( (1 - cN + c) \, \beta m + g_t / N \right), \quad
+        \Delta \leftarrow 0 \\
+        \text{otherwise:} \quad
+        \theta &\leftarrow \theta - \epsilon \left( c \, \beta m + g_t / N \right)
+
+    With ``c = 0``, N pseudo-gradients taken from the same :math:`\theta` move it exactly as one
+    ``torch.optim.SGD(nesterov=True)`` step on their mean.
+
+    Args:
+        params: parameters to optimize, or dicts of parameter groups.
+        lr: outer learning rate :math:`\epsilon`.
+        momentum: outer momentum :math:`\beta`, in [0, 1).
+        buffer_size: N, pseudo-gradients per momentum update; None: the number of workers, which
+            :class:`~lightning_async_localsgd.AsyncLocalSGDStrategy` fills in.
+        momentum_activation: c in [0, 1/N], how much of the momentum is already applied between buffer ends.
+
+    Raises:
+        ValueError: if an argument is outside its range.
+
+    References:
+        Liu et al. 2024, Asynchronous Local-SGD Training for Language Modeling (arXiv 2401.09135), Algorithm 3.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Parameter] | Iterable[dict[str, Any]],
+        lr: float = 0.7,
+        momentum: float = 0.9,
+        buffer_size: int | None = None,
+        momentum_activation: float = 0.0,
+    ) -> None:
+        if lr < 0:
+            raise ValueError(f"`lr` must be at least 0, got {lr}.")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"`momentum` must be in [0, 1), got {momentum}.")
+        _check_buffer(buffer_size, momentum_activation)
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "buffer_size": buffer_size,
+            "momentum_activation": momentum_activation,
+            "received": 0,  # t of Algorithm 3, modulo N: the pseudo-gradients in the buffer
+        }
+        super().__init__(params, defaults)
+
+    def set_default_buffer_size(self, buffer_size: int) -> None:
+        """Fill in ``buffer_size`` where it was left to the number of workers.
+
+        Raises:
+            ValueError: if ``momentum_activation`` is outside [0, 1/``buffer_size``].
+        """
+        for group in self.param_groups:
+            if group["buffer_size"] is None:
+                _check_buffer(buffer_size, group["momentum_activation"])
+                group["buffer_size"] = buffer_size
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Apply ``p.grad`` of every parameter as one pseudo-gradient. ``p.grad`` is left as it was.
+
+        Args:
+            closure: accepted for the sake of the ``Optimizer`` interface; evaluated if given.
+
+        Raises:
+            RuntimeError: if ``buffer_size`` was left open and nobody filled it in.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["buffer_size"] is None:
+                raise RuntimeError("`buffer_size` is None: outside the strategy, pass the number of workers.")
+            group["received"] = (group["received"] + 1) % group["buffer_size"]
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, p.grad, group)
+        return loss
+
+    def _update(self, p: Tensor, pseudo_gradient: Tensor, group: dict[str, Any]) -> None:
+        # Products and sums are separate operations on purpose: a fused multiply-add rounds once where two operations
+        # round twice, and whether it is used depends on the processor and on how a loop is split over threads. Replicas
+        # on unlike machines must agree to the bit.
+        lr, beta, n, c = group["lr"], group["momentum"], group["buffer_size"], group["momentum_activation"]
+        buffer_full = group["received"] == 0
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+            if n > 1:
+                state["buffer"] = torch.zeros_like(p)
+        momentum = state["momentum"]
+        for block in _blocks(p, pseudo_gradient, momentum, state.get("buffer")):
+            theta, g, m, buffer = block
+            if buffer_full:
+                total = g if buffer is None else buffer.add_(g)
+                m.mul_(beta).add_(total.div(n))
+                activation = (1 - c * n + c) * beta
+                if buffer is not None:
+                    buffer.zero_()
+            else:
+                assert buffer is not None
+                buffer.add_(g)
+                activation = c * beta
+            update = g.div(n)
+            if activation:
+                update.add_(m.mul(activation))
+            theta.sub_(update.mul_(lr))
+
+
+_BLOCK = 1 << 16  # elements: the operands of one block stay in the cache, so that memory is streamed once per step
+
+
+def _blocks(
+    p: Tensor, pseudo_gradient: Tensor, momentum: Tensor, buffer: Tensor | None
+) -> Iterable[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    if p.numel() <= _BLOCK or p.device.type != "cpu" or not (p.is_contiguous() and pseudo_gradient.is_contiguous()):
+        return [(p, pseudo_gradient, momentum, buffer)]
+    n = p.numel()
+    flat = [t.view(-1) if t is not None else None for t in (p, pseudo_gradient, momentum, buffer)]
+    return (
+        tuple(t[i : i + _BLOCK] if t is not None else None for t in flat)  # type: ignore[misc]
+        for i in range(0, n, _BLOCK)
+    )
+
+
+def _check_buffer(buffer_size: int | None, momentum_activation: float) -> None:
+    if buffer_size is not None and buffer_size < 1:
+        raise ValueError(f"`buffer_size` must be at least 1, got {buffer_size}.")
+    limit = 1.0 if buffer_size is None else 1 / buffer_size
+    if not 0 <= momentum_activation <= limit:
+        at_most = "1/buffer_size" if buffer_size is None else f"1/buffer_size = {limit:g}"
+        raise ValueError(f"`momentum_activation` must be between 0 and {at_most}, got {momentum_activation}.")

@@ -1,0 +1,93 @@
+"""The settings of a run, checked where they are given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+
+from lightning_async_localsgd.codecs import Codec, make_codec
+from lightning_async_localsgd.outer import OuterOptimizerFactory
+from lightning_async_localsgd.pace import Pace, make_pace
+
+__all__ = ["Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a run, as :class:`~lightning_async_localsgd.AsyncLocalSGDStrategy` documents them.
+
+    Raises:
+        ValueError: if a field is outside its range.
+    """
+
+    local_steps: int = 50
+    outer_optimizer: OuterOptimizerFactory | None = None
+    pace: str | Pace = "dylu"
+    grace_period: float = 0.05
+    quorum: int = 1
+    overlap: bool = True
+    budget: str = "shared"
+    codec: str | Codec = "fp32"
+    outer_device: str | torch.device = "cpu"
+    timeout: timedelta = field(default=timedelta(minutes=10))
+
+    def __post_init__(self) -> None:
+        if self.local_steps < 1:
+            raise ValueError(f"`local_steps` must be at least 1, got {self.local_steps}.")
+        if self.quorum < 1:
+            raise ValueError(f"`quorum` must be at least 1, got {self.quorum}.")
+        if self.grace_period < 0:
+            raise ValueError(f"`grace_period` must be at least 0 seconds, got {self.grace_period}.")
+        if self.budget not in ("shared", "per_worker"):
+            raise ValueError(f"`budget` must be 'shared' or 'per_worker', got {self.budget!r}.")
+        if self.timeout <= timedelta(0):
+            raise ValueError(f"`timeout` must be positive, got {self.timeout}.")
+        if self.outer_optimizer is not None:
+            if not callable(self.outer_optimizer):
+                raise ValueError(
+                    "`outer_optimizer` must be a callable that makes an optimizer from parameters, for instance "
+                    f"`functools.partial(torch.optim.SGD, lr=0.7)`, got {self.outer_optimizer!r}."
+                )
+            self.outer_optimizer([torch.nn.Parameter(torch.zeros(1))])  # its own checks speak now rather than at start
+        make_pace(self.pace)
+        make_codec(self.codec)
+
+    def check_workers(self, workers: int) -> None:
+        """Refuse settings that this number of workers cannot keep.
+
+        Raises:
+            ValueError: if ``quorum`` is larger than ``workers``.
+        """
+        if self.quorum > workers:
+            raise ValueError(
+                f"`quorum={self.quorum}` is larger than the number of workers, {workers}: no outer update could ever "
+                f"take place. Pass at most {workers}."
+            )
+
+    def credentials(self) -> dict[str, Any]:
+        """What must be equal on all workers, as JSON values."""
+        return {
+            "local_steps": self.local_steps,
+            "outer_optimizer": _describe(self.outer_optimizer),
+            "pace": _describe(self.pace),
+            "grace_period": self.grace_period,
+            "quorum": self.quorum,
+            "overlap": self.overlap,
+            "budget": self.budget,
+            "codec": make_codec(self.codec).name,
+        }
+
+
+def _describe(value: Any) -> str:
+    """A text that is the same in every process, unlike a repr with an address."""
+    if value is None or isinstance(value, str):
+        return str(value)
+    if isinstance(value, partial):
+        arguments = [repr(a) for a in value.args] + [f"{k}={v!r}" for k, v in sorted(value.keywords.items())]
+        return f"{_describe(value.func)}({', '.join(arguments)})"
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    return f"{getattr(value, '__module__', '')}.{name}"

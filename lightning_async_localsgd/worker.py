@@ -1,0 +1,455 @@
+"""A worker: counts its local steps, pushes a delta at the end of each round, adopts new global parameters."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import Store
+from torch.optim import Optimizer
+from torch.profiler import record_function
+
+from lightning_async_localsgd.budget import Budget, estimate_total
+from lightning_async_localsgd.data import draw_shard
+from lightning_async_localsgd.exchange import (
+    Adoption,
+    ExchangeThread,
+    GlooTransport,
+    Mailbox,
+    OuterUpdate,
+    Progress,
+    Push,
+)
+from lightning_async_localsgd.exchange.header import PROTOCOL, Flag
+from lightning_async_localsgd.layout import Layout
+from lightning_async_localsgd.membership import Roster
+from lightning_async_localsgd.outer import GlobalState
+from lightning_async_localsgd.settings import Settings
+
+__all__ = ["RunSummary", "Worker"]
+
+_MIN_SPEED_WINDOW = 8  # local steps
+_ABORT_PATIENCE = 10.0  # seconds
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run in numbers. All but ``bytes_*`` and ``blocked_seconds`` are alike on every worker after ``fit``."""
+
+    version: int
+    """Outer updates applied."""
+    total_local_steps: int
+    """Local steps of all workers together."""
+    local_steps: tuple[int, ...]
+    """Local steps of each worker."""
+    mean_staleness: float
+    """Mean over all deltas of the versions that passed between the start of a round and its application."""
+    max_staleness: int
+    dropped: tuple[int, ...]
+    """Non-finite deltas of each worker, which were not applied."""
+    bytes_sent: int
+    """Bytes this worker has sent to its peers, headers included."""
+    bytes_received: int
+    blocked_seconds: float
+    """Time this worker's training thread has spent on the exchange instead of training: copies and waits, up to its
+    last local step."""
+    digest: str
+    """Hash (hex) of the final global parameters and outer state; empty while the run goes on."""
+
+
+class Worker:
+    """One replica of a module in an asynchronous Local-SGD run. Needs neither Lightning nor a default process group.
+
+    The training thread owns the module and this object. Between :meth:`start` and :meth:`finish` it calls
+    :meth:`step` after every local step, until that returns False::
+
+        worker = Worker(module, [optimizer], store, rank, size, Settings(local_steps=50))
+        worker.start(max_steps=1000)
+        running = True
+        while running:
+            loss(module, next(batches)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            running = worker.step(samples=32)
+        summary = worker.finish()
+
+    Args:
+        module: the module to train, on its device. Its trainable parameters and float buffers are overwritten with
+            those of worker 0.
+        optimizers: its inner optimizers. Their state stays on this worker.
+        store: a store of ``torch.distributed`` that all workers share, used by this run alone.
+        rank: this worker.
+        size: number of workers.
+        settings: settings of the run.
+        credentials: further JSON values, by name, that must be equal on all workers.
+
+    Raises:
+        ValueError: if the settings are impossible for ``size`` workers, or nothing in the module is trainable.
+        WorkerMismatchError: if the workers were started with different models, settings or library versions.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        store: Store,
+        rank: int,
+        size: int,
+        settings: Settings,
+        credentials: Mapping[str, Any] | None = None,
+    ) -> None:
+        settings.check_workers(size)
+        self._module = module
+        self._optimizers = list(optimizers)
+        self._store = store
+        self._settings = settings
+        self.rank = rank
+        self.size = size
+        self._layout = Layout(module)
+        self._state = GlobalState(
+            self._layout, settings.outer_optimizer, size, settings.quorum, torch.device(settings.outer_device)
+        )
+        self._roster = Roster.introduce(
+            store,
+            rank,
+            size,
+            {"protocol": PROTOCOL, "torch": torch.__version__.split("+")[0]}
+            | settings.credentials()
+            | dict(credentials or {})
+            | {"model": list(self._layout.describe())},
+            settings.timeout,
+        )
+        self._transport = GlooTransport(store, self._roster, settings.timeout)
+        self._share_initial_parameters()
+
+        self.local_steps = 0
+        """Local steps this worker has made in this run."""
+        self.round = 0
+        """Rounds this worker has pushed."""
+        self.shard = rank
+        """The data shard of this worker's current round: its own at first, then drawn by progress (Eq. 2)."""
+        self.version = 0
+        """Version of the global parameters that this worker has adopted."""
+        self.blocked_seconds = 0.0
+        self._round_steps = 0
+        self._round_samples = 0
+        self._round_started = 0.0
+        self._job_steps = 0
+        self._max_steps: int | None = None
+        self._shared_budget = settings.budget == "shared"
+        self._shard_generator = torch.Generator().manual_seed(rank)
+        self._exchange: ExchangeThread | None = None
+        self._stopwatch = _Stopwatch(settings.local_steps)
+
+    @torch.no_grad()
+    def _share_initial_parameters(self) -> None:
+        flat = self._layout.empty()
+        torch._foreach_copy_(self._layout.views(flat), self._layout.tensors(self._module))
+        self._transport.broadcast(flat, root=0)
+        self._state.flat.copy_(flat)
+        torch._foreach_copy_(self._layout.tensors(self._module), self._layout.views(flat))
+
+    # ---- the run ----------------------------------------------------------------------------------------------------
+
+    def start(self, max_steps: int | None = None) -> None:
+        """Start the exchange thread and the first round.
+
+        Args:
+            max_steps: local steps per worker; with ``budget="shared"`` all workers together make ``max_steps * size``,
+                the fast ones more of it. None: until :meth:`step` is no longer called.
+        """
+        self._max_steps = max_steps
+        budget = Budget(max_steps, self.size, self._shared_budget)
+        nothing = (0,) * self.size
+        equal = (self._settings.local_steps,) * self.size
+        self._mailbox = Mailbox(
+            Progress(
+                version=0,
+                steps=nothing,
+                round_steps=equal,
+                caps=budget.caps(nothing, equal),
+                exhausted=budget.exhausted(nothing),
+                stop=False,
+                over=False,
+                shard_samples=nothing,
+                dropped=nothing,
+            )
+        )
+        pinned = self._device.type == "cuda" and torch.device(self._settings.outer_device).type == "cpu"
+        self._base: Tensor | None = self._layout.empty(self._settings.outer_device, pinned)
+        self._base.copy_(self._state.flat)
+        self._snapshot: Tensor | None = self._layout.empty(self._settings.outer_device, pinned)
+        self._exchange = ExchangeThread(
+            self._mailbox, self._state, self._transport, self._store, self._roster, self._settings, budget
+        )
+        self._exchange.start()
+        self._round_started = time.monotonic()
+        self._stopwatch.resume()
+
+    def step(self, samples: int = 0) -> bool:
+        """Count one local step; push, adopt or wait where it is time to. Call it after each step of the optimizer.
+
+        Args:
+            samples: samples this worker learned in this step.
+
+        Returns:
+            Whether to go on training. Once False, call :meth:`finish`.
+
+        Raises:
+            AsyncLocalSGDError: if the exchange has failed, on this worker or another.
+        """
+        self._stopwatch.step()
+        self.local_steps += 1
+        self._round_steps += 1
+        self._round_samples += samples
+        progress = self._mailbox.progress
+        self._mailbox.report(self.local_steps, self._stopwatch.speed(progress.round_steps[self.rank]))
+        self._adopt_if_ready()
+        if self._round_steps >= self._mailbox.progress.round_steps[self.rank] and not self._in_flight:
+            self._push()
+            if not self._settings.overlap:
+                self._adopt(self._mailbox.wait_for_adoption())
+        running = self._go_on()
+        self.blocked_seconds += self._stopwatch.resume()
+        return running
+
+    def _go_on(self) -> bool:
+        """Whether this worker may make another step; waits at the end of the run where only the others' steps tell."""
+        while True:
+            progress = self._mailbox.progress
+            if progress.stop or progress.exhausted:
+                return False
+            if progress.caps is None or self.local_steps < progress.caps[self.rank]:
+                self._mailbox.unflag(Flag.IDLE)
+                return True
+            if not self._shared_budget:
+                return False
+            if self._in_flight:
+                self._adopt(self._mailbox.wait_for_adoption())
+            elif self._round_steps > 0:
+                self._push()
+            else:
+                self._mailbox.flag(Flag.IDLE)
+                self._mailbox.wait_for_progress(progress)
+
+    def finish(self, stop: bool = False) -> RunSummary:
+        """End this worker's part: push what it has not pushed, wait for the others, take the final global parameters.
+
+        Args:
+            stop: ask all other workers to end their training as well.
+
+        Returns:
+            The run in numbers.
+
+        Raises:
+            AsyncLocalSGDError: if the exchange fails before the end.
+        """
+        assert self._exchange is not None
+        flags = Flag.FINAL | Flag.STOP if stop else Flag.FINAL
+        if stop:
+            self._mailbox.flag(Flag.STOP)
+        if self._in_flight:
+            self._adopt(self._mailbox.wait_for_adoption())
+        if self._round_steps > 0:
+            self._push(flags)
+        else:
+            self._mailbox.flag(flags)
+        progress = self._mailbox.progress
+        while not progress.over:
+            progress = self._mailbox.wait_for_progress(progress)
+        self._exchange.join(self._settings.timeout.total_seconds())
+        self._copy_to_module(self._state.flat)
+        self._job_steps = self._at_most_max_steps(sum(progress.steps) // self.size)
+        return self.summary(digest=self._state.digest())
+
+    def abort(self, error: BaseException) -> None:
+        """Leave because of ``error``; the other workers are told and stop too."""
+        if self._exchange is not None:
+            self._mailbox.flag(Flag.ABORT, reason=f"{type(error).__name__}: {error}")
+            self._exchange.join(_ABORT_PATIENCE)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do something other than training (validation, a checkpoint) that is not to count in this worker's speed."""
+        self.pause()
+        try:
+            yield
+        finally:
+            self.resume()
+
+    def pause(self) -> None:
+        """Begin a pause; see :meth:`paused`."""
+        self._mailbox.flag(Flag.PAUSED, announce=False)
+        self._stopwatch.pause()
+
+    def resume(self) -> None:
+        """End a pause."""
+        self._mailbox.unflag(Flag.PAUSED)
+        self._stopwatch.resume()
+
+    # ---- what the run looks like ------------------------------------------------------------------------------------
+
+    @property
+    def job_steps(self) -> int:
+        """Steps of the job: local steps of all workers over their number, rounded down. Never goes back.
+
+        Between two exchanges the others are taken to advance at their pace. Learning-rate schedules count these.
+        """
+        progress = self._mailbox.progress
+        estimate = estimate_total(progress.steps, progress.round_steps, self.rank, self.local_steps)
+        self._job_steps = max(self._job_steps, self._at_most_max_steps(estimate // self.size))
+        return self._job_steps
+
+    def _at_most_max_steps(self, job_steps: int) -> int:
+        return job_steps if self._max_steps is None else min(job_steps, self._max_steps)
+
+    def take_updates(self) -> list[OuterUpdate]:
+        """The outer updates since the last call, oldest first (at most 4096: older ones are forgotten)."""
+        return self._mailbox.take_updates()
+
+    def summary(self, digest: str = "") -> RunSummary:
+        """The run in numbers, as of the latest exchange."""
+        progress = self._mailbox.progress
+        return RunSummary(
+            version=progress.version,
+            total_local_steps=sum(progress.steps),
+            local_steps=progress.steps,
+            mean_staleness=progress.total_staleness / max(1, progress.updates),
+            max_staleness=progress.max_staleness,
+            dropped=progress.dropped,
+            bytes_sent=progress.bytes_sent,
+            bytes_received=progress.bytes_received,
+            blocked_seconds=self.blocked_seconds,
+            digest=digest,
+        )
+
+    def global_tensors(self) -> dict[str, Tensor]:
+        """Copies of the global parameters and buffers of now, by name, on the CPU."""
+        with self._mailbox.global_state():
+            flat = self._state.flat.to("cpu", copy=True)
+        return {slot.name: view for slot, view in zip(self._layout.slots, self._layout.views(flat), strict=True)}
+
+    # ---- rounds -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _device(self) -> torch.device:
+        return self._layout.tensors(self._module)[0].device
+
+    @property
+    def _in_flight(self) -> bool:
+        return self._snapshot is None
+
+    def _begin_round(self) -> None:
+        self.round += 1
+        self._round_steps = 0
+        self._round_samples = 0
+        self._round_started = time.monotonic()
+        self.shard = draw_shard([1] * self.size, self._mailbox.progress.shard_samples, self._shard_generator)
+
+    @torch.no_grad()
+    def _push(self, flags: Flag = Flag.NONE) -> None:
+        """Hand the local parameters of now to the exchange thread; training may go on at once."""
+        assert self._base is not None and self._snapshot is not None
+        with record_function("async_localsgd::push"):
+            torch._foreach_copy_(self._layout.views(self._snapshot), self._layout.tensors(self._module), True)
+            push = Push(
+                base=self._base,
+                snapshot=self._snapshot,
+                ready=self._copied(),
+                round=self.round,
+                steps=self._round_steps,
+                samples=self._round_samples,
+                seconds=time.monotonic() - self._round_started,
+                shard=self.shard,
+                start_version=self.version,
+            )
+            self._base = self._snapshot = None
+            self._mailbox.push(push, flags)
+            self._begin_round()
+
+    def _copied(self) -> Callable[[], object]:
+        """What the exchange thread calls to wait until copies from the accelerator have arrived."""
+        if self._device.type != "cuda":
+            return _nothing
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event.synchronize
+
+    def _adopt_if_ready(self) -> None:
+        adoption = self._mailbox.collect()
+        if adoption is not None:
+            self._adopt(adoption)
+
+    @torch.no_grad()
+    def _adopt(self, adoption: Adoption) -> None:
+        """Take over new global parameters, keeping what was learned since the push: the next delta counts it."""
+        with record_function("async_localsgd::adopt"):
+            if adoption.restart:
+                self._copy_to_module(adoption.base)
+                self._forget_non_finite_state()
+                self._round_steps = self._round_samples = 0
+            elif self._round_steps == 0:
+                self._copy_to_module(adoption.base)
+            else:
+                tensors = self._layout.tensors(self._module)
+                correction = adoption.correction.to(self._device, non_blocking=True)
+                torch._foreach_add_(tensors, self._layout.views(correction))
+            self._base, self._snapshot = adoption.base, adoption.correction
+            self.version = adoption.version
+
+    @torch.no_grad()
+    def _copy_to_module(self, flat: Tensor) -> None:
+        torch._foreach_copy_(self._layout.tensors(self._module), self._layout.views(flat), True)
+
+    def _forget_non_finite_state(self) -> None:
+        """Inner optimizers that have seen a non-finite gradient would turn the fresh parameters non-finite at once."""
+        for optimizer in self._optimizers:
+            for parameter, state in list(optimizer.state.items()):
+                if not all(bool(torch.isfinite(v).all()) for v in state.values() if isinstance(v, Tensor)):
+                    del optimizer.state[parameter]
+
+
+def _nothing() -> None:
+    """A copy on the CPU is complete when it returns."""
+
+
+class _Stopwatch:
+    """Measures the speed of training alone: time spent on the exchange or in a pause does not count."""
+
+    def __init__(self, local_steps: int) -> None:
+        self._busy = 0.0
+        self._since: float | None = None
+        self._stopped_at = time.perf_counter()
+        # The first entry is the end of the first step, so that warm-up and compilation do not count.
+        self._marks: deque[float] = deque(maxlen=max(local_steps, _MIN_SPEED_WINDOW) + 1)
+
+    def resume(self) -> float:
+        """Training goes on; returns the seconds since it stopped."""
+        self._since = time.perf_counter()
+        return self._since - self._stopped_at
+
+    def pause(self) -> None:
+        """Training stops."""
+        if self._since is not None:
+            self._stopped_at = time.perf_counter()
+            self._busy += self._stopped_at - self._since
+            self._since = None
+
+    def step(self) -> None:
+        """A local step has ended; training stops until :meth:`resume`."""
+        self.pause()
+        self._marks.append(self._busy)
+
+    def speed(self, round_steps: int) -> float:
+        """Local steps per second over the last ``round_steps`` (at least 8) steps; 0 while unknown."""
+        steps = min(len(self._marks) - 1, max(round_steps, _MIN_SPEED_WINDOW))
+        if steps < 1:
+            return 0.0
+        seconds = self._marks[-1] - self._marks[-1 - steps]
+        return steps / seconds if seconds > 0 else 0.0
