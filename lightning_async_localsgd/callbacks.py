@@ -35,14 +35,18 @@ class WorkerCallback(pl.Callback):
         # The budget ends the run, not the count of this worker's own steps.
         self._max_steps = trainer.max_steps
         trainer.fit_loop.epoch_loop.max_steps = -1
-        trainer.callbacks.insert(0, self)
+        self._callbacks.insert(0, self)
 
     def detach(self) -> None:
         """Leave the trainer as it was."""
-        self._trainer.callbacks.remove(self)
+        self._callbacks.remove(self)
         self._trainer.fit_loop.epoch_loop.max_steps = self._max_steps
         if self._schedulers is not None:
             self._schedulers.restore()
+
+    @property
+    def _callbacks(self) -> list[pl.Callback]:
+        return self._trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, where mypy does not look
 
     @property
     def _worker(self) -> Worker:
@@ -53,10 +57,11 @@ class WorkerCallback(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._schedulers = _JobSchedulers(trainer)
+        done = self._strategy.steps_done(trainer)
         if self._max_steps == -1:
             self._worker.start()
             return
-        remaining = max(0, self._max_steps - self._strategy.steps_done(trainer))
+        remaining = max(0, self._max_steps - done)
         self._worker.start(remaining)
         trainer.fit_loop.epoch_loop.max_steps = trainer.global_step + remaining * self._worker.size
 
@@ -114,7 +119,7 @@ class WorkerCallback(pl.Callback):
         updates = self._worker.take_updates()
         if not updates:
             return
-        listeners = [c.on_outer_update for c in trainer.callbacks if hasattr(c, "on_outer_update")]
+        listeners = [c.on_outer_update for c in self._callbacks if hasattr(c, "on_outer_update")]
         for update in updates:
             for listener in listeners:
                 listener(trainer, pl_module, update)

@@ -8,7 +8,16 @@ class AsyncLocalSGDError(RuntimeError):
 
 
 class PeerLostError(AsyncLocalSGDError):
-    """A worker died, froze, or sent something that is not a header."""
+    """A worker died, froze, or sent something that is not a header.
+
+    Args:
+        message: which worker, and what to do.
+        silent: its rank, if it did not answer in time: it may itself be waiting for another.
+    """
+
+    def __init__(self, message: str, silent: int | None = None) -> None:
+        super().__init__(message)
+        self.silent = silent
 
 
 class PeerAbortedError(AsyncLocalSGDError):

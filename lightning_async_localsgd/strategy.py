@@ -165,11 +165,14 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         """Put shard sampling under the user's map-style training loader."""
         if not self._fitting or not isinstance(dataloader, DataLoader):
             return dataloader
+        assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         sampler = dataloader.sampler
+        overfitting = trainer.overfit_batches > 0  # type: ignore[attr-defined]
+        if not trainer.training or overfitting:
+            return dataloader
         # Lightning has just put a sampler over all of the data under it, unless the user asked for their own.
-        whole = isinstance(sampler, DistributedSampler) and sampler.num_replicas == 1
-        if not trainer.training or trainer.overfit_batches > 0 or not whole:
+        if not isinstance(sampler, DistributedSampler) or sampler.num_replicas != 1:
             return dataloader
         shards = ShardSampler(sampler, self.world_size, self.global_rank, self._current_shard)
         return _update_dataloader(dataloader, shards)

@@ -39,7 +39,7 @@ class Bell:
 
     def ring(self, turn: int) -> None:
         """Open ``turn``. Ringing twice is the same as once."""
-        self._store.set(str(turn), b"1")
+        self._store.set(str(turn), "1")
 
     def clear(self, turn: int) -> None:
         """Forget a turn that every worker has heard, so that the store does not grow."""
@@ -56,7 +56,7 @@ class Bell:
             self._thread.join(timeout=5)
 
     def _listen(self) -> None:
-        store = self._store.clone()
+        store = self._store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
         while not self._closed:
             try:
                 store.wait([str(self._turn)], _FOREVER)

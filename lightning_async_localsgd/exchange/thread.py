@@ -23,7 +23,7 @@ from datetime import timedelta
 
 import torch
 from torch import Tensor
-from torch.distributed import Store
+from torch.distributed import DistStoreError, Store
 from torch.profiler import record_function
 
 from lightning_async_localsgd import errors
@@ -157,7 +157,7 @@ class ExchangeThread:
     def _say_goodbye(self, patience: timedelta) -> None:
         """Keep the store, which worker 0 may host, until every worker is through with it (and has read the cause)."""
         with suppress(RuntimeError):  # whoever is gone by now has nothing more to read
-            self._store.set(f"goodbye/{self._roster.rank}", b"1")
+            self._store.set(f"goodbye/{self._roster.rank}", "1")
             if self._roster.rank == 0:
                 self._store.wait([f"goodbye/{r}" for r in range(self._roster.size)], patience)
 
@@ -367,8 +367,24 @@ class ExchangeThread:
         if not isinstance(error, AsyncLocalSGDError):
             return error
         try:
+            if isinstance(error, PeerLostError) and error.silent is not None:
+                error = self._find_silent(error, error.silent)
             written = self._store.compare_set("cause", "", f"{type(error).__name__}\n{error}").decode()
         except RuntimeError as store_error:
             return self._store_lost(store_error) if isinstance(error, PeerLostError) else error
         kind, text = written.split("\n", 1)
         return error if text == str(error) else getattr(errors, kind, AsyncLocalSGDError)(text)
+
+    def _find_silent(self, error: PeerLostError, silent: int) -> PeerLostError:
+        """Follow the chain of workers that wait for one another to the one that says nothing at all."""
+        self._store.set(f"waits-for/{self._roster.rank}", str(silent))
+        chain = [self._roster.rank]
+        while silent not in chain:
+            chain.append(silent)
+            key = f"waits-for/{silent}"
+            try:
+                self._store.wait([key], min(_LAST_WORDS, self._settings.timeout))
+            except DistStoreError:
+                break
+            silent = int(self._store.get(key))
+        return error if silent == error.silent else self._roster.silence(silent, self._settings.timeout)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -58,7 +57,8 @@ class GlooTransport:
     def __init__(self, store: Store, roster: Roster, timeout: timedelta) -> None:
         self._roster = roster
         self._timeout = timeout
-        self._group = ProcessGroupGloo(PrefixStore("outer", store), roster.rank, roster.size, timeout)
+        # torch's stubs know nothing of its point-to-point methods
+        self._group: Any = ProcessGroupGloo(PrefixStore("outer", store), roster.rank, roster.size, timeout)
         self._peers = [r for r in range(roster.size) if r != roster.rank]
         self._inbox = torch.zeros(roster.size, HEADER_BYTES, dtype=torch.uint8)
         self.bytes_sent = 0
@@ -90,25 +90,13 @@ class GlooTransport:
         del self._group
 
     def _wait(self, works: list[tuple[int, torch.distributed.Work]]) -> None:
-        failures = list(self._failures(works))
-        if failures:
-            peer, error = failures[0]
-            raise PeerLostError(f"{self._roster.name(peer)} {_reason(error, self._timeout)}") from error
-
-    def _failures(self, works: list[tuple[int, torch.distributed.Work]]) -> Iterator[tuple[int, RuntimeError]]:
         for peer, work in works:
             try:
                 work.wait(self._timeout)
-            except RuntimeError as error:  # gloo reports a closed connection and a timeout alike
-                yield peer, error
-                return
-
-
-def _reason(error: RuntimeError, timeout: timedelta) -> str:
-    text = str(error)
-    if "imed out" in text or "imeout" in text:
-        return (
-            f"did not answer within {timeout.total_seconds():g} s. It froze, or the network to it failed; "
-            "raise `timeout` if it is only slow."
-        )
-    return "is gone: its connection was closed. Look for the cause in its own log, then start the job again."
+            except RuntimeError as error:  # gloo reports a timeout and a closed connection alike
+                if "imed out" in str(error) or "imeout" in str(error):
+                    raise self._roster.silence(peer, self._timeout) from error
+                raise PeerLostError(
+                    f"{self._roster.name(peer)} is gone: its connection was closed. Look for the cause in its own log, "
+                    "then start the job again."
+                ) from error

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.distributed import Store
 
-from lightning_async_localsgd.errors import WorkerMismatchError
+from lightning_async_localsgd.errors import PeerLostError, WorkerMismatchError
 
 __all__ = ["Roster"]
 
@@ -35,6 +35,14 @@ class Roster:
     def name(self, worker: int) -> str:
         """How errors call a worker: its rank and host."""
         return f"Worker {worker} (host {self.hosts[worker]})"
+
+    def silence(self, worker: int, timeout: timedelta) -> PeerLostError:
+        """The error about a worker that has not answered."""
+        return PeerLostError(
+            f"{self.name(worker)} did not answer within {timeout.total_seconds():g} s. It froze, or the network to it "
+            "failed; raise `timeout` if it is only slow.",
+            silent=worker,
+        )
 
     @classmethod
     def introduce(

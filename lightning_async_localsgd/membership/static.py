@@ -48,7 +48,7 @@ class StaticJob:
             RuntimeError: if they are not within the timeout.
         """
         key = self._next_key("barrier")
-        self.store.set(f"{key}/{self.rank}", b"1")
+        self.store.set(f"{key}/{self.rank}", "1")
         self.store.wait([f"{key}/{r}" for r in range(self.size)], self._timeout)
 
     def broadcast(self, value: Any, root: int = 0) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -100,12 +101,12 @@ class GlobalState:
         return digest.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
-        """Version, global parameters and buffers by name (copies), and the outer optimizer's state."""
+        """Version, global parameters and buffers by name, and the outer optimizer's state; all copies."""
         tensors = self.layout.views(self.flat)
         return {
             "version": self.version,
             "tensors": {s.name: t.detach().clone() for s, t in zip(self.layout.slots, tensors, strict=True)},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": deepcopy(self.optimizer.state_dict()),
         }
 
     @torch.no_grad()
@@ -129,4 +130,4 @@ class GlobalState:
 
 
 def _hash_tensor(digest: hashlib.blake2b, tensor: Tensor) -> None:
-    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

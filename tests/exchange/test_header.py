@@ -1,0 +1,54 @@
+"""Headers survive the wire; anything else is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_async_localsgd.exchange.header import HEADER_BYTES, MESSAGE_BYTES, Flag, Header
+
+HEADER = Header(
+    worker=3,
+    turn=2**40,
+    version=7,
+    checksum=-(2**62),
+    flags=Flag.DELTA | Flag.FINAL,
+    steps=123,
+    speed=4.5,
+    round=9,
+    round_steps=50,
+    round_samples=1600,
+    round_seconds=12.25,
+    shard=2,
+    start_version=5,
+    message={"reason": "größer"},
+)
+
+
+def test_round_trip() -> None:
+    data = HEADER.pack()
+    assert len(data) == HEADER_BYTES
+    assert Header.unpack(data) == HEADER
+    assert Header.unpack(Header(worker=0, turn=0).pack()) == Header(worker=0, turn=0)
+
+
+def test_a_message_that_does_not_fit_is_refused() -> None:
+    Header(worker=0, turn=0, message={"m": "x" * (MESSAGE_BYTES - 9)}).pack()
+    with pytest.raises(ValueError, match="too long"):
+        Header(worker=0, turn=0, message={"m": "x" * (MESSAGE_BYTES - 8)}).pack()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        bytes(HEADER_BYTES),
+        b"HTTP" + HEADER.pack()[4:],
+        HEADER.pack()[:4] + b"\xff\xff" + HEADER.pack()[6:],  # another protocol
+        HEADER.pack()[:8] + b"\xff\xff\xff\xff" + HEADER.pack()[12:],  # a message longer than the header
+        HEADER.pack().replace(b'{"reason"', b'["reason"'),
+        Header(worker=0, turn=0, message={"a": 1}).pack().replace(b'{"a": 1}', b"12345678"),
+    ],
+)
+def test_malformed_headers_are_refused(data: bytes) -> None:
+    with pytest.raises(ValueError):
+        Header.unpack(data)

@@ -1,0 +1,111 @@
+"""DelayedNesterov is Algorithm 3, and Nesterov SGD on the mean where the paper says so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lightning_async_localsgd.outer import DelayedNesterov
+
+SHAPES = [(3, 4), (7,), (70_000,)]  # the last is longer than one block
+
+
+def algorithm_3(
+    theta: Tensor, pseudo_gradients: list[Tensor], lr: float, beta: float, n: int, c: float
+) -> list[Tensor]:
+    """Algorithm 3 of Liu et al. 2024, line by line; returns theta after each pseudo-gradient."""
+    m, delta, trace = torch.zeros_like(theta), torch.zeros_like(theta), []
+    for t, g in enumerate(pseudo_gradients):
+        delta = delta + g
+        if (t + 1) % n == 0:
+            m = beta * m + delta / n
+            theta = theta - lr * ((1 - c * n + c) * beta * m + g / n)
+            delta = torch.zeros_like(theta)
+        else:
+            theta = theta - lr * (c * beta * m + g / n)
+        trace.append(theta)
+    return trace
+
+
+def random_sequence(shape: tuple[int, ...], length: int) -> tuple[Tensor, list[Tensor]]:
+    generator = torch.Generator().manual_seed(length)
+    theta, *gradients = torch.randn(length + 1, *shape, generator=generator, dtype=torch.float64)
+    return theta, gradients
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("n", [1, 3, 4])
+@pytest.mark.parametrize("c_times_n", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("saved_after", [None, 1, 5])  # in the middle of a buffer for n = 3 and 4
+def test_equals_algorithm_3(shape: tuple[int, ...], n: int, c_times_n: float, saved_after: int | None) -> None:
+    theta, gradients = random_sequence(shape, 11)
+    c = c_times_n / n
+    expected = algorithm_3(theta, gradients, 0.7, 0.9, n, c)
+    parameter = Parameter(theta.clone())
+    optimizer = DelayedNesterov([parameter], lr=0.7, momentum=0.9, buffer_size=n, momentum_activation=c)
+    for t, g in enumerate(gradients):
+        if t == saved_after:
+            state, values = optimizer.state_dict(), parameter.detach().clone()
+            parameter = Parameter(values)
+            optimizer = DelayedNesterov([parameter], lr=0.1, momentum=0.0)  # everything comes from the state
+            optimizer.load_state_dict(state)
+        parameter.grad = g.clone()
+        optimizer.step()
+        torch.testing.assert_close(parameter.detach(), expected[t], rtol=0, atol=1e-12)
+        torch.testing.assert_close(parameter.grad, g, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("n", [1, 3, 4])
+def test_deltas_from_one_point_equal_one_nesterov_step_on_their_mean(n: int) -> None:
+    theta, gradients = random_sequence((5, 6), 4 * n)
+    ours, sgd = Parameter(theta.clone()), Parameter(theta.clone())
+    delayed = DelayedNesterov([ours], lr=0.7, momentum=0.9, buffer_size=n)
+    nesterov = torch.optim.SGD([sgd], lr=0.7, momentum=0.9, nesterov=True)
+    for start in range(0, 4 * n, n):
+        batch = gradients[start : start + n]
+        for g in batch:
+            ours.grad = g
+            delayed.step()
+        sgd.grad = torch.stack(batch).mean(0)
+        nesterov.step()
+        torch.testing.assert_close(ours.detach(), sgd.detach(), rtol=0, atol=1e-12)
+
+
+def test_parameters_without_a_gradient_stay() -> None:
+    parameter = Parameter(torch.ones(3))
+    DelayedNesterov([parameter], buffer_size=2).step()
+    assert torch.equal(parameter, torch.ones(3))
+
+
+def test_open_buffer_size_is_refused_at_the_step_and_filled_in_once() -> None:
+    parameter = Parameter(torch.zeros(2))
+    optimizer = DelayedNesterov([parameter])
+    with pytest.raises(RuntimeError, match="pass the number of workers"):
+        optimizer.step()
+    optimizer.set_default_buffer_size(3)
+    optimizer.set_default_buffer_size(5)
+    assert optimizer.param_groups[0]["buffer_size"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"lr": -1.0}, "lr"),
+        ({"momentum": 1.0}, "momentum"),
+        ({"buffer_size": 0}, "buffer_size"),
+        ({"buffer_size": 4, "momentum_activation": 0.26}, "momentum_activation"),
+        ({"momentum_activation": -0.1}, "momentum_activation"),
+        ({"momentum_activation": 1.1}, "momentum_activation"),
+    ],
+)
+def test_impossible_settings_are_refused(arguments: dict[str, float], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        DelayedNesterov([Parameter(torch.zeros(1))], **arguments)
+
+
+def test_activation_is_checked_again_when_the_number_of_workers_is_known() -> None:
+    optimizer = DelayedNesterov([Parameter(torch.zeros(1))], momentum_activation=0.5)
+    with pytest.raises(ValueError, match=r"between 0 and 1/buffer_size = 0\.25"):
+        optimizer.set_default_buffer_size(4)

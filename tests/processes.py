@@ -1,0 +1,115 @@
+"""Runs a function in several real processes that know each other as torchrun's would."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from torch.distributed import PrefixStore, Store, TCPStore
+
+_context = multiprocessing.get_context("forkserver")
+# Children are forked from a process that has imported everything: a start costs milliseconds instead of seconds.
+_context.set_forkserver_preload(["lightning_async_localsgd", "torch.utils.data", "tests.modules"])
+
+
+STILL_RUNNING = "still running after the timeout"
+
+
+@dataclass
+class Outcome:
+    """How one process ended."""
+
+    exitcode: int | None
+    result: Any = None
+    error: str = STILL_RUNNING
+    """Type and text of the exception it died of; empty if it returned."""
+
+
+def run_processes(function: Callable[..., Any], size: int, *args: Any, timeout: float = 90) -> list[Outcome]:
+    """Call ``function(rank, *args)`` in ``size`` processes; returns how each ended, by rank.
+
+    The store lives in this process, as it does in torchrun's agent, so that the port is never fought over.
+
+    Args:
+        function: a module-level function; what it returns must be picklable.
+        size: number of processes.
+        *args: further arguments of ``function``.
+        timeout: seconds after which those that still run are killed; their error then says so.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pipes = [_context.Pipe(duplex=False) for _ in range(size)]
+    processes = [
+        _context.Process(target=_main, args=(function, rank, size, store.port, pipes[rank][1], args))
+        for rank in range(size)
+    ]
+    for process, (_, sender) in zip(processes, pipes, strict=True):
+        process.start()
+        sender.close()
+    outcomes = [Outcome(None) for _ in range(size)]
+    _collect(outcomes, [receiver for receiver, _ in pipes], time.monotonic() + timeout)
+    for process, outcome in zip(processes, outcomes, strict=True):
+        process.join(0 if outcome.error == STILL_RUNNING else 30)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        outcome.exitcode = process.exitcode
+    return outcomes
+
+
+def results(outcomes: list[Outcome]) -> list[Any]:
+    """What each process returned; fails if one did not."""
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.exitcode == 0, f"process {rank} failed: {outcome.error}"
+    return [outcome.result for outcome in outcomes]
+
+
+def _collect(outcomes: list[Outcome], receivers: list[Connection], deadline: float) -> None:
+    waiting = dict(zip(receivers, outcomes, strict=True))
+    while waiting:
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            return
+        for receiver in ready:
+            outcome = waiting.pop(receiver)  # type: ignore[arg-type]
+            try:
+                outcome.result, outcome.error = receiver.recv()  # type: ignore[union-attr]
+            except EOFError:
+                outcome.error = "killed"
+
+
+def _main(
+    function: Callable[..., Any], rank: int, size: int, port: int, sender: Connection, args: tuple[Any, ...]
+) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        GROUP_RANK="0",
+        WORLD_SIZE=str(size),
+        LOCAL_WORLD_SIZE=str(size),
+        TORCHELASTIC_RUN_ID="tests",
+        TORCHELASTIC_USE_AGENT_STORE="True",
+    )
+    try:
+        result = function(rank, *args)
+    except BaseException as error:
+        sender.send((None, "".join(traceback.format_exception_only(error))))
+        raise
+    sender.send((result, ""))
+
+
+def job_store(timeout: float = 60) -> Store:
+    """The store that the parent hosts, in a child."""
+    port = int(os.environ["MASTER_PORT"])
+    return PrefixStore("tests", TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=timeout)))

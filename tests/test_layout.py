@@ -1,0 +1,61 @@
+"""The layout holds every trainable parameter and float buffer once, in the same place on every worker."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_async_localsgd.layout import Layout
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 5, bias=False)
+        self.frozen = nn.Linear(5, 5)
+        self.frozen.requires_grad_(False)
+        self.norm = nn.BatchNorm1d(5)
+        self.last = nn.Linear(5, 5)
+        self.last.weight = self.first.weight
+
+
+def test_slots_are_aligned_disjoint_and_without_frozen_or_tied_copies() -> None:
+    layout = Layout(Tied())
+    names = [slot.name for slot in layout.slots]
+    assert names == [
+        "first.weight",
+        "norm.weight",
+        "norm.bias",
+        "last.bias",
+        "norm.running_mean",
+        "norm.running_var",
+    ]
+    assert layout.parameter_count == 4
+    ends = [slot.offset + slot.numel for slot in layout.slots]
+    starts = [slot.offset for slot in layout.slots[1:]] + [layout.numel]
+    assert all(end <= start for end, start in zip(ends, starts, strict=True))
+    assert all(slot.offset % 16 == 0 for slot in layout.slots) and layout.numel % 16 == 0
+
+
+def test_values_survive_the_way_through_the_flat_vector() -> None:
+    module, other = Tied(), Tied()
+    layout = Layout(module)
+    flat = layout.empty()
+    torch._foreach_copy_(layout.views(flat), layout.tensors(module))
+    torch._foreach_copy_(layout.tensors(other), layout.views(flat))
+    assert torch.equal(module.last.weight, other.first.weight)
+    assert torch.equal(module.norm.running_var, other.norm.running_var)
+    assert next(iter(layout.describe())) == "first.weight: float32[5, 5]"
+
+
+def test_a_module_without_trainable_parameters_is_refused() -> None:
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        Layout(nn.Linear(2, 2).requires_grad_(False))
+
+
+def test_complex_parameters_are_refused_by_name() -> None:
+    module = nn.Module()
+    module.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="'phase'"):
+        Layout(module)

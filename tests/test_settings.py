@@ -1,0 +1,52 @@
+"""Impossible settings are refused where they are given."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_async_localsgd import AsyncLocalSGDStrategy, Settings
+from lightning_async_localsgd.outer import DelayedNesterov
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"local_steps": 0}, "local_steps"),
+        ({"quorum": 0}, "quorum"),
+        ({"grace_period": -1}, "grace_period"),
+        ({"budget": "both"}, "budget"),
+        ({"pace": "slow"}, "pace"),
+        ({"codec": "fp8"}, "codec"),
+        ({"timeout": timedelta(0)}, "timeout"),
+        ({"worker_size": 2}, "worker_size"),
+        ({"outer_optimizer": torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1)}, "outer_optimizer"),
+        ({"outer_optimizer": partial(DelayedNesterov, momentum_activation=2.0)}, "momentum_activation"),
+    ],
+)
+def test_the_strategy_refuses_at_construction(arguments: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        AsyncLocalSGDStrategy(**arguments)
+
+
+def test_quorum_is_checked_against_the_number_of_workers() -> None:
+    Settings(quorum=4).check_workers(4)
+    with pytest.raises(ValueError, match="larger than the number of workers, 3"):
+        Settings(quorum=4).check_workers(3)
+
+
+def test_credentials_are_the_same_text_in_every_process_and_tell_settings_apart() -> None:
+    one = Settings(outer_optimizer=partial(torch.optim.SGD, lr=0.7)).credentials()
+    assert one == Settings(outer_optimizer=partial(torch.optim.SGD, lr=0.7)).credentials()
+    assert one["outer_optimizer"] == "torch.optim.sgd.SGD(lr=0.7)"
+    assert one != Settings(outer_optimizer=partial(torch.optim.SGD, lr=0.6)).credentials()
+    assert " at 0x" not in str(Settings(pace=DelayedPace()).credentials())
+
+
+class DelayedPace:
+    def steps(self, speeds: list[float], local_steps: int) -> list[int]:
+        return [local_steps] * len(speeds)

@@ -1,0 +1,355 @@
+"""The worker without Lightning, in real processes: what it learns, and what happens when something goes wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import threading
+import time
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_async_localsgd import RunSummary, Settings, Worker
+from lightning_async_localsgd.exchange.transport import GlooTransport
+from tests.modules import SPEEDS, Batches, make_net
+from tests.processes import STILL_RUNNING, Outcome, job_store, results, run_processes
+
+QUICK = Settings(local_steps=5, grace_period=0.01, timeout=timedelta(seconds=20))
+
+
+class Loop:
+    """A plain PyTorch training loop around a worker."""
+
+    def __init__(
+        self, rank: int, size: int, settings: Settings = QUICK, pause: float = 0.0, module: nn.Module | None = None
+    ) -> None:
+        self.module = module if module is not None else make_net(seed=rank)
+        self.optimizer = torch.optim.AdamW([p for p in self.module.parameters() if p.requires_grad], lr=1e-2)
+        self.worker = Worker(self.module, [self.optimizer], job_store(), rank, size, settings)
+        self.batches = iter(Batches(100 + rank))
+        self.pause = pause
+        self.step_seconds: list[float] = []
+
+    def train_step(self) -> None:
+        began = time.perf_counter()
+        x, y = next(self.batches)
+        nn.functional.mse_loss(self.module(x), y).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        time.sleep(max(0.0, began + self.pause - time.perf_counter()))
+        self.step_seconds.append(time.perf_counter() - began)
+
+    def run(self, max_steps: int | None, before_step: Any = None) -> RunSummary:
+        self.worker.start(max_steps)
+        running = True
+        while running:
+            if before_step is not None:
+                before_step(self)
+            self.train_step()
+            running = self.worker.step(samples=4)
+        self.last_step = time.monotonic()
+        return self.worker.finish()
+
+
+def flat(module: nn.Module) -> list[float]:
+    return torch.cat([t.detach().double().flatten() for t in module.state_dict().values()]).tolist()
+
+
+def errors_of(outcomes: list[Outcome]) -> list[str]:
+    return [outcome.error for outcome in outcomes]
+
+
+# ---- what is learned -------------------------------------------------------------------------------------------------
+
+
+def train(rank: int, size: int, settings: Settings, max_steps: int, pause: float = 0.0) -> Any:
+    loop = Loop(rank, size, settings, pause)
+    before = flat(loop.module)
+    summary = loop.run(max_steps)
+    return summary, before, flat(loop.module), loop.worker.local_steps
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("quorum", [1, 2, 3])
+@pytest.mark.parametrize("codec", ["fp32", "bf16"])
+def test_all_workers_end_with_the_same_bits(overlap: bool, quorum: int, codec: str) -> None:
+    settings = Settings(local_steps=5, overlap=overlap, quorum=quorum, codec=codec, timeout=timedelta(seconds=20))
+    ends = results(run_processes(train, 3, 3, settings, 40, 0.004))
+    summaries = [end[0] for end in ends]
+    assert len({summary.digest for summary in summaries}) == 1
+    assert ends[0][2] == ends[1][2] == ends[2][2]
+    assert ends[0][1] == ends[1][1] == ends[2][1]  # all started from worker 0's parameters
+    assert sum(end[3] for end in ends) == summaries[0].total_local_steps == sum(summaries[0].local_steps)
+    assert abs(summaries[0].total_local_steps - 120) <= 5
+    assert sum(summary.bytes_sent for summary in summaries) == sum(summary.bytes_received for summary in summaries)
+
+
+def count_steps(rank: int, size: int, settings: Settings) -> Any:
+    """A module that counts: each local step adds exactly 1 to its parameter."""
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(module.weight)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    worker = Worker(module, [optimizer], job_store(), rank, size, settings)
+    worker.start(60)
+    running = True
+    while running:
+        time.sleep(0.001 * (1 + 3 * rank))
+        module.weight.grad = -torch.ones(1, 1)
+        optimizer.step()
+        running = worker.step()
+    return worker.finish(), float(module.weight)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("quorum", [1, 3])
+def test_no_local_step_is_lost_or_applied_twice(overlap: bool, quorum: int) -> None:
+    # With lr 1 and no momentum an outer update adds the delta (or, with a quorum, the mean of the deltas) as it is.
+    settings = Settings(
+        local_steps=4,
+        outer_optimizer=partial(torch.optim.SGD, lr=1.0 if quorum == 1 else 3.0),
+        overlap=overlap,
+        quorum=quorum,
+        pace="fixed" if quorum == 3 else "dylu",
+        timeout=timedelta(seconds=20),
+    )
+    ends = results(run_processes(count_steps, 3, 3, settings))
+    assert {end[1] for end in ends} == {float(ends[0][0].total_local_steps)}
+
+
+def test_synchronous_workers_make_exactly_their_steps_and_one_update_a_round() -> None:
+    settings = Settings(local_steps=5, quorum=3, overlap=False, pace="fixed", timeout=timedelta(seconds=20))
+    summary = results(run_processes(train, 3, 3, settings, 20))[0][0]
+    assert summary.local_steps == (20, 20, 20)
+    assert summary.version == 4
+    assert summary.max_staleness == 0
+
+
+def own_budget(rank: int, size: int) -> Any:
+    settings = Settings(local_steps=5, budget="per_worker", timeout=timedelta(seconds=20))
+    return Loop(rank, size, settings, pause=0.01 * rank).run(max_steps=23)
+
+
+def test_with_a_budget_per_worker_each_makes_its_own_steps() -> None:
+    summary = results(run_processes(own_budget, 2, 2))[0]
+    assert summary.local_steps == (23, 23)
+
+
+def stopping(rank: int, size: int) -> Any:
+    loop = Loop(rank, size, pause=0.005)
+    loop.worker.start(None)
+    for _ in range(10_000):
+        loop.train_step()
+        if not loop.worker.step():
+            break
+        if rank == 1 and loop.worker.local_steps == 12:
+            break
+    return loop.worker.finish(stop=rank == 1)
+
+
+def test_one_worker_can_end_the_run_of_all() -> None:
+    summaries = results(run_processes(stopping, 3, 3))
+    assert len({summary.digest for summary in summaries}) == 1
+    assert summaries[0].local_steps[1] == 12
+    assert max(summaries[0].local_steps) < 200
+
+
+def unequal(rank: int, size: int) -> Any:
+    settings = Settings(local_steps=60, timeout=timedelta(seconds=30))
+    loop = Loop(rank, size, settings, pause=SPEEDS[rank] / 40)
+    updates: list[Any] = []
+    job_steps: list[int] = []
+
+    def watch(loop: Loop) -> None:
+        updates.extend(loop.worker.take_updates())
+        job_steps.append(loop.worker.job_steps)
+
+    summary = loop.run(300, watch)
+    updates.extend(loop.worker.take_updates())
+    return summary, updates, [*job_steps, loop.worker.job_steps], loop.last_step, statistics.median(loop.step_seconds)
+
+
+def test_unequal_workers_keep_their_pace_spend_the_budget_and_end_together() -> None:
+    size, local_steps = len(SPEEDS), 60
+    summaries, logs, job_steps, last_steps, seconds = zip(*results(run_processes(unequal, size, size)), strict=True)
+    assert len({summary.digest for summary in summaries}) == 1
+    assert abs(summaries[0].total_local_steps - 300 * size) <= local_steps
+    assert all(log == logs[0] for log in logs)  # everyone saw the same updates
+    assert [u.version for u in logs[0]] == list(range(1, summaries[0].version + 1))
+    for worker in range(size):
+        rounds = [u.local_steps for u in logs[0] if u.worker == worker]
+        # The first rounds measure, the last is what the budget leaves.
+        assert statistics.median(rounds[3:-1]) == pytest.approx(min(seconds) / seconds[worker] * local_steps, rel=0.1)
+    assert max(last_steps) - min(last_steps) <= 2 * local_steps * min(seconds)
+    for counted in job_steps:
+        assert list(counted) == sorted(counted)
+        assert counted[-1] == 300
+
+
+# ---- what can go wrong -----------------------------------------------------------------------------------------------
+
+
+def dying(rank: int, size: int) -> Any:
+    def die(loop: Loop) -> None:
+        if rank == 1 and loop.worker.local_steps == 13:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return Loop(rank, size, pause=0.002).run(10_000, die)
+
+
+def test_a_killed_worker_ends_the_others_with_its_name() -> None:
+    outcomes = run_processes(dying, 3, 3, timeout=40)
+    assert outcomes[1].exitcode == -signal.SIGKILL
+    for outcome in (outcomes[0], outcomes[2]):
+        assert outcome.exitcode == 1
+        assert "PeerLostError" in outcome.error and "Worker 1 (host " in outcome.error
+
+
+def freezing(rank: int, size: int) -> Any:
+    def freeze(loop: Loop) -> None:
+        if rank == 2 and loop.worker.local_steps == 13:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    settings = Settings(local_steps=5, timeout=timedelta(seconds=3))
+    return Loop(rank, size, settings, pause=0.002).run(10_000, freeze)
+
+
+def test_a_frozen_worker_is_named_after_the_timeout() -> None:
+    outcomes = run_processes(freezing, 3, 3, timeout=15)
+    assert outcomes[2].error == STILL_RUNNING
+    for outcome in outcomes[:2]:
+        assert outcome.exitcode == 1
+        assert "Worker 2 (host " in outcome.error and "did not answer within 3 s" in outcome.error
+
+
+def hanging(rank: int, size: int, quorum: int) -> Any:
+    def hang(loop: Loop) -> None:
+        if rank == 0 and loop.worker.local_steps == 7:
+            threading.Event().wait(12)
+
+    settings = Settings(local_steps=5, quorum=quorum, timeout=timedelta(seconds=3))
+    return Loop(rank, size, settings, pause=0.002).run(30, hang)
+
+
+@pytest.mark.parametrize("quorum", [1, 2])
+def test_a_worker_whose_training_hangs_is_named_by_those_who_wait_for_it(quorum: int) -> None:
+    outcomes = run_processes(hanging, 2, 2, quorum, timeout=40)
+    assert [outcome.exitcode for outcome in outcomes] == [1, 1]
+    assert "Worker 0" in outcomes[1].error and "has made no step" in outcomes[1].error
+
+
+def failing(rank: int, size: int) -> Any:
+    loop = Loop(rank, size, pause=0.002)
+
+    def fail(loop: Loop) -> None:
+        if rank == 0 and loop.worker.local_steps == 13:
+            raise ZeroDivisionError("a bug in the user's code")
+
+    try:
+        return loop.run(10_000, fail)
+    except Exception as error:
+        loop.worker.abort(error)
+        raise
+
+
+def test_an_exception_in_one_worker_ends_the_others_with_its_text() -> None:
+    outcomes = run_processes(failing, 3, 3, timeout=40)
+    assert "ZeroDivisionError" in outcomes[0].error
+    for outcome in outcomes[1:]:
+        assert "PeerAbortedError" in outcome.error
+        assert "Worker 0" in outcome.error and "a bug in the user's code" in outcome.error
+
+
+def poisoned(rank: int, size: int, quorum: int) -> Any:
+    loop = Loop(rank, size, Settings(local_steps=5, quorum=quorum, timeout=timedelta(seconds=20)), pause=0.004)
+
+    def poison(loop: Loop) -> None:
+        if rank == 1 and loop.worker.local_steps == 13:
+            with torch.no_grad():
+                next(loop.module.parameters()).view(-1)[0] = float("nan")
+
+    return loop.run(60, poison), flat(loop.module)
+
+
+@pytest.mark.parametrize("quorum", [1, 3])
+def test_a_non_finite_delta_is_dropped_and_counted_and_training_goes_on(quorum: int) -> None:
+    ends = results(run_processes(poisoned, 3, 3, quorum))
+    assert len({end[0].digest for end in ends}) == 1
+    assert ends[0][0].dropped == (0, 1, 0)
+    assert all(torch.isfinite(torch.tensor(end[1])).all() for end in ends)
+    assert abs(ends[0][0].total_local_steps - 180) <= 5
+
+
+def mismatched(rank: int, size: int, what: str) -> Any:
+    settings = Settings(local_steps=5 + rank if what == "settings" else 5, timeout=timedelta(seconds=20))
+    module = nn.Linear(3, 1 + rank) if what == "model" else nn.Linear(3, 1)
+    return Loop(rank, size, settings, module=module)
+
+
+@pytest.mark.parametrize(("what", "named"), [("settings", "`local_steps` is 5 against 6"), ("model", "`model` is 'w")])
+def test_workers_that_were_started_differently_are_all_refused(what: str, named: str) -> None:
+    for error in errors_of(run_processes(mismatched, 2, 2, what)):
+        assert "WorkerMismatchError" in error and named in error
+
+
+def diverging(rank: int, size: int) -> Any:
+    loop = Loop(rank, size)
+
+    def flip(loop: Loop) -> None:
+        if rank == 1 and loop.worker.local_steps == 13:
+            with loop.worker._mailbox.global_state():
+                loop.worker._state.flat.view(torch.int32)[0] ^= 1
+
+    return loop.run(10_000, flip)
+
+
+def test_a_single_flipped_bit_in_a_replica_is_noticed() -> None:
+    for error in errors_of(run_processes(diverging, 2, 2)):
+        assert "ReplicaDivergedError" in error
+
+
+def talking_nonsense(rank: int, size: int) -> Any:
+    if rank == 1:
+        gather = GlooTransport.gather
+        GlooTransport.gather = lambda self, header: gather(self, b"GET / HTTP/1.1\r\n".ljust(len(header)))  # type: ignore[method-assign]
+    return Loop(rank, size).run(100)
+
+
+def test_a_malformed_header_names_its_sender() -> None:
+    error = errors_of(run_processes(talking_nonsense, 2, 2))[0]
+    assert "Worker 1" in error and "not a header" in error
+
+
+# ---- what must not grow or burn --------------------------------------------------------------------------------------
+
+
+def idle(rank: int, size: int) -> Any:
+    loop = Loop(rank, size, Settings(local_steps=10_000))
+    loop.worker.start(None)
+    for _ in range(20):
+        loop.train_step()
+        loop.worker.step()
+    wall, cpu = time.monotonic(), time.process_time()
+    threading.Event().wait(3)
+    share = (time.process_time() - cpu) / (time.monotonic() - wall)
+    loop.worker.finish(stop=True)
+    return share
+
+
+def test_an_idle_exchange_sleeps() -> None:
+    assert max(results(run_processes(idle, 2, 2))) < 0.05  # polling at 1 ms costs several times that
+
+
+def keys_left(rank: int, size: int, max_steps: int) -> Any:
+    Loop(rank, size).run(max_steps)
+    return job_store().num_keys()
+
+
+def test_the_store_does_not_grow_with_the_run() -> None:
+    short, long = (max(results(run_processes(keys_left, 2, 2, steps))) for steps in (20, 400))
+    assert abs(long - short) <= 3
