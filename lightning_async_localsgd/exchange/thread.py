@@ -128,6 +128,7 @@ class ExchangeThread:
         finally:
             self._bell.close()
             self._transport.close()
+            del self._bell  # it refers back to this object, which would outlive its run with all its tensors
 
     def _take_turn(self) -> bool:
         """One turn; returns whether it was the last."""

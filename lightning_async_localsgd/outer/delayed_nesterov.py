@@ -96,10 +96,10 @@ class DelayedNesterov(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["buffer_size"] is None:
                 raise RuntimeError("`buffer_size` is None: outside the strategy, pass the number of workers.")
-            group["received"] = (group["received"] + 1) % group["buffer_size"]
             for p in group["params"]:
                 if p.grad is not None:
                     self._update(p, p.grad, group)
+            group["received"] = (group["received"] + 1) % group["buffer_size"]
         return loss
 
     def _update(self, p: Tensor, pseudo_gradient: Tensor, group: dict[str, Any]) -> None:
@@ -107,26 +107,25 @@ class DelayedNesterov(torch.optim.Optimizer):
         # round twice, and whether it is used depends on the processor and on how a loop is split over threads. Replicas
         # on unlike machines must agree to the bit.
         lr, beta, n, c = group["lr"], group["momentum"], group["buffer_size"], group["momentum_activation"]
-        buffer_full = group["received"] == 0
+        first, last = group["received"] == 0, group["received"] == n - 1
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p)
-            if n > 1:
+            # Without activation nobody reads the momentum before the buffer is full, so the buffer is gathered in it.
+            if c > 0 and n > 1:
                 state["buffer"] = torch.zeros_like(p)
-        momentum = state["momentum"]
-        for block in _blocks(p, pseudo_gradient, momentum, state.get("buffer")):
-            theta, g, m, buffer = block
-            if buffer_full:
-                total = g if buffer is None else buffer.add_(g)
-                m.mul_(beta).add_(total.div(n))
-                activation = (1 - c * n + c) * beta
-                if buffer is not None:
-                    buffer.zero_()
-            else:
-                assert buffer is not None
-                buffer.add_(g)
-                activation = c * beta
+        for theta, g, m, buffer in _blocks(p, pseudo_gradient, state["momentum"], state.get("buffer")):
             update = g.div(n)
+            if buffer is None:
+                if first:
+                    m.mul_(beta)
+                m.add_(update)
+            else:
+                buffer.add_(update)
+                if last:
+                    m.mul_(beta).add_(buffer)
+                    buffer.zero_()
+            activation = (1 - c * n + c if last else c) * beta
             if activation:
                 update.add_(m.mul(activation))
             theta.sub_(update.mul_(lr))
