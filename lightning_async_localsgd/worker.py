@@ -142,6 +142,7 @@ class Worker:
         self._round_started = 0.0
         self._job_steps = 0
         self._max_steps: int | None = None
+        self._asked_after: Progress | None = None
         self._shared_budget = settings.budget == "shared"
         self._shard_generator = torch.Generator().manual_seed(rank)
         self._exchange: ExchangeThread | None = None
@@ -220,23 +221,40 @@ class Worker:
         return running
 
     def _go_on(self) -> bool:
-        """Whether this worker may make another step; waits at the end of the run where only the others' steps tell."""
-        while True:
-            progress = self._mailbox.progress
-            if progress.stop or progress.exhausted:
-                return False
-            if progress.caps is None or self.local_steps < progress.caps[self.rank]:
+        """Whether this worker is to make another step."""
+        progress = self._mailbox.progress
+        if progress.stop or progress.exhausted:
+            return False
+        if progress.caps is None or self.local_steps < progress.caps[self.rank]:
+            return True
+        if not self._shared_budget:
+            return False
+        return self._ask_for_more() if self._settings.overlap else self._wait_for_more()
+
+    def _ask_for_more(self) -> bool:
+        """At its share of the budget: train on until an exchange tells whether the others have made theirs."""
+        if not self._in_flight and self._round_steps > 0:
+            self._push()
+        elif self._mailbox.progress is not self._asked_after:
+            self._asked_after = self._mailbox.progress
+            self._mailbox.announce()
+        return True
+
+    def _wait_for_more(self) -> bool:
+        """At its share of the budget: wait until the others have made theirs, or leave some of it to this worker."""
+        if self._round_steps > 0:
+            self._push()
+            self._adopt(self._mailbox.wait_for_adoption())
+        self._mailbox.flag(Flag.IDLE)
+        self._mailbox.announce()
+        progress = self._mailbox.progress
+        while not (progress.stop or progress.exhausted):
+            assert progress.caps is not None
+            if self.local_steps < progress.caps[self.rank]:
                 self._mailbox.unflag(Flag.IDLE)
                 return True
-            if not self._shared_budget:
-                return False
-            if self._in_flight:
-                self._adopt(self._mailbox.wait_for_adoption())
-            elif self._round_steps > 0:
-                self._push()
-            else:
-                self._mailbox.flag(Flag.IDLE)
-                self._mailbox.wait_for_progress(progress)
+            progress = self._mailbox.wait_for_progress(progress)
+        return False
 
     def finish(self, stop: bool = False) -> RunSummary:
         """End this worker's part: push what it has not pushed, wait for the others, take the final global parameters.
@@ -260,6 +278,7 @@ class Worker:
             self._push(flags)
         else:
             self._mailbox.flag(flags)
+            self._mailbox.announce()
         progress = self._mailbox.progress
         while not progress.over:
             progress = self._mailbox.wait_for_progress(progress)
@@ -272,6 +291,7 @@ class Worker:
         """Leave because of ``error``; the other workers are told and stop too."""
         if self._exchange is not None:
             self._mailbox.flag(Flag.ABORT, reason=f"{type(error).__name__}: {error}")
+            self._mailbox.announce()
             self._exchange.join(_ABORT_PATIENCE)
 
     @contextmanager
@@ -285,7 +305,7 @@ class Worker:
 
     def pause(self) -> None:
         """Begin a pause; see :meth:`paused`."""
-        self._mailbox.flag(Flag.PAUSED, announce=False)
+        self._mailbox.flag(Flag.PAUSED)
         self._stopwatch.pause()
 
     def resume(self) -> None:

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -64,14 +64,13 @@ class Adoption:
     """The delta was not finite: take ``base`` as it is and forget the local parameters."""
 
 
-@dataclass(frozen=True)
-class Live:
+class Live(NamedTuple):
     """How the worker stands now, as the next header will tell."""
 
-    steps: int = 0
-    speed: float = 0.0
-    flags: Flag = Flag.NONE
-    reason: str = ""
+    steps: int
+    speed: float
+    flags: Flag
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -104,13 +103,16 @@ class Mailbox:
     """Everything that crosses between the two threads of a worker, guarded by one condition variable.
 
     Neither thread holds the condition while it computes or waits for the network, so neither keeps the other waiting.
-    The global state belongs to the exchange thread; :meth:`global_state` lends it.
+    What the training thread does at every step takes no lock at all: it assigns or reads single references, which
+    Python does atomically. The global state belongs to the exchange thread; :meth:`global_state` lends it.
     """
 
     def __init__(self, progress: Progress) -> None:
         self._condition = threading.Condition()
         self._state_lock = threading.Lock()
-        self._live = Live()
+        self._counts = (0, 0.0)  # local steps and speed; assigned whole by the training thread
+        self._flags = Flag.NONE
+        self._reason = ""
         self._push: Push | None = None
         self._adoption: Adoption | None = None
         self._progress = progress
@@ -135,27 +137,32 @@ class Mailbox:
 
     def report(self, steps: int, speed: float) -> None:
         """Tell how far the worker is; it rides on the next header."""
-        with self._condition:
-            self._live = replace(self._live, steps=steps, speed=speed)
+        self._counts = (steps, speed)
 
-    def flag(self, flags: Flag, announce: bool = True, reason: str = "") -> None:
-        """Raise ``flags``; with ``announce`` the others hear of it in a turn opened now."""
+    def announce(self) -> None:
+        """Have a turn opened now, so that the others hear what was reported and this worker hears of them."""
         with self._condition:
-            self._live = replace(self._live, flags=self._live.flags | flags, reason=reason)
-            self._news |= announce
+            self._news = True
+            self._condition.notify_all()
+
+    def flag(self, flags: Flag, reason: str = "") -> None:
+        """Raise ``flags``; they ride on the next header."""
+        with self._condition:
+            self._flags |= flags
+            self._reason = reason
             self._condition.notify_all()
 
     def unflag(self, flags: Flag) -> None:
         """Lower ``flags``."""
         with self._condition:
-            self._live = replace(self._live, flags=self._live.flags & ~flags)
+            self._flags &= ~flags
 
     def push(self, push: Push, flags: Flag = Flag.NONE) -> None:
         """Hand over a finished round. Its adoption must have come before the next push."""
         with self._condition:
             assert self._push is None and self._adoption is None
             self._push = push
-            self._live = replace(self._live, flags=self._live.flags | flags)
+            self._flags |= flags
             self._news = True
             self._condition.notify_all()
 
@@ -165,6 +172,8 @@ class Mailbox:
         Raises:
             BaseException: what the exchange thread died of.
         """
+        if self._adoption is None and self._failure is None:
+            return None
         with self._condition:
             self._raise_failure()
             adoption, self._adoption = self._adoption, None
@@ -228,7 +237,7 @@ class Mailbox:
         none_to_come = Flag.IDLE | Flag.FINAL | Flag.ABORT | Flag.PAUSED
         with self._condition:
             self._condition.wait_for(
-                lambda: self._push is not None or self._live.flags & none_to_come or self._failure is not None, grace
+                lambda: self._push is not None or self._flags & none_to_come or self._failure is not None, grace
             )
             self._raise_failure()
 
@@ -236,7 +245,7 @@ class Mailbox:
         """What the next header is to say, and the round to push with it."""
         with self._condition:
             push, self._push, self._news = self._push, None, False
-            return self._live, push
+            return Live(*self._counts, self._flags, self._reason), push
 
     def publish(self, progress: Progress, updates: list[OuterUpdate], adoption: Adoption | None) -> None:
         """Give the training thread the outcome of a turn."""
