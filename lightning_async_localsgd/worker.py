@@ -142,7 +142,6 @@ class Worker:
         self._round_started = 0.0
         self._job_steps = 0
         self._max_steps: int | None = None
-        self._asked_after: Progress | None = None
         self._shared_budget = settings.budget == "shared"
         self._shard_generator = torch.Generator().manual_seed(rank)
         self._exchange: ExchangeThread | None = None
@@ -209,10 +208,11 @@ class Worker:
         self.local_steps += 1
         self._round_steps += 1
         self._round_samples += samples
-        progress = self._mailbox.progress
-        self._mailbox.report(self.local_steps, self._stopwatch.speed(progress.round_steps[self.rank]))
+        round_steps = self._mailbox.progress.round_steps[self.rank]
+        speed = self._stopwatch.speed(round_steps)
+        self._mailbox.report(self.local_steps, speed, (round_steps - self._round_steps) / speed if speed else 0.0)
         self._adopt_if_ready()
-        if self._round_steps >= self._mailbox.progress.round_steps[self.rank] and not self._in_flight:
+        if self._round_steps >= round_steps and not self._in_flight:
             self._push()
             if not self._settings.overlap:
                 self._adopt(self._mailbox.wait_for_adoption())
@@ -229,19 +229,12 @@ class Worker:
             return True
         if not self._shared_budget:
             return False
-        return self._ask_for_more() if self._settings.overlap else self._wait_for_more()
-
-    def _ask_for_more(self) -> bool:
-        """At its share of the budget: train on until an exchange tells whether the others have made theirs."""
-        if not self._in_flight and self._round_steps > 0:
-            self._push()
-        elif self._mailbox.progress is not self._asked_after:
-            self._asked_after = self._mailbox.progress
-            self._mailbox.announce()
-        return True
+        return self._wait_for_more()
 
     def _wait_for_more(self) -> bool:
         """At its share of the budget: wait until the others have made theirs, or leave some of it to this worker."""
+        if self._in_flight:
+            self._adopt(self._mailbox.wait_for_adoption())
         if self._round_steps > 0:
             self._push()
             self._adopt(self._mailbox.wait_for_adoption())

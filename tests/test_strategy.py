@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -434,5 +435,5 @@ def test_launchers(launcher: list[str], tmp_path: Path) -> None:
         [sys.executable, *launcher, str(script)], env=environment, capture_output=True, text=True, timeout=120
     )
     assert run.returncode == 0, run.stderr
-    digests = [line.split()[1] for line in run.stdout.splitlines() if line.startswith("digest")]
-    assert len(digests) == 2 and digests[0] == digests[1]
+    digests = re.findall(r"digest (\w+)", run.stdout)
+    assert len(digests) == 2 and digests[0] == digests[1], run.stdout

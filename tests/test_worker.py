@@ -79,14 +79,14 @@ def train(rank: int, size: int, settings: Settings, max_steps: int, pause: float
 @pytest.mark.parametrize("quorum", [1, 2, 3])
 @pytest.mark.parametrize("codec", ["fp32", "bf16"])
 def test_all_workers_end_with_the_same_bits(overlap: bool, quorum: int, codec: str) -> None:
-    settings = Settings(local_steps=5, overlap=overlap, quorum=quorum, codec=codec, timeout=timedelta(seconds=20))
+    settings = Settings(local_steps=10, overlap=overlap, quorum=quorum, codec=codec, timeout=timedelta(seconds=20))
     ends = results(run_processes(train, 3, 3, settings, 40, 0.004))
     summaries = [end[0] for end in ends]
     assert len({summary.digest for summary in summaries}) == 1
     assert ends[0][2] == ends[1][2] == ends[2][2]
     assert ends[0][1] == ends[1][1] == ends[2][1]  # all started from worker 0's parameters
     assert sum(end[3] for end in ends) == summaries[0].total_local_steps == sum(summaries[0].local_steps)
-    assert abs(summaries[0].total_local_steps - 120) <= 5
+    assert abs(summaries[0].total_local_steps - 120) <= 10
     assert sum(summary.bytes_sent for summary in summaries) == sum(summary.bytes_received for summary in summaries)
 
 
@@ -103,7 +103,7 @@ def count_steps(rank: int, size: int, settings: Settings) -> Any:
         module.weight.grad = -torch.ones(1, 1)
         optimizer.step()
         running = worker.step()
-    return worker.finish(), float(module.weight)
+    return worker.finish(), worker.take_updates(), module.weight.item()
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -112,14 +112,21 @@ def test_no_local_step_is_lost_or_applied_twice(overlap: bool, quorum: int) -> N
     # With lr 1 and no momentum an outer update adds the delta (or, with a quorum, the mean of the deltas) as it is.
     settings = Settings(
         local_steps=4,
-        outer_optimizer=partial(torch.optim.SGD, lr=1.0 if quorum == 1 else 3.0),
+        outer_optimizer=partial(torch.optim.SGD, lr=1.0),
         overlap=overlap,
         quorum=quorum,
-        pace="fixed" if quorum == 3 else "dylu",
         timeout=timedelta(seconds=20),
     )
     ends = results(run_processes(count_steps, 3, 3, settings))
-    assert {end[1] for end in ends} == {float(ends[0][0].total_local_steps)}
+    summary, updates, _ = ends[0]
+    assert sum(u.local_steps for u in updates) == summary.total_local_steps
+    batches: dict[int, list[int]] = {}
+    for u in updates:
+        batches.setdefault(u.version, []).append(u.local_steps)
+    expected = sum(statistics.mean(steps) for steps in batches.values())
+    assert expected == summary.total_local_steps or quorum == 3
+    assert len({end[2] for end in ends}) == 1
+    assert ends[0][2] == pytest.approx(expected, rel=1e-5)
 
 
 def test_synchronous_workers_make_exactly_their_steps_and_one_update_a_round() -> None:
@@ -266,7 +273,7 @@ def test_an_exception_in_one_worker_ends_the_others_with_its_text() -> None:
 
 
 def poisoned(rank: int, size: int, quorum: int) -> Any:
-    loop = Loop(rank, size, Settings(local_steps=5, quorum=quorum, timeout=timedelta(seconds=20)), pause=0.004)
+    loop = Loop(rank, size, Settings(local_steps=10, quorum=quorum, timeout=timedelta(seconds=20)), pause=0.004)
 
     def poison(loop: Loop) -> None:
         if rank == 1 and loop.worker.local_steps == 13:
@@ -282,7 +289,7 @@ def test_a_non_finite_delta_is_dropped_and_counted_and_training_goes_on(quorum: 
     assert len({end[0].digest for end in ends}) == 1
     assert ends[0][0].dropped == (0, 1, 0)
     assert all(torch.isfinite(torch.tensor(end[1])).all() for end in ends)
-    assert abs(ends[0][0].total_local_steps - 180) <= 5
+    assert abs(ends[0][0].total_local_steps - 180) <= 10
 
 
 def mismatched(rank: int, size: int, what: str) -> Any:

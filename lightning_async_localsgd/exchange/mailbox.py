@@ -110,7 +110,7 @@ class Mailbox:
     def __init__(self, progress: Progress) -> None:
         self._condition = threading.Condition()
         self._state_lock = threading.Lock()
-        self._counts = (0, 0.0)  # local steps and speed; assigned whole by the training thread
+        self._counts = (0, 0.0, 0.0)  # what `report` tells; assigned whole by the training thread
         self._flags = Flag.NONE
         self._reason = ""
         self._push: Push | None = None
@@ -135,9 +135,9 @@ class Mailbox:
         """Shared progress after the latest turn."""
         return self._progress
 
-    def report(self, steps: int, speed: float) -> None:
-        """Tell how far the worker is; it rides on the next header."""
-        self._counts = (steps, speed)
+    def report(self, steps: int, speed: float, seconds_to_push: float) -> None:
+        """Tell how far the worker is, which rides on the next header, and when its next push is to be expected."""
+        self._counts = (steps, speed, seconds_to_push)
 
     def announce(self) -> None:
         """Have a turn opened now, so that the others hear what was reported and this worker hears of them."""
@@ -233,19 +233,20 @@ class Mailbox:
             return self._rung < turn
 
     def wait_for_push(self, grace: float) -> None:
-        """Wait up to ``grace`` seconds for a push, unless none can come."""
+        """Wait up to ``grace`` seconds for a push, unless none is to be expected by then."""
         none_to_come = Flag.IDLE | Flag.FINAL | Flag.ABORT | Flag.PAUSED
         with self._condition:
-            self._condition.wait_for(
-                lambda: self._push is not None or self._flags & none_to_come or self._failure is not None, grace
-            )
+            if self._counts[2] <= grace:
+                self._condition.wait_for(
+                    lambda: self._push is not None or self._flags & none_to_come or self._failure is not None, grace
+                )
             self._raise_failure()
 
     def take(self) -> tuple[Live, Push | None]:
         """What the next header is to say, and the round to push with it."""
         with self._condition:
             push, self._push, self._news = self._push, None, False
-            return Live(*self._counts, self._flags, self._reason), push
+            return Live(*self._counts[:2], self._flags, self._reason), push
 
     def publish(self, progress: Progress, updates: list[OuterUpdate], adoption: Adoption | None) -> None:
         """Give the training thread the outcome of a turn."""

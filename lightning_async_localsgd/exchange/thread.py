@@ -3,7 +3,7 @@
 A turn goes through these states, alike on every worker:
 
 1. *asleep* until the training thread has news or the bell tells that another worker opened the turn;
-2. *grace*: a worker without a delta waits for one, at most ``grace_period`` seconds;
+2. *grace*: a worker that expects to push within ``grace_period`` seconds waits until it has, at most that long;
 3. *headers*: every worker gives its header to every other;
 4. *deltas*, if the quorum is met: each worker that has one sends it, in rank order, and all apply it;
 5. *publish*: shared progress, and to a worker whose delta was applied its new global parameters.
