@@ -32,9 +32,9 @@ class WorkerCallback(pl.Callback):
         self._trainer = trainer
         self._schedulers: _JobSchedulers | None = None
         self._samples = 0
-        # The budget ends the run, not the count of this worker's own steps.
         self._max_steps = trainer.max_steps
-        trainer.fit_loop.epoch_loop.max_steps = -1
+        self._job_max_steps = _JobMaxSteps(self._max_steps)
+        trainer.fit_loop.epoch_loop.max_steps = self._job_max_steps
         self._callbacks.insert(0, self)
 
     def detach(self) -> None:
@@ -58,12 +58,9 @@ class WorkerCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._schedulers = _JobSchedulers(trainer)
         done = self._strategy.steps_done(trainer)
-        if self._max_steps == -1:
-            self._worker.start()
-            return
         remaining = max(0, self._max_steps - done)
-        self._worker.start(remaining)
-        trainer.fit_loop.epoch_loop.max_steps = trainer.global_step + remaining * self._worker.size
+        self._job_max_steps.reached = remaining == 0
+        self._worker.start(None if self._max_steps == -1 else remaining)
 
     @override
     def on_train_batch_end(
@@ -79,7 +76,6 @@ class WorkerCallback(pl.Callback):
         self._schedulers.advance(self._worker.job_steps)
         if not running:
             self._finish(trainer, pl_module)
-            trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -110,6 +106,9 @@ class WorkerCallback(pl.Callback):
     def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._strategy.summary = self._worker.finish(stop=trainer.should_stop)
         self._strategy.add_steps_done(self._worker.job_steps)
+        self._job_max_steps.reached = True
+        if self._max_steps == -1:  # some worker asked all to stop
+            trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
         self._announce_updates(trainer, pl_module)
         assert self._schedulers is not None
         self._schedulers.advance(self._worker.job_steps)
@@ -123,6 +122,20 @@ class WorkerCallback(pl.Callback):
         for update in updates:
             for listener in listeners:
                 listener(trainer, pl_module, update)
+
+
+class _JobMaxSteps(int):
+    """``trainer.max_steps`` as the user gave it, but reached when the job's budget is spent.
+
+    Lightning ends a loop when ``global_step >= max_steps``. A fast worker makes more steps than that and a slow one
+    fewer, while schedules and progress bars that read ``trainer.max_steps`` should find the user's number. Python asks
+    the operand whose class derives from the other's first, so the comparison comes here.
+    """
+
+    reached = False
+
+    def __le__(self, other: int) -> bool:
+        return self.reached
 
 
 class _JobSchedulers:

@@ -105,7 +105,11 @@ def test_unequal_workers_agree_spend_the_budget_and_end_together(overlap: bool) 
 
 
 class Scheduled(Regression):
-    """Counts the steps of its scheduler, which would fail if stepped past its end."""
+    """Counts the steps of its scheduler, which would fail if stepped past its end; reads ``max_steps`` as it trains."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        assert self.trainer.max_steps == 40
+        return super().training_step(batch, batch_idx)
 
     def configure_optimizers(self) -> Any:
         optimizer = super().configure_optimizers()
