@@ -12,6 +12,9 @@ __all__ = ["DynamicLocalUpdates", "FixedPace", "Pace", "make_pace"]
 class Pace(Protocol):
     """A policy that sets every worker's local steps per round. Pure: alike everywhere."""
 
+    tolerance: float
+    """Fraction of a round by which it may end early to share a turn of the exchange with others."""
+
     def steps(self, speeds: Sequence[float], local_steps: int) -> list[int]:
         """Local steps per round of each worker.
 
@@ -28,6 +31,8 @@ class FixedPace:
         Douillard et al. 2023, DiLoCo (arXiv 2311.08105), Algorithm 1.
     """
 
+    tolerance = 0.0
+
     def steps(self, speeds: Sequence[float], local_steps: int) -> list[int]:
         """``H`` for every worker."""
         return [local_steps] * len(speeds)
@@ -36,11 +41,22 @@ class FixedPace:
 class DynamicLocalUpdates:
     """DyLU: ``steps(w) = floor(v(w) / max_w' v(w') * H)``, at least 1, so that all rounds take the same time.
 
-    A worker whose speed is not known yet keeps ``H``.
+    A worker whose speed is not known yet keeps ``H``. Rounds that take the same time could all end together, but for
+    the rounding to whole steps and for jitter. So when one worker opens a turn, the others who have made all but
+    ``tolerance`` of their round push at the end of their current step. Deltas then start from the same parameters, and
+    nobody waits for it.
+
+    Args:
+        tolerance: fraction of a round by which it may end early (with ``overlap=True``); 0 for Eq. 6 to the letter.
 
     References:
         Liu et al. 2024, Asynchronous Local-SGD (arXiv 2401.09135), Eq. 6.
     """
+
+    def __init__(self, tolerance: float = 0.1) -> None:
+        if not 0 <= tolerance < 1:
+            raise ValueError(f"`tolerance` must be in [0, 1), got {tolerance}.")
+        self.tolerance = tolerance
 
     def steps(self, speeds: Sequence[float], local_steps: int) -> list[int]:
         """Local steps per round of each worker, from its measured speed."""
@@ -55,10 +71,10 @@ def make_pace(pace: str | Pace) -> Pace:
     """The policy of this name, or the policy object itself.
 
     Raises:
-        ValueError: if ``pace`` is neither a known name nor an object with a method ``steps(speeds, local_steps)``.
+        ValueError: if ``pace`` is neither a known name nor an object with ``steps`` and ``tolerance``.
     """
     if isinstance(pace, str) and pace in _PACES:
         return _PACES[pace]()
-    if not isinstance(pace, str) and callable(getattr(pace, "steps", None)):
+    if not isinstance(pace, str) and callable(getattr(pace, "steps", None)) and hasattr(pace, "tolerance"):
         return pace
-    raise ValueError(f"`pace` must be one of {sorted(_PACES)} or an object with a method `steps`, got {pace!r}.")
+    raise ValueError(f"`pace` must be one of {sorted(_PACES)} or an object with `steps` and `tolerance`, got {pace!r}.")

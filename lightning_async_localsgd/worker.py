@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from lightning_async_localsgd.exchange.header import PROTOCOL, Flag
 from lightning_async_localsgd.layout import Layout
 from lightning_async_localsgd.membership import Roster
 from lightning_async_localsgd.outer import GlobalState
+from lightning_async_localsgd.pace import make_pace
 from lightning_async_localsgd.settings import Settings
 
 __all__ = ["RunSummary", "Worker"]
@@ -111,6 +113,7 @@ class Worker:
         self._settings = settings
         self.rank = rank
         self.size = size
+        self._pace = make_pace(settings.pace)
         self._layout = Layout(module)
         self._state = GlobalState(
             self._layout, settings.outer_optimizer, size, settings.quorum, torch.device(settings.outer_device)
@@ -208,17 +211,42 @@ class Worker:
         self.local_steps += 1
         self._round_steps += 1
         self._round_samples += samples
-        round_steps = self._mailbox.progress.round_steps[self.rank]
-        speed = self._stopwatch.speed(round_steps)
-        self._mailbox.report(self.local_steps, speed, (round_steps - self._round_steps) / speed if speed else 0.0)
         self._adopt_if_ready()
-        if self._round_steps >= round_steps and not self._in_flight:
+        planned = self._mailbox.progress.round_steps[self.rank]
+        speed = self._stopwatch.speed(planned)
+        self._mailbox.report(self.local_steps, speed, self._patience(planned, speed))
+        if self._push_is_due(planned):
             self._push()
             if not self._settings.overlap:
                 self._adopt(self._mailbox.wait_for_adoption())
         running = self._go_on()
         self.blocked_seconds += self._stopwatch.resume()
         return running
+
+    def _push_is_due(self, planned: int) -> bool:
+        if self._in_flight:
+            return False
+        enough = self._enough(planned) if self._mailbox.push_wanted else planned
+        if self._round_steps < enough:
+            return False
+        # What is left for the last round goes into this one if it would be less than half a round: every delta is a
+        # whole outer update with its momentum, and one of a few steps would be all momentum.
+        caps = self._mailbox.progress.caps
+        return caps is None or caps[self.rank] - self.local_steps >= planned / 2
+
+    def _enough(self, planned: int) -> int:
+        """Local steps after which this round may end, if that lets it share a turn with others."""
+        return math.ceil((1 - self._pace.tolerance) * planned) if self._settings.overlap else planned
+
+    def _patience(self, planned: int, speed: float) -> float:
+        """Seconds for which a turn that opens now is worth holding open for this worker's next push."""
+        grace = self._settings.grace_period
+        if speed == 0:
+            return grace
+        steps = max(1, self._enough(planned) - self._round_steps)
+        if self._settings.overlap and steps == 1:
+            return max(grace, 2 / speed)  # nobody waits for it, and a step may take longer than most do
+        return grace if steps / speed <= grace else 0.0
 
     def _go_on(self) -> bool:
         """Whether this worker is to make another step."""
@@ -233,11 +261,6 @@ class Worker:
 
     def _wait_for_more(self) -> bool:
         """At its share of the budget: wait until the others have made theirs, or leave some of it to this worker."""
-        if self._in_flight:
-            self._adopt(self._mailbox.wait_for_adoption())
-        if self._round_steps > 0:
-            self._push()
-            self._adopt(self._mailbox.wait_for_adoption())
         self._mailbox.flag(Flag.IDLE)
         self._mailbox.announce()
         progress = self._mailbox.progress

@@ -25,6 +25,8 @@ def test_policies_are_found_by_name_or_taken_as_objects() -> None:
     assert isinstance(make_pace("dylu"), DynamicLocalUpdates)
     policy = FixedPace()
     assert make_pace(policy) is policy
+    with pytest.raises(ValueError, match="tolerance"):
+        DynamicLocalUpdates(tolerance=1.0)
     for wrong in ("fast", object()):
         with pytest.raises(ValueError, match="pace"):
             make_pace(wrong)  # type: ignore[arg-type]

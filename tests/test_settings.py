@@ -48,5 +48,7 @@ def test_credentials_are_the_same_text_in_every_process_and_tell_settings_apart(
 
 
 class DelayedPace:
+    tolerance = 0.0
+
     def steps(self, speeds: list[float], local_steps: int) -> list[int]:
         return [local_steps] * len(speeds)

@@ -24,7 +24,7 @@ class Flag(IntFlag):
     NONE = 0
     DELTA = 1  # it has a delta, to be applied in this turn or, while the quorum is not met, in a later one
     DROPPED = 2  # its delta was not finite: its steps count, the delta is not sent
-    IDLE = 4  # it waits at its share of the budget with nothing to push
+    IDLE = 4  # it waits at its share of the budget; it pushes what it has when that grows, or at the end
     FINAL = 8  # it has made its last step and has nothing to push after this
     STOP = 16  # it asks all workers to end their training
     PAUSED = 32  # it is busy with something other than training: validation, a checkpoint

@@ -118,6 +118,7 @@ class Mailbox:
         self._progress = progress
         self._updates: deque[OuterUpdate] = deque(maxlen=_UPDATES_KEPT)
         self._news = False  # the training thread said something that the others should hear of now
+        self._push_wanted = False  # the exchange thread holds a turn open
         self._waiting = False  # the training thread is blocked in here
         self._rung = -1  # the last turn that some worker opened
         self._failure: BaseException | None = None
@@ -135,9 +136,20 @@ class Mailbox:
         """Shared progress after the latest turn."""
         return self._progress
 
-    def report(self, steps: int, speed: float, seconds_to_push: float) -> None:
-        """Tell how far the worker is, which rides on the next header, and when its next push is to be expected."""
-        self._counts = (steps, speed, seconds_to_push)
+    def report(self, steps: int, speed: float, patience: float) -> None:
+        """Tell how far the worker is, which rides on the next header.
+
+        Args:
+            steps: local steps so far.
+            speed: local steps per second.
+            patience: seconds for which a turn that opens now is worth holding open for this worker's next push.
+        """
+        self._counts = (steps, speed, patience)
+
+    @property
+    def push_wanted(self) -> bool:
+        """Whether a turn is being held open for this worker's push."""
+        return self._push_wanted
 
     def announce(self) -> None:
         """Have a turn opened now, so that the others hear what was reported and this worker hears of them."""
@@ -232,14 +244,16 @@ class Mailbox:
                 self._raise_failure()
             return self._rung < turn
 
-    def wait_for_push(self, grace: float) -> None:
-        """Wait up to ``grace`` seconds for a push, unless none is to be expected by then."""
+    def wait_for_push(self) -> None:
+        """Hold the turn open for a push, as long as the training thread said it is worth."""
         none_to_come = Flag.IDLE | Flag.FINAL | Flag.ABORT | Flag.PAUSED
         with self._condition:
-            if self._counts[2] <= grace:
-                self._condition.wait_for(
-                    lambda: self._push is not None or self._flags & none_to_come or self._failure is not None, grace
-                )
+            self._push_wanted = True
+            self._condition.wait_for(
+                lambda: self._push is not None or self._flags & none_to_come or self._failure is not None,
+                timeout=self._counts[2],
+            )
+            self._push_wanted = False
             self._raise_failure()
 
     def take(self) -> tuple[Live, Push | None]:

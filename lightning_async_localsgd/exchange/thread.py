@@ -3,7 +3,7 @@
 A turn goes through these states, alike on every worker:
 
 1. *asleep* until the training thread has news or the bell tells that another worker opened the turn;
-2. *grace*: a worker that expects to push within ``grace_period`` seconds waits until it has, at most that long;
+2. *grace*: a worker that is about to push holds the turn open until it has, for as long as it said it is worth;
 3. *headers*: every worker gives its header to every other;
 4. *deltas*, if the quorum is met: each worker that has one sends it, in rank order, and all apply it;
 5. *publish*: shared progress, and to a worker whose delta was applied its new global parameters.
@@ -135,7 +135,7 @@ class ExchangeThread:
         if self._mailbox.wait_for_turn(self._turn, heartbeat=self._timeout / 4):
             self._bell.ring(self._turn)
         if self._pending is None:
-            self._mailbox.wait_for_push(self._settings.grace_period)
+            self._mailbox.wait_for_push()
         live, push = self._mailbox.take()
         finite = True
         if push is not None:
@@ -246,7 +246,9 @@ class ExchangeThread:
         """Apply this turn's deltas, if enough are there; returns an adoption if this worker's own was among them."""
         dropped = [h.worker for h in headers if Flag.DROPPED in h.flags]
         deltas = [h for h in headers if Flag.DELTA in h.flags]
-        none_to_come = Flag.DELTA | Flag.IDLE | Flag.FINAL
+        none_to_come = Flag.DELTA | Flag.FINAL
+        if not self._budget.exhausted([h.steps for h in headers]):
+            none_to_come |= Flag.IDLE  # later these will push what they have, at the end of the run
         if len(deltas) < self._settings.quorum and not all(h.flags & none_to_come for h in headers):
             deltas = []
         for worker in dropped:
