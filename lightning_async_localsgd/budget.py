@@ -13,7 +13,7 @@ def allocate(amount: int, weights: Sequence[int]) -> list[int]:
 
     Args:
         amount: steps to hand out, at least 0.
-        weights: one positive weight per worker.
+        weights: one weight per worker, at least 0; one of them positive.
 
     Returns:
         One share per worker; they add up to ``amount``.
@@ -43,16 +43,19 @@ class Budget:
     workers: int
     shared: bool = True
 
-    def caps(self, steps: Sequence[int], weights: Sequence[int]) -> tuple[int, ...] | None:
+    def caps(
+        self, steps: Sequence[int], weights: Sequence[int], final: Sequence[bool] | None = None
+    ) -> tuple[int, ...] | None:
         """How far each worker may go, so that all end at the same time; None: no limit.
 
         Computed anew at every exchange from the same numbers on every worker: what is left is shared out by pace. A
         worker that reaches its cap early gets part of what slower ones have not done yet, so that together they spend
-        the budget exactly.
+        the budget, but for the steps that are under way while an exchange takes place.
 
         Args:
             steps: local steps each worker has made.
             weights: each worker's pace, in local steps per round.
+            final: which workers have ended already; the others share what is left.
 
         Returns:
             Cumulative local steps at which each worker stops.
@@ -62,6 +65,8 @@ class Budget:
         if not self.shared:
             return (self.max_steps,) * self.workers
         remaining = max(0, self.max_steps * self.workers - sum(steps))
+        if final is not None and not all(final):
+            weights = [0 if ended else w for w, ended in zip(weights, final, strict=True)]
         return tuple(done + share for done, share in zip(steps, allocate(remaining, weights), strict=True))
 
     def exhausted(self, steps: Sequence[int]) -> bool:

@@ -39,7 +39,8 @@ class WorkerCallback(pl.Callback):
 
     def detach(self) -> None:
         """Leave the trainer as it was."""
-        self._callbacks.remove(self)
+        if self in self._callbacks:  # the learning-rate finder swaps the list
+            self._callbacks.remove(self)
         self._trainer.fit_loop.epoch_loop.max_steps = self._max_steps
         if self._schedulers is not None:
             self._schedulers.restore()
@@ -57,10 +58,9 @@ class WorkerCallback(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._schedulers = _JobSchedulers(trainer)
-        done = self._strategy.steps_done(trainer)
-        remaining = max(0, self._max_steps - done)
+        remaining = max(0, self._max_steps - self._strategy.steps_before_fit(trainer))
         self._job_max_steps.reached = remaining == 0
-        self._worker.start(None if self._max_steps == -1 else remaining)
+        self._strategy.begin_training(None if self._max_steps == -1 else remaining)
 
     @override
     def on_train_batch_end(
@@ -75,6 +75,10 @@ class WorkerCallback(pl.Callback):
         assert self._schedulers is not None
         self._schedulers.advance(self._worker.job_steps)
         if not running:
+            if self._worker.stop_requested:
+                trainer.should_stop = (
+                    True  # so that Lightning ends as it does after early stopping, validation included
+                )
             self._finish(trainer, pl_module)
 
     @override
@@ -105,7 +109,6 @@ class WorkerCallback(pl.Callback):
 
     def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._strategy.summary = self._worker.finish(stop=trainer.should_stop)
-        self._strategy.add_steps_done(self._worker.job_steps)
         self._job_max_steps.reached = True
         if self._max_steps == -1:  # some worker asked all to stop
             trainer.fit_loop.epoch_loop.max_steps = trainer.global_step

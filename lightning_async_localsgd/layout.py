@@ -32,8 +32,8 @@ class Layout:
     """Maps the tensors that workers share to one contiguous fp32 vector, alike on every worker.
 
     Trainable parameters come first, in the order of ``module.named_parameters()``; floating-point buffers (BatchNorm
-    statistics) follow. Frozen parameters and integer buffers have no place in it: they are neither copied nor sent.
-    Tied parameters appear once.
+    statistics) follow. Frozen parameters, integer buffers and buffers with infinite elements (attention masks) have no
+    place in it. Tied parameters appear once.
 
     Args:
         module: the module to share.
@@ -44,7 +44,7 @@ class Layout:
 
     def __init__(self, module: nn.Module) -> None:
         parameters = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        buffers = [(name, b) for name, b in module.named_buffers() if b.is_floating_point() and b.numel() > 0]
+        buffers = [(name, b) for name, b in module.named_buffers() if _is_statistic(b)]
         if not parameters:
             raise ValueError(
                 f"{type(module).__name__} has no trainable parameters, so there is nothing to exchange. Set "
@@ -82,7 +82,17 @@ class Layout:
         """One view of ``flat`` (shape ``(numel,)``) per tensor, each in the shape of its tensor."""
         return [flat[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in self.slots]
 
+    def others(self, module: nn.Module) -> list[Tensor]:
+        """The tensors of ``module`` that have no place in the flat vector: what is alike on all workers, or counted."""
+        shared = {slot.name for slot in self.slots}
+        named = dict(module.named_parameters()) | dict(module.named_buffers())
+        return [tensor.detach() for name, tensor in named.items() if name not in shared and tensor.numel() > 0]
+
     def describe(self) -> Iterator[str]:
         """One line per tensor, to compare the models of two workers."""
         for slot in self.slots:
             yield f"{slot.name}: {slot.dtype}{list(slot.shape)}"
+
+
+def _is_statistic(buffer: Tensor) -> bool:
+    return buffer.is_floating_point() and buffer.numel() > 0 and bool(torch.isfinite(buffer).all())

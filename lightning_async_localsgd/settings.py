@@ -44,8 +44,11 @@ class Settings:
             raise ValueError(f"`grace_period` must be at least 0 seconds, got {self.grace_period}.")
         if self.budget not in ("shared", "per_worker"):
             raise ValueError(f"`budget` must be 'shared' or 'per_worker', got {self.budget!r}.")
-        if self.timeout <= timedelta(0):
-            raise ValueError(f"`timeout` must be positive, got {self.timeout}.")
+        if self.timeout.total_seconds() <= self.grace_period:
+            raise ValueError(
+                "`timeout` must be positive and longer than `grace_period`, got "
+                f"{self.timeout.total_seconds():g} s and {self.grace_period:g} s."
+            )
         if self.outer_optimizer is not None:
             if not callable(self.outer_optimizer):
                 raise ValueError(
@@ -79,15 +82,17 @@ class Settings:
             "overlap": self.overlap,
             "budget": self.budget,
             "codec": make_codec(self.codec).name,
+            "outer_device": torch.device(self.outer_device).type,  # kinds of devices may round differently
         }
 
 
 def _describe(value: Any) -> str:
     """A text that is the same in every process, unlike a repr with an address."""
-    if value is None or isinstance(value, str):
-        return str(value)
+    if value is None or isinstance(value, (str, int, float, list, tuple, dict)):
+        return repr(value)
     if isinstance(value, partial):
-        arguments = [repr(a) for a in value.args] + [f"{k}={v!r}" for k, v in sorted(value.keywords.items())]
+        arguments = [_describe(a) for a in value.args]
+        arguments += [f"{k}={_describe(v)}" for k, v in sorted(value.keywords.items())]
         return f"{_describe(value.func)}({', '.join(arguments)})"
     name = getattr(value, "__qualname__", type(value).__qualname__)
     return f"{getattr(value, '__module__', '')}.{name}"

@@ -115,7 +115,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         self._job: StaticJob | None = None
         self._callback: WorkerCallback | None = None
         self._optimizer_stepped = False
-        self._steps_done: int | None = None
+        self._steps_before_fit: int | None = None
         self._out_of_step = False  # workers train, each at its own pace
 
     # ---- the process world ------------------------------------------------------------------------------------------
@@ -167,7 +167,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             return dataloader
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
-        sampler = dataloader.sampler
+        # With a batch sampler of the user's own, that is where Lightning puts the sampler.
+        sampler = getattr(dataloader.batch_sampler, "sampler", dataloader.sampler)
         overfitting = trainer.overfit_batches > 0  # type: ignore[attr-defined]
         if not trainer.training or overfitting:
             return dataloader
@@ -230,9 +231,11 @@ class AsyncLocalSGDStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         """A worker of one device needs no DDP."""
 
-    @override
-    def on_train_start(self) -> None:
+    def begin_training(self, max_steps: int | None) -> None:
+        """Start the worker; from here on processes are out of step."""
+        assert self.worker is not None
         self._out_of_step = True
+        self.worker.start(max_steps)
 
     @override
     def optimizer_step(
@@ -246,16 +249,20 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         self._optimizer_stepped = True
         return output
 
-    def steps_done(self, trainer: pl.Trainer) -> int:
-        """Steps of the job before this ``fit``: from an earlier one of this trainer, or from a checkpoint."""
-        if self._steps_done is None:
-            self._steps_done = trainer.global_step
-        return self._steps_done
+    def steps_before_fit(self, trainer: pl.Trainer) -> int:
+        """Steps of the job before this ``fit``: in an earlier one, or as the checkpoint says.
 
-    def add_steps_done(self, job_steps: int) -> None:
-        """Count the job's steps in the ``fit`` that ends now."""
-        assert self._steps_done is not None
-        self._steps_done += job_steps
+        A checkpoint of another strategy has no such count; there ``global_step`` is the same on every worker.
+        """
+        if self._steps_before_fit is None:
+            self._steps_before_fit = trainer.global_step
+        return self._steps_before_fit
+
+    @property
+    def job_steps(self) -> int:
+        """Steps of the job so far: local steps of all workers over their number."""
+        in_this_fit = self.worker.job_steps if self.worker is not None and self._out_of_step else 0
+        return (self._steps_before_fit or 0) + in_this_fit
 
     def take_optimizer_stepped(self) -> bool:
         """Whether an optimizer has stepped since the last call: then the batch was a local step."""
@@ -276,6 +283,22 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         return state
 
     @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Add the job's count of steps; ``global_step`` is worker 0's own."""
+        checkpoint["async_localsgd"] = {"job_steps": self.job_steps}
+        if self.worker is None or not self._out_of_step:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        with self.worker.paused():
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        self._steps_before_fit = checkpoint.get("async_localsgd", {}).get("job_steps")
+        return checkpoint
+
+    @override
     def on_exception(self, exception: BaseException) -> None:
         if self.worker is not None:
             self.worker.abort(exception)
@@ -285,9 +308,12 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         if self._callback is not None:
             self._callback.detach()
             self._callback = None
+        if self._out_of_step:
+            self._steps_before_fit = self.job_steps
         self.worker = None
         self._job = None
         self._out_of_step = False
+        self._optimizer_stepped = False
         if dist.is_initialized():
             dist.destroy_process_group()
         super().teardown()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -115,6 +116,7 @@ class Worker:
         self.size = size
         self._pace = make_pace(settings.pace)
         self._layout = Layout(module)
+        self._trainable = {slot.name for slot in self._layout.parameter_slots}
         self._state = GlobalState(
             self._layout, settings.outer_optimizer, size, settings.quorum, torch.device(settings.outer_device)
         )
@@ -156,7 +158,16 @@ class Worker:
         torch._foreach_copy_(self._layout.views(flat), self._layout.tensors(self._module))
         self._transport.broadcast(flat, root=0)
         self._state.flat.copy_(flat)
-        torch._foreach_copy_(self._layout.tensors(self._module), self._layout.views(flat))
+        self._copy_to_module(flat)
+        self._follow_leader()
+
+    @torch.no_grad()
+    def _follow_leader(self) -> None:
+        """Take worker 0's frozen parameters, integer buffers and masks, which no delta carries."""
+        for tensor in self._layout.others(self._module):
+            wire = tensor.to("cpu", copy=True).contiguous().view(-1)
+            self._transport.broadcast(wire.view(torch.uint8), root=0)
+            tensor.copy_(wire.view(tensor.shape))
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
@@ -300,7 +311,9 @@ class Worker:
             progress = self._mailbox.wait_for_progress(progress)
         self._exchange.join(self._settings.timeout.total_seconds())
         self._copy_to_module(self._state.flat)
-        self._job_steps = self._at_most_max_steps(sum(progress.steps) // self.size)
+        self._follow_leader()
+        self._transport.close()
+        self._job_steps = max(self._job_steps, self._at_most_max_steps(sum(progress.steps) // self.size))
         return self.summary(digest=self._state.digest())
 
     def abort(self, error: BaseException) -> None:
@@ -344,6 +357,11 @@ class Worker:
 
     def _at_most_max_steps(self, job_steps: int) -> int:
         return job_steps if self._max_steps is None else min(job_steps, self._max_steps)
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether some worker has asked all to end their training."""
+        return self._mailbox.progress.stop
 
     def take_updates(self) -> list[OuterUpdate]:
         """The outer updates since the last call, oldest first (at most 4096: older ones are forgotten)."""
@@ -392,6 +410,7 @@ class Worker:
     def _push(self, flags: Flag = Flag.NONE) -> None:
         """Hand the local parameters of now to the exchange thread; training may go on at once."""
         assert self._base is not None and self._snapshot is not None
+        self._check_trainable()
         with record_function("async_localsgd::push"):
             torch._foreach_copy_(self._layout.views(self._snapshot), self._layout.tensors(self._module), True)
             push = Push(
@@ -408,6 +427,15 @@ class Worker:
             self._base = self._snapshot = None
             self._mailbox.push(push, flags)
             self._begin_round()
+
+    def _check_trainable(self) -> None:
+        """A parameter that was unfrozen on the way would train apart on every worker."""
+        for name, parameter in self._module.named_parameters():
+            if parameter.requires_grad and name not in self._trainable:
+                raise RuntimeError(
+                    f"Parameter {name!r} was frozen when training started and is trainable now: it is not exchanged. "
+                    "Unfreeze it before `fit`, or call `fit` again for each stage of fine-tuning."
+                )
 
     def _copied(self) -> Callable[[], object]:
         """What the exchange thread calls to wait until copies from the accelerator have arrived."""
@@ -427,6 +455,11 @@ class Worker:
         """Take over new global parameters, keeping what was learned since the push: the next delta counts it."""
         with record_function("async_localsgd::adopt"):
             if adoption.restart:
+                warnings.warn(
+                    f"The delta of worker {self.rank} in round {self.round - 1} was not finite and has been dropped; "
+                    "it starts again from the global parameters. Look at its data, or lower the learning rate.",
+                    stacklevel=2,
+                )
                 self._copy_to_module(adoption.base)
                 self._forget_non_finite_state()
                 self._round_steps = self._round_samples = 0

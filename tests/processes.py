@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -43,6 +44,7 @@ def run_processes(function: Callable[..., Any], size: int, *args: Any, timeout: 
         *args: further arguments of ``function``.
         timeout: seconds after which those that still run are killed; their error then says so.
     """
+    _warm_up()
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes = [_context.Pipe(duplex=False) for _ in range(size)]
     processes = [
@@ -61,6 +63,14 @@ def run_processes(function: Callable[..., Any], size: int, *args: Any, timeout: 
             process.join()
         outcome.exitcode = process.exitcode
     return outcomes
+
+
+@cache
+def _warm_up() -> None:
+    """Have the fork server import everything, which takes seconds, before any test's clock runs."""
+    process = _context.Process(target=int)
+    process.start()
+    process.join()
 
 
 def results(outcomes: list[Outcome]) -> list[Any]:

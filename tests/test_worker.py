@@ -124,7 +124,8 @@ def test_no_local_step_is_lost_or_applied_twice(overlap: bool, quorum: int) -> N
     for u in updates:
         batches.setdefault(u.version, []).append(u.local_steps)
     expected = sum(statistics.mean(steps) for steps in batches.values())
-    assert expected == summary.total_local_steps or quorum == 3
+    if quorum == 1:
+        assert expected == summary.total_local_steps
     assert len({end[2] for end in ends}) == 1
     assert ends[0][2] == pytest.approx(expected, rel=1e-5)
 
@@ -166,6 +167,67 @@ def test_one_worker_can_end_the_run_of_all() -> None:
     assert max(summaries[0].local_steps) < 200
 
 
+def leaving_early(rank: int, size: int) -> Any:
+    loop = Loop(rank, size, pause=0.003)
+    loop.worker.start(20)
+    running = True
+    while running and not (rank == 1 and loop.worker.local_steps == 7):
+        loop.train_step()
+        running = loop.worker.step()
+    return loop.worker.finish()
+
+
+def test_what_a_worker_leaves_of_the_budget_goes_to_the_others() -> None:
+    summary = results(run_processes(leaving_early, 3, 3))[0]
+    assert summary.local_steps[1] == 7
+    assert abs(summary.total_local_steps - 60) <= 5
+
+
+class WithBuffers(nn.Module):
+    """A frozen head, an attention mask and a counter beside what is trained; all differ between workers at first."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.net = make_net(rank)
+        self.head = nn.Linear(1, 1).requires_grad_(False)
+        nn.init.constant_(self.head.weight, rank + 1.0)
+        self.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1))
+        self.register_buffer("seen", torch.tensor(0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen += 1
+        return self.head(self.net(x))
+
+
+def with_buffers(rank: int, size: int) -> Any:
+    loop = Loop(rank, size, pause=0.002 * (1 + rank), module=WithBuffers(rank))
+    summary = loop.run(20)
+    return summary, flat(loop.module), loop.module.head.weight.item(), loop.module.seen.item()
+
+
+def test_what_is_not_trained_follows_worker_zero() -> None:
+    ends = results(run_processes(with_buffers, 2, 2))
+    assert ends[0][1:] == ends[1][1:]
+    assert ends[0][2] == 1.0
+    assert ends[0][3] == ends[0][0].local_steps[0]
+    assert ends[0][0].dropped == (0, 0)
+
+
+def unfreezing(rank: int, size: int) -> Any:
+    module = WithBuffers(0)
+
+    def unfreeze(loop: Loop) -> None:
+        if loop.worker.local_steps == 3:
+            module.head.requires_grad_(True)
+
+    return Loop(rank, size, module=module).run(20, unfreeze)
+
+
+def test_a_parameter_that_is_unfrozen_on_the_way_is_refused() -> None:
+    for error in errors_of(run_processes(unfreezing, 2, 2, timeout=60)):
+        assert "'head.weight' was frozen" in error or "Worker" in error
+
+
 def unequal(rank: int, size: int) -> Any:
     settings = Settings(local_steps=60, timeout=timedelta(seconds=30))
     loop = Loop(rank, size, settings, pause=SPEEDS[rank] / 40)
@@ -201,16 +263,18 @@ def test_unequal_workers_keep_their_pace_spend_the_budget_and_end_together() -> 
 # ---- what can go wrong -----------------------------------------------------------------------------------------------
 
 
-def dying(rank: int, size: int) -> Any:
+def dying(rank: int, size: int, pause: float) -> Any:
     def die(loop: Loop) -> None:
-        if rank == 1 and loop.worker.local_steps == 13:
+        if rank == 1 and loop.worker.local_steps == (13 if pause < 0.1 else 6):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    return Loop(rank, size, pause=0.002).run(10_000, die)
+    # In long rounds the exchange is asleep when it happens, in short ones probably in the middle of a turn.
+    return Loop(rank, size, pause=pause).run(10_000, die)
 
 
-def test_a_killed_worker_ends_the_others_with_its_name() -> None:
-    outcomes = run_processes(dying, 3, 3, timeout=40)
+@pytest.mark.parametrize("pause", [0.002, 0.2])
+def test_a_killed_worker_ends_the_others_with_its_name(pause: float) -> None:
+    outcomes = run_processes(dying, 3, 3, pause, timeout=40)
     assert outcomes[1].exitcode == -signal.SIGKILL
     for outcome in (outcomes[0], outcomes[2]):
         assert outcome.exitcode == 1
@@ -222,16 +286,16 @@ def freezing(rank: int, size: int) -> Any:
         if rank == 2 and loop.worker.local_steps == 13:
             os.kill(os.getpid(), signal.SIGSTOP)
 
-    settings = Settings(local_steps=5, timeout=timedelta(seconds=3))
+    settings = Settings(local_steps=5, timeout=timedelta(seconds=5))
     return Loop(rank, size, settings, pause=0.002).run(10_000, freeze)
 
 
 def test_a_frozen_worker_is_named_after_the_timeout() -> None:
-    outcomes = run_processes(freezing, 3, 3, timeout=15)
+    outcomes = run_processes(freezing, 3, 3, timeout=20)
     assert outcomes[2].error == STILL_RUNNING
     for outcome in outcomes[:2]:
         assert outcome.exitcode == 1
-        assert "Worker 2 (host " in outcome.error and "did not answer within 3 s" in outcome.error
+        assert "Worker 2 (host " in outcome.error and "did not answer within 5 s" in outcome.error
 
 
 def hanging(rank: int, size: int, quorum: int) -> Any:
@@ -310,12 +374,12 @@ def diverging(rank: int, size: int) -> Any:
     def flip(loop: Loop) -> None:
         if rank == 1 and loop.worker.local_steps == 13:
             with loop.worker._mailbox.global_state():
-                loop.worker._state.flat.view(torch.int32)[0] ^= 1
+                loop.worker._state.flat.view(torch.int32)[0] ^= 1 << 12  # beyond what rounding may absorb
 
     return loop.run(10_000, flip)
 
 
-def test_a_single_flipped_bit_in_a_replica_is_noticed() -> None:
+def test_a_flipped_bit_in_a_replica_is_noticed() -> None:
     for error in errors_of(run_processes(diverging, 2, 2)):
         assert "ReplicaDivergedError" in error
 

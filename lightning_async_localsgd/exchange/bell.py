@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 
-from torch.distributed import PrefixStore, Store
+from torch.distributed import DistStoreError, PrefixStore, Store
 
 __all__ = ["Bell"]
 
-_FOREVER = timedelta(days=1)
+_A_DAY = timedelta(days=1)
 
 
 class Bell:
@@ -56,14 +57,14 @@ class Bell:
             self._thread.join(timeout=5)
 
     def _listen(self) -> None:
-        store = self._store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
-        while not self._closed:
-            try:
-                store.wait([str(self._turn)], _FOREVER)
-            except Exception as error:
-                if not self._closed:
-                    self._on_lost(error)
-                return
+        try:
+            store = self._store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
+            while not self._closed:
+                with suppress(DistStoreError):  # a day without a turn
+                    store.wait([str(self._turn)], _A_DAY)
+                    if not self._closed:
+                        self._on_ring(self._turn)
+                        self._turn += 1
+        except RuntimeError as error:
             if not self._closed:
-                self._on_ring(self._turn)
-                self._turn += 1
+                self._on_lost(error)

@@ -61,7 +61,7 @@ class Header:
         Raises:
             ValueError: if the message, as JSON, is longer than ``MESSAGE_BYTES``.
         """
-        text = b"" if self.message is None else json.dumps(self.message).encode()
+        text = b"" if self.message is None else json.dumps(self.message, ensure_ascii=False).encode()
         if len(text) > MESSAGE_BYTES:
             raise ValueError(f"A control message of {len(text)} bytes is too long: at most {MESSAGE_BYTES} fit.")
         prefix = _PREFIX.pack(_MAGIC, PROTOCOL, self.flags, len(text))

@@ -174,6 +174,7 @@ class Mailbox:
         with self._condition:
             assert self._push is None and self._adoption is None
             self._push = push
+            self._counts = (*self._counts[:2], 0.0)  # the next push is a round away
             self._flags |= flags
             self._news = True
             self._condition.notify_all()
@@ -214,9 +215,12 @@ class Mailbox:
         with self._condition:
             self._waiting = True
             self._condition.notify_all()  # the exchange thread now looks after the others' health
-            self._condition.wait_for(lambda: until() or self._failure is not None)
-            self._waiting = False
-            self._raise_failure()
+            try:
+                self._condition.wait_for(lambda: until() or self._failure is not None)
+            finally:
+                self._waiting = False
+            if not until():
+                self._raise_failure()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -237,6 +241,7 @@ class Mailbox:
             heartbeat: seconds after which to open one anyway while the training thread is blocked.
         """
         with self._condition:
+            self._raise_failure()
             while self._rung < turn and not self._news:
                 timeout = heartbeat if self._waiting else None
                 if not self._condition.wait(timeout) and self._waiting:

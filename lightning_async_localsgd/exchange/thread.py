@@ -49,6 +49,7 @@ __all__ = ["ExchangeThread"]
 _CHUNK = 1 << 20  # elements per message: what the largest wire buffer holds, and what `timeout` applies to
 _GOODBYE = timedelta(seconds=30)
 _LAST_WORDS = timedelta(seconds=5)
+_REASON_LENGTH = 900  # characters; a header has room for that many of four bytes each
 
 
 @dataclass
@@ -121,13 +122,12 @@ class ExchangeThread:
         try:
             while not self._take_turn():
                 pass
-            self._say_goodbye(_GOODBYE)
+            self._leave(_GOODBYE)
         except BaseException as error:
             self._mailbox.fail(self._first_cause(error))
-            self._say_goodbye(_LAST_WORDS)
-        finally:
-            self._bell.close()
             self._transport.close()
+            self._leave(_LAST_WORDS)
+        finally:
             del self._bell  # it refers back to this object, which would outlive its run with all its tensors
 
     def _take_turn(self) -> bool:
@@ -155,8 +155,9 @@ class ExchangeThread:
         self._mailbox.publish(progress, updates, adoption)
         return progress.over
 
-    def _say_goodbye(self, patience: timedelta) -> None:
-        """Keep the store, which worker 0 may host, until every worker is through with it (and has read the cause)."""
+    def _leave(self, patience: timedelta) -> None:
+        """Let go of the store; worker 0, who may host it, once every worker has (and has read the cause)."""
+        self._bell.close()
         with suppress(RuntimeError):  # whoever is gone by now has nothing more to read
             self._store.set(f"goodbye/{self._roster.rank}", "1")
             if self._roster.rank == 0:
@@ -182,7 +183,7 @@ class ExchangeThread:
             flags=live.flags,
             steps=live.steps,
             speed=live.speed,
-            message={"reason": live.reason[:1000]} if live.reason else None,
+            message={"reason": live.reason[:_REASON_LENGTH]} if live.reason else None,
         )
         if self._pending is None:
             return header
@@ -253,8 +254,7 @@ class ExchangeThread:
             deltas = []
         for worker in dropped:
             self._tally.dropped[worker] += 1
-        with self._mailbox.global_state():
-            updates = self._apply_each(deltas) if self._settings.quorum == 1 else self._apply_mean(deltas)
+        updates = self._apply_each(deltas) if self._settings.quorum == 1 else self._apply_mean(deltas)
         for header in deltas:
             self._tally.shard_samples[header.shard] += header.round_samples
         if self._pending is None or self._roster.rank not in dropped + [h.worker for h in deltas]:
@@ -266,7 +266,7 @@ class ExchangeThread:
         for header in deltas:
             self._receive(header.worker, add=False)
             staleness = self._state.version - header.start_version
-            with record_function("async_localsgd::apply"):
+            with record_function("async_localsgd::apply"), self._mailbox.global_state():
                 self._state.apply()
             updates.append(self._record(header, staleness))
         return updates
@@ -277,7 +277,7 @@ class ExchangeThread:
         for i, header in enumerate(deltas):
             self._receive(header.worker, add=i > 0)
         version = self._state.version
-        with record_function("async_localsgd::apply"):
+        with record_function("async_localsgd::apply"), self._mailbox.global_state():
             self._state.pseudo_gradient.div_(len(deltas))
             self._state.apply(len(deltas))
         return [self._record(header, version - header.start_version) for header in deltas]
@@ -339,7 +339,7 @@ class ExchangeThread:
             version=self._state.version,
             steps=tuple(self._steps),
             round_steps=tuple(round_steps),
-            caps=self._budget.caps(self._steps, round_steps),
+            caps=self._budget.caps(self._steps, round_steps, [Flag.FINAL in h.flags for h in headers]),
             exhausted=self._budget.exhausted(self._steps),
             stop=any(Flag.STOP in h.flags for h in headers),
             over=final,

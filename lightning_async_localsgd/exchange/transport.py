@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -68,8 +69,8 @@ class GlooTransport:
         """See :meth:`Transport.gather`."""
         own = self._inbox[self._roster.rank]
         own.copy_(torch.frombuffer(bytearray(header), dtype=torch.uint8))
-        receives = [(peer, self._group.recv([self._inbox[peer]], peer, _HEADERS)) for peer in self._peers]
-        sends = [(peer, self._group.send([own], peer, _HEADERS)) for peer in self._peers]
+        receives = [(peer, self._start("recv", self._inbox[peer], peer, _HEADERS)) for peer in self._peers]
+        sends = [(peer, self._start("send", own, peer, _HEADERS)) for peer in self._peers]
         self._wait(receives + sends)
         self.bytes_sent += HEADER_BYTES * len(self._peers)
         self.bytes_received += HEADER_BYTES * len(self._peers)
@@ -79,24 +80,35 @@ class GlooTransport:
         """See :meth:`Transport.broadcast`."""
         wire = chunk.view(torch.uint8)
         if root == self._roster.rank:
-            self._wait([(peer, self._group.send([wire], peer, _PAYLOAD)) for peer in self._peers])
+            self._wait([(peer, self._start("send", wire, peer, _PAYLOAD)) for peer in self._peers])
             self.bytes_sent += wire.numel() * len(self._peers)
         else:
-            self._wait([(root, self._group.recv([wire], root, _PAYLOAD))])
+            self._wait([(root, self._start("recv", wire, root, _PAYLOAD))])
             self.bytes_received += wire.numel()
 
     def close(self) -> None:
         """See :meth:`Transport.close`."""
-        del self._group
+        self._group = None
 
-    def _wait(self, works: list[tuple[int, torch.distributed.Work]]) -> None:
+    def _start(self, operation: str, tensor: Tensor, peer: int, tag: int) -> Any:
+        try:
+            return getattr(self._group, operation)([tensor], peer, tag)
+        except RuntimeError as error:  # gloo already knows that the connection is closed
+            raise self._lost(peer, error) from error
+
+    def _wait(self, works: list[tuple[int, Any]]) -> None:
+        deadline = time.monotonic() + self._timeout.total_seconds()
         for peer, work in works:
             try:
-                work.wait(self._timeout)
-            except RuntimeError as error:  # gloo reports a timeout and a closed connection alike
-                if "imed out" in str(error) or "imeout" in str(error):
-                    raise self._roster.silence(peer, self._timeout) from error
-                raise PeerLostError(
-                    f"{self._roster.name(peer)} is gone: its connection was closed. Look for the cause in its own log, "
-                    "then start the job again."
-                ) from error
+                work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+            except RuntimeError as error:
+                raise self._lost(peer, error) from error
+
+    def _lost(self, peer: int, error: RuntimeError) -> PeerLostError:
+        # gloo has one kind of error for a timeout and a closed connection
+        if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+            return self._roster.silence(peer, self._timeout)
+        return PeerLostError(
+            f"{self._roster.name(peer)} is gone: its connection was closed. Look for the cause in its own log, then "
+            "start the job again."
+        )

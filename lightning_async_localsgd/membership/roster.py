@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import Store
+from torch.distributed import DistStoreError, Store
 
 from lightning_async_localsgd.errors import PeerLostError, WorkerMismatchError
 
@@ -58,12 +58,13 @@ class Roster:
             timeout: how long to wait for the others.
 
         Raises:
+            PeerLostError: if some workers do not come within ``timeout``.
             WorkerMismatchError: on every worker, if two were started with different credentials; names the difference.
         """
         greeting = {"host": socket.gethostname(), "credentials": dict(credentials)}
         store.set(f"hello/{rank}", json.dumps(greeting))
         keys = [f"hello/{r}" for r in range(size)]
-        store.wait(keys, timeout)
+        wait_for(store, dict(enumerate(keys)), timeout)
         greetings = [json.loads(store.get(key)) for key in keys]
         roster = cls(rank, [g["host"] for g in greetings])
         for other in range(1, size):
@@ -74,6 +75,22 @@ class Roster:
                     "Start all workers with the same code, model and settings."
                 )
         return roster
+
+
+def wait_for(store: Store, keys: Mapping[int, str], timeout: timedelta) -> None:
+    """Wait until each worker has set its key in the store.
+
+    Raises:
+        PeerLostError: if some have not within ``timeout``; names them.
+    """
+    try:
+        store.wait(list(keys.values()), timeout)
+    except DistStoreError as error:
+        missing = [worker for worker, key in keys.items() if not store.check([key])]
+        raise PeerLostError(
+            f"Worker {', '.join(map(str, missing))} of {len(keys)} did not come within {timeout.total_seconds():g} s. "
+            "It failed or was not started, or preparing its data takes longer: look at its log, or raise `timeout`."
+        ) from error
 
 
 def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:

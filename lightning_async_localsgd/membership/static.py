@@ -9,6 +9,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 
+from lightning_async_localsgd.membership.roster import wait_for
+
 __all__ = ["StaticJob", "join_job"]
 
 
@@ -29,7 +31,7 @@ class StaticJob:
         self._store = store
         self.rank = rank
         self.size = size
-        self._timeout = timeout
+        self.timeout = timeout
         self._stage = -1
         self._messages = 0
         self.store = store
@@ -45,11 +47,11 @@ class StaticJob:
         """Wait until every process is here.
 
         Raises:
-            RuntimeError: if they are not within the timeout.
+            PeerLostError: if some are not within the timeout.
         """
         key = self._next_key("barrier")
         self.store.set(f"{key}/{self.rank}", "1")
-        self.store.wait([f"{key}/{r}" for r in range(self.size)], self._timeout)
+        wait_for(self.store, {r: f"{key}/{r}" for r in range(self.size)}, self.timeout)
 
     def broadcast(self, value: Any, root: int = 0) -> Any:
         """Worker ``root``'s ``value`` on every process.
@@ -61,7 +63,7 @@ class StaticJob:
         if self.rank == root:
             self.store.set(key, json.dumps(value))
             return value
-        self.store.wait([key], self._timeout)
+        wait_for(self.store, {root: key}, self.timeout)
         return json.loads(self.store.get(key))
 
     def _next_key(self, kind: str) -> str:
@@ -82,6 +84,7 @@ def join_job(rank: int, size: int, timeout: timedelta) -> StaticJob:
     """
     if (rank, size) not in _jobs:
         store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
-        store.set_timeout(timeout)
         _jobs[rank, size] = StaticJob(store, rank, size, timeout)
-    return _jobs[rank, size]
+    job = _jobs[rank, size]
+    job.timeout = timeout
+    return job

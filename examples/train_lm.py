@@ -1,0 +1,236 @@
+"""Trains a small GPT with asynchronous Local-SGD.
+
+    torchrun --nproc-per-node 2 examples/train_lm.py
+
+trains two workers on text that ships with Python, and so does, without torchrun,
+
+    python examples/train_lm.py --workers 2
+
+What makes it asynchronous is the `strategy` of the `Trainer`, and nothing else.
+"""
+
+import argparse
+import math
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torchmetrics.text import Perplexity
+
+from corpora import Corpus, FileCorpus, HubCorpus, PythonCorpus
+from gpt import GPT
+from lightning_async_localsgd import AsyncLocalSGDStrategy, RunSummary
+from picture import RunRecorder, draw_run
+from text import TextDataModule
+
+
+class LanguageModel(L.LightningModule):
+    """A GPT that learns to predict the next token.
+
+    Args:
+        gpt: The network.
+        learning_rate: Highest learning rate of AdamW.
+        warmup_steps: Steps over which the learning rate rises linearly; from there it follows a cosine.
+    """
+
+    LOWEST_LEARNING_RATE = 0.1  # of the highest
+
+    def __init__(self, gpt: GPT, learning_rate: float, warmup_steps: int) -> None:
+        super().__init__()
+        self.gpt = gpt
+        self.learning_rate = learning_rate
+        self.warmup_steps = warmup_steps
+        self.perplexity = Perplexity()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        logits, targets = self._predict(batch)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.perplexity(*self._predict(batch))
+        self.log("perplexity", self.perplexity)
+
+    def _predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        tokens = batch["tokens"]
+        return self.gpt(tokens[:, :-1]), tokens[:, 1:]
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        # Weight decay is for what multiplies; gains and biases are left alone.
+        matrices = [parameter for parameter in self.parameters() if parameter.ndim >= 2]
+        vectors = [parameter for parameter in self.parameters() if parameter.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.95))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _learning_rate_factor(self, step: int) -> float:
+        """Linear warm-up, then a cosine to `LOWEST_LEARNING_RATE` at `trainer.max_steps`."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.trainer.max_steps - self.warmup_steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return self.LOWEST_LEARNING_RATE + (1 - self.LOWEST_LEARNING_RATE) * cosine
+
+
+class SlowWorker(L.Callback):
+    """Makes the last worker sleep in every training step, as if its device were slower."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_rank == trainer.world_size - 1:
+            time.sleep(self.seconds)
+
+
+class SharedCUDAAccelerator(CUDAAccelerator):
+    """CUDA for any number of processes: those beyond the number of GPUs share them.
+
+    Lightning wants as many devices as there are processes, but rejects a GPU that is named twice (`devices=[0, 0]`).
+    An accelerator of one's own is where it can be said that processes share one.
+    """
+
+    @staticmethod
+    def parse_devices(devices: Any) -> list[int]:
+        return [process % torch.cuda.device_count() for process in range(devices)]
+
+
+def choose_accelerator(name: str) -> str | CUDAAccelerator:
+    if name == "gpu" or (name == "auto" and torch.cuda.is_available()):
+        return SharedCUDAAccelerator()
+    return "cpu"
+
+
+def choose_corpus(args: argparse.Namespace) -> Corpus:
+    if args.text:
+        return FileCorpus(args.text)
+    if args.dataset:
+        return HubCorpus(args.dataset, args.dataset_config, args.text_column)
+    return PythonCorpus()
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train a small GPT with asynchronous Local-SGD.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument("--output-dir", type=Path, default=Path("runs/train_lm"), help="logs, picture and tokenized text")
+    run.add_argument("--accelerator", choices=("auto", "cpu", "gpu"), default="auto", help="auto: GPU if there is one")
+    # torchrun has already decided how many processes there are.
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    run.add_argument("--workers", type=int, default=processes, help="workers on this machine; set by torchrun if used")
+    run.add_argument("--slow-worker", type=float, default=0.0, metavar="SECONDS", help="slow the last worker's steps")
+    run.add_argument("--seed", type=int, default=0)
+
+    text = parser.add_argument_group("text (default: what ships with Python)")
+    source = text.add_mutually_exclusive_group()
+    source.add_argument("--text", type=Path, metavar="PATH", help="a text file, or a folder of them")
+    source.add_argument("--dataset", metavar="NAME", help="a data set of the Hugging Face hub, streamed: allenai/c4")
+    text.add_argument("--dataset-config", metavar="CONFIG", help="its configuration: en")
+    text.add_argument("--text-column", default="text", metavar="COLUMN", help="its column of text")
+    text.add_argument("--vocab-size", type=int, default=1024)
+    text.add_argument("--prompt", default="The ", help="start of the generated sample")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--width", type=int, default=128)
+    model.add_argument("--layers", type=int, default=4)
+    model.add_argument("--heads", type=int, default=4)
+    model.add_argument("--context", type=int, default=128, help="tokens that the model reads at a time")
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--max-steps", type=int, default=400, help="local steps per worker, on average")
+    training.add_argument("--local-steps", type=int, default=20, help="local steps per round of the fastest worker")
+    training.add_argument("--batch-size", type=int, default=16, help="per worker")
+    training.add_argument("--learning-rate", type=float, default=1.5e-3)
+    training.add_argument("--warmup-steps", type=int, default=40)
+    return parser.parse_args()
+
+
+def build_trainer(args: argparse.Namespace, strategy: AsyncLocalSGDStrategy, recorder: RunRecorder) -> L.Trainer:
+    callbacks: list[L.Callback] = [recorder, LearningRateMonitor()]
+    if args.slow_worker:
+        callbacks.append(SlowWorker(args.slow_worker))
+    return L.Trainer(
+        strategy=strategy,
+        accelerator=choose_accelerator(args.accelerator),
+        devices=args.workers,
+        num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", 1)),  # set by torchrun
+        max_steps=args.max_steps,
+        gradient_clip_val=1.0,
+        callbacks=callbacks,
+        logger=[CSVLogger(args.output_dir, name="csv"), TensorBoardLogger(args.output_dir, name="tensorboard")],
+        log_every_n_steps=10,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+
+
+def held_out_perplexity(trainer: L.Trainer, model: LanguageModel, data: TextDataModule) -> float:
+    [metrics] = trainer.test(model, data, verbose=False)
+    return metrics["perplexity"]
+
+
+def report(summary: RunSummary, before: float, after: float) -> None:
+    steps = ", ".join(f"worker {worker}: {steps}" for worker, steps in enumerate(summary.local_steps))
+    print(
+        f"held-out perplexity  {before:.1f} before, {after:.1f} after: {before / after:.1f} times lower",
+        f"local steps          {steps} (together {summary.total_local_steps})",
+        f"outer updates        {summary.version}, staleness {summary.mean_staleness:.2f} on average, "
+        f"{summary.max_staleness} at most, {sum(summary.dropped)} dropped",
+        f"worker 0             sent {summary.bytes_sent / 1e6:.1f} MB, received {summary.bytes_received / 1e6:.1f} MB, "
+        f"training blocked for {summary.blocked_seconds:.3f} s",
+        sep="\n",
+    )
+
+
+def print_sample(model: LanguageModel, data: TextDataModule, prompt: str) -> None:
+    tokens = model.gpt.generate(torch.tensor(data.tokenizer.encode(prompt).ids), new_tokens=150)
+    print("sample", "------", data.tokenizer.decode(tokens.tolist()), "------", sep="\n")
+
+
+def main() -> None:
+    args = parse_arguments()
+    # Blocks of tokens are cheap to load, and held-out blocks that a sampler repeats to give all workers the same number
+    # are too few to matter.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*|.*Using `DistributedSampler`.*")
+    L.seed_everything(args.seed)
+
+    data = TextDataModule(choose_corpus(args), args.output_dir / "text", args.vocab_size, args.context, args.batch_size)
+    gpt = GPT(args.vocab_size, args.context, args.width, args.layers, args.heads)
+    model = LanguageModel(gpt, args.learning_rate, args.warmup_steps)
+    recorder = RunRecorder()
+    # For the sums of metrics in `test`; NCCL, the default with GPUs, cannot join two processes of one GPU.
+    strategy = AsyncLocalSGDStrategy(local_steps=args.local_steps, process_group_backend="gloo")
+    trainer = build_trainer(args, strategy, recorder)
+
+    before = held_out_perplexity(trainer, model, data)
+    trainer.fit(model, data)
+    after = held_out_perplexity(trainer, model, data)
+    summary = strategy.summary
+    assert summary is not None
+
+    # On a line of its own, wherever the progress bar of worker 0 has left the cursor.
+    print(f"\nworker {trainer.global_rank} digest {summary.digest}", flush=True)
+    if trainer.is_global_zero:
+        report(summary, before, after)
+        print_sample(model, data, args.prompt)
+        picture = args.output_dir / "run.png"
+        draw_run(recorder, math.log(before), math.log(after), picture)
+        print(f"picture              {picture}")
+
+
+if __name__ == "__main__":
+    main()
