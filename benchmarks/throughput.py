@@ -46,7 +46,7 @@ from lightning_async_localsgd import AsyncLocalSGDStrategy
 WORKERS = len(TOY_SECONDS_PER_STEP)
 ALONE = "each worker alone"
 ASYNC = "asynchronous"
-SYNC = "synchronous mode"
+SYNC = "synchronous"
 DDP = "Lightning DDP"
 TORCHFT = "torchft DiLoCo"
 MODES = (ALONE, ASYNC, SYNC, DDP, TORCHFT)
@@ -238,6 +238,7 @@ def measure(config: Config) -> dict[str, Any]:
         "steps": [t.steps for t in times],
         "steps_per_second": per_second,
         "blocked_fraction": max(blocked, default=None),
+        "blocked_fraction_per_worker": blocked,
         # A late step of DDP is one that waited for the others, since they average their gradients within it.
         "late_steps": sum(t.late_steps for t in times) if config.mode != DDP else None,
     }
@@ -307,7 +308,7 @@ def draw(summary: dict[str, dict[str, Any]], config: Config, path: Path) -> None
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes = figure.subplots()
     reference = sum(summary[ALONE]["steps_per_second"])
-    labels = [mode if mode != ASYNC else f"{mode}\n(default)" for mode in summary]
+    labels = [f"{mode}\n(this library)" if mode in (ASYNC, SYNC) else mode for mode in summary]
     bottoms = [0.0] * len(summary)
     for worker, seconds in enumerate(config.step_seconds):
         heights = [figures["steps_per_second"][worker] / reference for figures in summary.values()]

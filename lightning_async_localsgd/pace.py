@@ -43,11 +43,10 @@ class DynamicLocalUpdates:
 
     A worker whose speed is not known yet keeps ``H``. Rounds that take the same time could all end together, but for
     the rounding to whole steps and for jitter. So when one worker opens a turn, the others who have made all but
-    ``tolerance`` of their round push at the end of their current step. Deltas then start from the same parameters, and
-    nobody waits for it.
+    ``tolerance`` of their round push at the end of their current step, so that deltas start from the same parameters.
 
     Args:
-        tolerance: fraction of a round by which it may end early (with ``overlap=True``); 0 for Eq. 6 to the letter.
+        tolerance: fraction of a round by which it may end early; 0 for Eq. 6 to the letter.
 
     References:
         Liu et al. 2024, Asynchronous Local-SGD (arXiv 2401.09135), Eq. 6.

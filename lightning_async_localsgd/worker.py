@@ -237,8 +237,11 @@ class Worker:
     def _push_is_due(self, planned: int) -> bool:
         if self._in_flight:
             return False
-        enough = self._enough(planned) if self._mailbox.push_wanted else planned
-        if self._round_steps < enough:
+        # Others' updates in the middle of this round: it is out of step with them. Shorter rounds bring it in step; worker
+        # 0 keeps its own, or two workers in opposite phase would both hurry and stay so.
+        out_of_step = self.rank > 0 and self._mailbox.progress.version > self.version
+        shared = self._mailbox.push_wanted or out_of_step
+        if self._round_steps < (self._enough(planned) if shared else planned):
             return False
         # What is left for the last round goes into this one if it would be less than half a round: every delta is a
         # whole outer update with its momentum, and one of a few steps would be all momentum.
@@ -247,17 +250,17 @@ class Worker:
 
     def _enough(self, planned: int) -> int:
         """Local steps after which this round may end, if that lets it share a turn with others."""
-        return math.ceil((1 - self._pace.tolerance) * planned) if self._settings.overlap else planned
+        return max(1, math.floor((1 - self._pace.tolerance) * planned))
 
     def _patience(self, planned: int, speed: float) -> float:
         """Seconds for which a turn that opens now is worth holding open for this worker's next push."""
-        grace = self._settings.grace_period
+        window = self._settings.grace_period
         if speed == 0:
-            return grace
+            return window
+        if self._settings.overlap:  # nobody waits meanwhile: worth it for what brings this worker in step with the rest
+            window = max(window, max(2, self._pace.tolerance * planned) / speed)
         steps = max(1, self._enough(planned) - self._round_steps)
-        if self._settings.overlap and steps == 1:
-            return max(grace, 2 / speed)  # nobody waits for it, and a step may take longer than most do
-        return grace if steps / speed <= grace else 0.0
+        return window if steps / speed <= window else 0.0
 
     def _go_on(self) -> bool:
         """Whether this worker is to make another step."""
