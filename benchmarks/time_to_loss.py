@@ -64,7 +64,7 @@ COLORS = {
     TORCHFT: "#66ccee",
 }
 PEERS = (DDP, TORCHFT)
-OUTER_LEARNING_RATES = (0.05, 0.1, 0.2)
+OUTER_LEARNING_RATES = (0.025, 0.05, 0.1)
 """What async DiLoCo is tuned over, on one seed; the paper found 0.05 to 0.1 best."""
 TUNING_SEED = 0
 CURVE_POINTS = 50
@@ -170,14 +170,15 @@ def _global_parameters(trainer: L.Trainer, module: L.LightningModule) -> dict[st
 def make_strategy(run: Run) -> Any:
     nesterov = partial(torch.optim.SGD, momentum=0.9, nesterov=True)
     ours = partial(AsyncLocalSGDStrategy, local_steps=run.settings.local_steps)
+    # Who waits for its exchange waits at most this long for others as well: two steps of the slowest worker.
+    waiting = partial(ours, overlap=False, grace_period=2 * run.settings.scale * max(TOY_SECONDS_PER_STEP))
     if run.method == SYNC:
         outer = partial(nesterov, lr=0.7)
-        return ours(outer_optimizer=outer, quorum=WORKERS, overlap=False, pace="fixed", budget="per_worker")
+        return waiting(outer_optimizer=outer, quorum=WORKERS, pace="fixed", budget="per_worker")
     if run.method == ASYNC_DILOCO:
-        return ours(outer_optimizer=partial(nesterov, lr=run.outer_lr), overlap=False, pace="fixed")
+        return waiting(outer_optimizer=partial(nesterov, lr=run.outer_lr), pace="fixed")
     if run.method == DN:
-        # Who waits for its exchange waits at most this long for others as well: here one step of the slowest worker.
-        return ours(overlap=False, grace_period=run.settings.scale * max(TOY_SECONDS_PER_STEP))
+        return waiting()
     if run.method == DN_OVERLAP:
         return ours()
     if run.method == DDP:

@@ -237,8 +237,8 @@ class Worker:
     def _push_is_due(self, planned: int) -> bool:
         if self._in_flight:
             return False
-        # Others' updates in the middle of this round: it is out of step with them. Shorter rounds bring it in step; worker
-        # 0 keeps its own, or two workers in opposite phase would both hurry and stay so.
+        # Others' updates in the middle of this round: it is out of step with them, and shorter rounds bring it in step.
+        # Worker 0 keeps its own, or two workers in opposite phase would both hurry and stay so.
         out_of_step = self.rank > 0 and self._mailbox.progress.version > self.version
         shared = self._mailbox.push_wanted or out_of_step
         if self._round_steps < (self._enough(planned) if shared else planned):

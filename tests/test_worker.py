@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import statistics
@@ -230,7 +231,7 @@ def test_a_parameter_that_is_unfrozen_on_the_way_is_refused() -> None:
 
 def unequal(rank: int, size: int) -> Any:
     settings = Settings(local_steps=60, timeout=timedelta(seconds=30))
-    loop = Loop(rank, size, settings, pause=SPEEDS[rank] / 40)
+    loop = Loop(rank, size, settings, pause=SPEEDS[rank] / 50)
     updates: list[Any] = []
     job_steps: list[int] = []
 
@@ -238,7 +239,7 @@ def unequal(rank: int, size: int) -> Any:
         updates.extend(loop.worker.take_updates())
         job_steps.append(loop.worker.job_steps)
 
-    summary = loop.run(300, watch)
+    summary = loop.run(480, watch)
     updates.extend(loop.worker.take_updates())
     return summary, updates, [*job_steps, loop.worker.job_steps], loop.last_step, statistics.median(loop.step_seconds)
 
@@ -247,17 +248,18 @@ def test_unequal_workers_keep_their_pace_spend_the_budget_and_end_together() -> 
     size, local_steps = len(SPEEDS), 60
     summaries, logs, job_steps, last_steps, seconds = zip(*results(run_processes(unequal, size, size)), strict=True)
     assert len({summary.digest for summary in summaries}) == 1
-    assert abs(summaries[0].total_local_steps - 300 * size) <= local_steps
+    assert abs(summaries[0].total_local_steps - 480 * size) <= local_steps
     assert all(log == logs[0] for log in logs)  # everyone saw the same updates
     assert [u.version for u in logs[0]] == list(range(1, summaries[0].version + 1))
     for worker in range(size):
         rounds = [u.local_steps for u in logs[0] if u.worker == worker]
+        planned = math.floor(min(seconds) / seconds[worker] * local_steps)  # Eq. 6
         # The first rounds measure, the last is what the budget leaves.
-        assert statistics.median(rounds[3:-1]) == pytest.approx(min(seconds) / seconds[worker] * local_steps, rel=0.1)
+        assert statistics.median(rounds[3:-1]) == pytest.approx(planned, rel=0.1, abs=1)
     assert max(last_steps) - min(last_steps) <= 2 * local_steps * min(seconds)
     for counted in job_steps:
         assert list(counted) == sorted(counted)
-        assert counted[-1] == 300
+        assert counted[-1] == 480
 
 
 # ---- what can go wrong -----------------------------------------------------------------------------------------------
