@@ -75,10 +75,8 @@ class WorkerCallback(pl.Callback):
         assert self._schedulers is not None
         self._schedulers.advance(self._worker.job_steps)
         if not running:
-            if self._worker.stop_requested:
-                trainer.should_stop = (
-                    True  # so that Lightning ends as it does after early stopping, validation included
-                )
+            if self._worker.stop_requested:  # Lightning is to end as it does after early stopping, validation included
+                trainer.should_stop = True
             self._finish(trainer, pl_module)
 
     @override
