@@ -455,7 +455,7 @@ def _draw_finals(axes: Any, figures: dict[str, dict[str, Any]]) -> None:
     axes.tick_params(axis="y", length=0)
     axes.set_xlim(right=1.15 * max(max(row["perplexity"]) for row in figures.values()))
     axes.set_title("After training", loc="left")
-    axes.set_xlabel("held-out perplexity (bars: mean, ticks: seeds)")
+    axes.set_xlabel("held-out perplexity, and seeds")
 
 
 def mean_curve(results: list[Result]) -> tuple[np.ndarray, np.ndarray]:
