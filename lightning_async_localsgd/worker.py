@@ -61,7 +61,7 @@ class RunSummary:
     bytes_received: int
     blocked_seconds: float
     """Time this worker's training thread has spent on the exchange instead of training: copies and waits, up to its
-    last local step."""
+    last local step (not the wait for the others after it)."""
     digest: str
     """Hash (hex) of the final global parameters and outer state; empty while the run goes on."""
 
@@ -231,7 +231,9 @@ class Worker:
             if not self._settings.overlap:
                 self._adopt(self._mailbox.wait_for_adoption())
         running = self._go_on()
-        self.blocked_seconds += self._stopwatch.resume()
+        seconds = self._stopwatch.resume()
+        if running:  # else it was the end of the run that this worker waited for, not its next step
+            self.blocked_seconds += seconds
         return running
 
     def _push_is_due(self, planned: int) -> bool:
