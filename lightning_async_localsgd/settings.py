@@ -11,7 +11,7 @@ import torch
 
 from lightning_async_localsgd.codecs import Codec, make_codec
 from lightning_async_localsgd.outer import OuterOptimizerFactory
-from lightning_async_localsgd.pace import Pace, make_pace
+from lightning_async_localsgd.pace import FixedPace, Pace, make_pace
 
 __all__ = ["Settings"]
 
@@ -70,6 +70,14 @@ class Settings:
                 f"`quorum={self.quorum}` is larger than the number of workers, {workers}: no outer update could ever "
                 f"take place. Pass at most {workers}."
             )
+
+    def shares_budget(self, workers: int) -> bool:
+        """Whether fast workers make more of the job's steps.
+
+        In lockstep, with every worker's delta in every outer update and H steps each, all make exactly as many.
+        """
+        lockstep = self.quorum == workers and isinstance(make_pace(self.pace), FixedPace)
+        return self.budget == "shared" and not lockstep
 
     def credentials(self) -> dict[str, Any]:
         """What must be equal on all workers, as JSON values."""

@@ -147,7 +147,7 @@ class Worker:
         self._round_started = 0.0
         self._job_steps = 0
         self._max_steps: int | None = None
-        self._shared_budget = settings.budget == "shared"
+        self._shared_budget = settings.shares_budget(size)
         self._shard_generator = torch.Generator().manual_seed(rank)
         self._exchange: ExchangeThread | None = None
         self._stopwatch = _Stopwatch(settings.local_steps)

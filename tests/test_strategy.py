@@ -39,7 +39,7 @@ def parameters(module: nn.Module) -> list[float]:
 
 def equal_workers(rank: int, size: int, quorum: int) -> Any:
     # The grace window is long enough for all; it closes as soon as the last worker has pushed.
-    plan = strategy(local_steps=10, overlap=False, quorum=quorum, grace_period=20.0, pace="fixed")
+    plan = strategy(local_steps=10, overlap=False, quorum=quorum, grace_period=20.0, pace="fixed", budget="per_worker")
     module = Regression()
     make_trainer(size, plan, max_steps=50).fit(module, stream(rank))
     return parameters(module), plan.summary
