@@ -223,9 +223,7 @@ class Worker:
         self._round_steps += 1
         self._round_samples += samples
         self._adopt_if_ready()
-        planned = self._mailbox.progress.round_steps[self.rank]
-        speed = self._stopwatch.speed(planned)
-        self._mailbox.report(self.local_steps, speed, self._patience(planned, speed))
+        planned = self._report()
         if self._push_is_due(planned):
             self._push()
             if not self._settings.overlap:
@@ -235,6 +233,13 @@ class Worker:
         if running:  # else it was the end of the run that this worker waited for, not its next step
             self.blocked_seconds += seconds
         return running
+
+    def _report(self) -> int:
+        """Tell the exchange thread how this worker stands; returns the local steps its round is to have."""
+        planned = self._mailbox.progress.round_steps[self.rank]
+        speed = self._stopwatch.speed(planned)
+        self._mailbox.report(self.local_steps, speed, self._patience(planned, speed))
+        return planned
 
     def _push_is_due(self, planned: int) -> bool:
         if self._in_flight:
@@ -430,8 +435,9 @@ class Worker:
                 start_version=self.version,
             )
             self._base = self._snapshot = None
-            self._mailbox.push(push, flags)
             self._begin_round()
+            self._report()
+            self._mailbox.push(push, flags)
 
     def _check_trainable(self) -> None:
         """A parameter that was unfrozen on the way would train apart on every worker."""

@@ -174,7 +174,6 @@ class Mailbox:
         with self._condition:
             assert self._push is None and self._adoption is None
             self._push = push
-            self._counts = (*self._counts[:2], 0.0)  # the next push is a round away
             self._flags |= flags
             self._news = True
             self._condition.notify_all()
