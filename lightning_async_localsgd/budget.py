@@ -44,18 +44,23 @@ class Budget:
     shared: bool = True
 
     def caps(
-        self, steps: Sequence[int], weights: Sequence[int], final: Sequence[bool] | None = None
+        self,
+        steps: Sequence[int],
+        weights: Sequence[int],
+        under_way: Sequence[bool] = (),
+        final: Sequence[bool] = (),
     ) -> tuple[int, ...] | None:
         """How far each worker may go, so that all end at the same time; None: no limit.
 
         Computed anew at every exchange from the same numbers on every worker: what is left is shared out by pace. A
         worker that reaches its cap early gets part of what slower ones have not done yet, so that together they spend
-        the budget, but for the steps that are under way while an exchange takes place.
+        the budget.
 
         Args:
             steps: local steps each worker has made.
             weights: each worker's pace, in local steps per round.
-            final: which workers have ended already; the others share what is left.
+            under_way: which workers are making a step now, which counts as made; none if empty.
+            final: which workers have ended already; the others share what is left. None if empty.
 
         Returns:
             Cumulative local steps at which each worker stops.
@@ -64,14 +69,17 @@ class Budget:
             return None
         if not self.shared:
             return (self.max_steps,) * self.workers
-        remaining = max(0, self.max_steps * self.workers - sum(steps))
-        if final is not None and not all(final):
+        made = [done + step for done, step in zip(steps, under_way or [False] * self.workers, strict=True)]
+        remaining = max(0, self.max_steps * self.workers - sum(made))
+        if final and not all(final):
             weights = [0 if ended else w for w, ended in zip(weights, final, strict=True)]
-        return tuple(done + share for done, share in zip(steps, allocate(remaining, weights), strict=True))
+        return tuple(done + share for done, share in zip(made, allocate(remaining, weights), strict=True))
 
-    def exhausted(self, steps: Sequence[int]) -> bool:
-        """Whether a shared budget is spent."""
-        return self.shared and self.max_steps is not None and sum(steps) >= self.max_steps * self.workers
+    def exhausted(self, steps: Sequence[int], under_way: Sequence[bool] = ()) -> bool:
+        """Whether a shared budget is spent, or will be by the steps that are under way."""
+        if not self.shared or self.max_steps is None:
+            return False
+        return sum(steps) + sum(under_way) >= self.max_steps * self.workers
 
 
 def estimate_total(steps: Sequence[int], weights: Sequence[int], worker: int, own_steps: int) -> int:

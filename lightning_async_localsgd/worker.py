@@ -224,7 +224,9 @@ class Worker:
         self._round_samples += samples
         self._adopt_if_ready()
         planned = self._report()
-        if self._push_is_due(planned):
+        if self._in_flight:
+            self._extend_push(planned)
+        elif self._push_is_due(planned):
             self._push()
             if not self._settings.overlap:
                 self._adopt(self._mailbox.wait_for_adoption())
@@ -242,18 +244,22 @@ class Worker:
         return planned
 
     def _push_is_due(self, planned: int) -> bool:
-        if self._in_flight:
-            return False
         # Others' updates in the middle of this round: it is out of step with them, and shorter rounds bring it in step.
         # Worker 0 keeps its own, or two workers in opposite phase would both hurry and stay so.
         out_of_step = self.rank > 0 and self._mailbox.progress.version > self.version
         shared = self._mailbox.push_wanted or out_of_step
         if self._round_steps < (self._enough(planned) if shared else planned):
             return False
-        # What is left for the last round goes into this one if it would be less than half a round: every delta is a
-        # whole outer update with its momentum, and one of a few steps would be all momentum.
+        return not self._is_last_round(planned, self.local_steps)
+
+    def _is_last_round(self, planned: int, local_steps: int) -> bool:
+        """Whether the round goes on to the end of the run if it is not over after ``local_steps``.
+
+        What is left of the budget goes into this round if it would be less than half of one: every delta is a whole
+        outer update with its momentum, and one of a few steps would be all momentum.
+        """
         caps = self._mailbox.progress.caps
-        return caps is None or caps[self.rank] - self.local_steps >= planned / 2
+        return caps is not None and caps[self.rank] - local_steps < planned / 2
 
     def _enough(self, planned: int) -> int:
         """Local steps after which this round may end, if that lets it share a turn with others."""
@@ -267,7 +273,9 @@ class Worker:
         if self._settings.overlap:  # nobody waits meanwhile: worth it for what brings this worker in step with the rest
             window = max(window, max(2, self._pace.tolerance * planned) / speed)
         steps = max(1, self._enough(planned) - self._round_steps)
-        return window if steps / speed <= window else 0.0
+        if steps / speed > window or self._is_last_round(planned, self.local_steps + steps):
+            return 0.0
+        return window
 
     def _go_on(self) -> bool:
         """Whether this worker is to make another step."""
@@ -438,6 +446,23 @@ class Worker:
             self._begin_round()
             self._report()
             self._mailbox.push(push, flags)
+
+    def _extend_push(self, planned: int) -> None:
+        """While the turn is held open for others, what this worker goes on learning belongs to the round it pushed.
+
+        The fewer steps a delta leaves behind, the less is learned from parameters that are about to change.
+        """
+        longest = math.floor((1 + self._pace.tolerance) * planned)
+        push = self._mailbox.take_back(longest - self._round_steps)
+        if push is None:
+            return
+        self._base, self._snapshot = push.base, push.snapshot
+        self.round -= 1
+        self._round_steps += push.steps
+        self._round_samples += push.samples
+        self._round_started -= push.seconds
+        self.shard = push.shard
+        self._push()
 
     def _check_trainable(self) -> None:
         """A parameter that was unfrozen on the way would train apart on every worker."""

@@ -17,14 +17,21 @@ def test_allocation_is_complete_and_proportional(amount: int, weights: list[int]
     assert all(abs(s - amount * w / sum(weights)) < 1 for s, w in zip(shares, weights, strict=True))
 
 
-@given(st.integers(1, 1000), weights, st.integers(0, 2000))
-def test_caps_add_up_to_a_shared_budget(max_steps: int, weights: list[int], done: int) -> None:
-    budget = Budget(max_steps, len(weights))
+@given(st.integers(1, 1000), weights, st.integers(0, 2000), st.data())
+def test_caps_add_up_to_a_shared_budget(max_steps: int, weights: list[int], done: int, data: st.DataObject) -> None:
+    workers = len(weights)
+    budget = Budget(max_steps, workers)
     steps = allocate(done, weights)
-    caps = budget.caps(steps, weights)
+    under_way = data.draw(st.lists(st.booleans(), min_size=workers, max_size=workers) | st.just([]))
+    caps = budget.caps(steps, weights, under_way)
     assert caps is not None
-    assert sum(caps) == max(max_steps * len(weights), done)
-    assert budget.exhausted(steps) == (done >= max_steps * len(weights))
+    assert sum(caps) == max(max_steps * workers, done + sum(under_way))
+    assert all(cap >= made + step for cap, made, step in zip(caps, steps, under_way))
+    assert budget.exhausted(steps, under_way) == (done + sum(under_way) >= max_steps * workers)
+
+
+def test_workers_that_have_ended_get_nothing() -> None:
+    assert Budget(10, 3).caps([4, 4, 2], [1, 1, 1], [True, False, True], [False, True, False]) == (14, 4, 12)
 
 
 def test_equal_workers_get_equal_caps_and_own_budgets_are_not_shared() -> None:

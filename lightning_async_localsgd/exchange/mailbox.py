@@ -114,6 +114,7 @@ class Mailbox:
         self._flags = Flag.NONE
         self._reason = ""
         self._push: Push | None = None
+        self._extending = False  # the training thread has taken its push back to add steps to it
         self._adoption: Adoption | None = None
         self._progress = progress
         self._updates: deque[OuterUpdate] = deque(maxlen=_UPDATES_KEPT)
@@ -174,9 +175,23 @@ class Mailbox:
         with self._condition:
             assert self._push is None and self._adoption is None
             self._push = push
+            self._extending = False
             self._flags |= flags
             self._news = True
             self._condition.notify_all()
+
+    def take_back(self, max_steps: int) -> Push | None:
+        """Take back the push, if the exchange has not begun with it, to push it anew with further steps.
+
+        Args:
+            max_steps: only if the push has at most that many steps.
+        """
+        if self._push is None or self._push.steps > max_steps:
+            return None
+        with self._condition:
+            push, self._push = self._push, None
+            self._extending = push is not None
+            return push
 
     def collect(self) -> Adoption | None:
         """The adoption, if it has come.
@@ -254,7 +269,12 @@ class Mailbox:
         with self._condition:
             self._push_wanted = True
             self._condition.wait_for(
-                lambda: self._push is not None or self._flags & none_to_come or self._failure is not None,
+                lambda: (
+                    self._push is not None
+                    or self._extending
+                    or self._flags & none_to_come
+                    or self._failure is not None
+                ),
                 timeout=self._counts[2],
             )
             self._push_wanted = False
@@ -263,6 +283,7 @@ class Mailbox:
     def take(self) -> tuple[Live, Push | None]:
         """What the next header is to say, and the round to push with it."""
         with self._condition:
+            self._condition.wait_for(lambda: not self._extending or self._failure is not None)
             push, self._push, self._news = self._push, None, False
             return Live(*self._counts[:2], self._flags, self._reason), push
 

@@ -3,7 +3,8 @@
 A turn goes through these states, alike on every worker:
 
 1. *asleep* until the training thread has news or the bell tells that another worker opened the turn;
-2. *grace*: a worker that is about to push holds the turn open until it has, for as long as it said it is worth;
+2. *grace*: a worker that is about to push holds the turn open until it has, for as long as it said it is worth. Those
+   that train on meanwhile (``overlap``) add the steps they make to their delta, until no worker holds the turn any more;
 3. *headers*: every worker gives its header to every other;
 4. *deltas*, if the quorum is met: each worker that has one sends it, in rank order, and all apply it;
 5. *publish*: shared progress, and to a worker whose delta was applied its new global parameters.
@@ -36,7 +37,7 @@ from lightning_async_localsgd.errors import (
     ReplicaDivergedError,
 )
 from lightning_async_localsgd.exchange.bell import Bell
-from lightning_async_localsgd.exchange.header import Flag, Header
+from lightning_async_localsgd.exchange.header import HEADER_BYTES, Flag, Header
 from lightning_async_localsgd.exchange.mailbox import Adoption, Live, Mailbox, OuterUpdate, Progress, Push
 from lightning_async_localsgd.exchange.transport import Transport
 from lightning_async_localsgd.membership import Roster
@@ -47,6 +48,7 @@ from lightning_async_localsgd.settings import Settings
 __all__ = ["ExchangeThread"]
 
 _CHUNK = 1 << 20  # elements per message: what the largest wire buffer holds, and what `timeout` applies to
+_READY = bytes(HEADER_BYTES)
 _GOODBYE = timedelta(seconds=30)
 _LAST_WORDS = timedelta(seconds=5)
 _REASON_LENGTH = 900  # characters; a header has room for that many of four bytes each
@@ -136,6 +138,8 @@ class ExchangeThread:
             self._bell.ring(self._turn)
         if self._pending is None:
             self._mailbox.wait_for_push()
+        if self._settings.overlap:
+            self._transport.gather(_READY)
         live, push = self._mailbox.take()
         finite = True
         if push is not None:
@@ -248,7 +252,7 @@ class ExchangeThread:
         dropped = [h.worker for h in headers if Flag.DROPPED in h.flags]
         deltas = [h for h in headers if Flag.DELTA in h.flags]
         none_to_come = Flag.DELTA | Flag.FINAL
-        if not self._budget.exhausted([h.steps for h in headers]):
+        if not self._budget.exhausted([h.steps for h in headers], self._under_way(headers)):
             none_to_come |= Flag.IDLE  # later these will push what they have, at the end of the run
         if len(deltas) < self._settings.quorum and not all(h.flags & none_to_come for h in headers):
             deltas = []
@@ -333,16 +337,16 @@ class ExchangeThread:
     def _progress(self, headers: list[Header]) -> Progress:
         self._steps = [h.steps for h in headers]
         round_steps = self._pace.steps([h.speed for h in headers], self._settings.local_steps)
-        final = all(Flag.FINAL in h.flags for h in headers)
+        under_way = self._under_way(headers)
         tally = self._tally
         return Progress(
             version=self._state.version,
             steps=tuple(self._steps),
             round_steps=tuple(round_steps),
-            caps=self._budget.caps(self._steps, round_steps, [Flag.FINAL in h.flags for h in headers]),
-            exhausted=self._budget.exhausted(self._steps),
+            caps=self._budget.caps(self._steps, round_steps, under_way, [Flag.FINAL in h.flags for h in headers]),
+            exhausted=self._budget.exhausted(self._steps, under_way),
             stop=any(Flag.STOP in h.flags for h in headers),
-            over=final,
+            over=all(Flag.FINAL in h.flags for h in headers),
             shard_samples=tuple(tally.shard_samples),
             updates=tally.updates,
             total_staleness=tally.total_staleness,
@@ -351,6 +355,13 @@ class ExchangeThread:
             bytes_sent=self._transport.bytes_sent,
             bytes_received=self._transport.bytes_received,
         )
+
+    def _under_way(self, headers: list[Header]) -> list[bool]:
+        """Which workers are making a step that their header does not count yet."""
+        not_training = Flag.IDLE | Flag.FINAL | Flag.PAUSED
+        if not self._settings.overlap:
+            not_training |= Flag.DELTA | Flag.DROPPED
+        return [not h.flags & not_training for h in headers]
 
     # ---- failures ---------------------------------------------------------------------------------------------------
 
