@@ -156,7 +156,7 @@ class Worker:
     def _share_initial_parameters(self) -> None:
         flat = self._layout.empty()
         torch._foreach_copy_(self._layout.views(flat), self._layout.tensors(self._module))
-        self._transport.broadcast(flat, root=0)
+        self._transport.broadcast(flat, root=0)()
         self._state.flat.copy_(flat)
         self._copy_to_module(flat)
         self._follow_leader()
@@ -166,7 +166,7 @@ class Worker:
         """Take worker 0's frozen parameters, integer buffers and masks, which no delta carries."""
         for tensor in self._layout.others(self._module):
             wire = tensor.to("cpu", copy=True).contiguous().view(-1)
-            self._transport.broadcast(wire.view(torch.uint8), root=0)
+            self._transport.broadcast(wire.view(torch.uint8), root=0)()
             tensor.copy_(wire.view(tensor.shape))
 
     # ---- the run ----------------------------------------------------------------------------------------------------

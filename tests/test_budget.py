@@ -26,7 +26,7 @@ def test_caps_add_up_to_a_shared_budget(max_steps: int, weights: list[int], done
     caps = budget.caps(steps, weights, under_way)
     assert caps is not None
     assert sum(caps) == max(max_steps * workers, done + sum(under_way))
-    assert all(cap >= made + step for cap, made, step in zip(caps, steps, under_way))
+    assert all(cap >= made + step for cap, made, step in zip(caps, steps, under_way, strict=False))
     assert budget.exhausted(steps, under_way) == (done + sum(under_way) >= max_steps * workers)
 
 

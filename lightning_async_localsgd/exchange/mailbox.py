@@ -270,10 +270,7 @@ class Mailbox:
             self._push_wanted = True
             self._condition.wait_for(
                 lambda: (
-                    self._push is not None
-                    or self._extending
-                    or self._flags & none_to_come
-                    or self._failure is not None
+                    self._push is not None or self._extending or self._flags & none_to_come or self._failure is not None
                 ),
                 timeout=self._counts[2],
             )

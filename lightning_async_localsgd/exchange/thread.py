@@ -18,9 +18,12 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +55,16 @@ _READY = bytes(HEADER_BYTES)
 _GOODBYE = timedelta(seconds=30)
 _LAST_WORDS = timedelta(seconds=5)
 _REASON_LENGTH = 900  # characters; a header has room for that many of four bytes each
+
+
+class _Transfer(NamedTuple):
+    """A part of a delta on its way."""
+
+    chunk: Tensor
+    """Where it goes: part of the state's pseudo-gradient."""
+    wire: Tensor
+    """Its wire form."""
+    wait: Callable[[], None]
 
 
 @dataclass
@@ -267,8 +280,7 @@ class ExchangeThread:
 
     def _apply_each(self, deltas: list[Header]) -> list[OuterUpdate]:
         updates = []
-        for header in deltas:
-            self._receive(header.worker, add=False)
+        for header in self._trade(deltas, add=False):
             staleness = self._state.version - header.start_version
             with record_function("async_localsgd::apply"), self._mailbox.global_state():
                 self._state.apply()
@@ -278,37 +290,58 @@ class ExchangeThread:
     def _apply_mean(self, deltas: list[Header]) -> list[OuterUpdate]:
         if not deltas:
             return []
-        for i, header in enumerate(deltas):
-            self._receive(header.worker, add=i > 0)
+        deque(self._trade(deltas, add=True), maxlen=0)
         version = self._state.version
         with record_function("async_localsgd::apply"), self._mailbox.global_state():
             self._state.pseudo_gradient.div_(len(deltas))
             self._state.apply(len(deltas))
         return [self._record(header, version - header.start_version) for header in deltas]
 
-    def _receive(self, worker: int, add: bool) -> None:
-        """Bring a worker's delta, its own or a peer's, into the state's pseudo-gradient."""
-        own = self._pending.base if worker == self._roster.rank and self._pending is not None else None
-        target = self._state.pseudo_gradient
-        with record_function("async_localsgd::exchange"):
-            for start in range(0, target.numel(), _CHUNK):
-                chunk = target[start : start + _CHUNK]
-                if own is not None:
-                    wire = self._codec.encode(own[start : start + _CHUNK]).cpu()
-                else:
-                    wire = self._wire_buffer(chunk, add)
-                self._transport.broadcast(wire, worker)
-                decoded = self._codec.decode(wire)
-                if add:
-                    chunk.add_(decoded.to(chunk.device))
-                elif decoded.data_ptr() != chunk.data_ptr():
-                    chunk.copy_(decoded)
+    def _trade(self, deltas: list[Header], add: bool) -> Iterator[Header]:
+        """Bring one delta after the other into the state's pseudo-gradient; yields whose it is.
 
-    def _wire_buffer(self, chunk: Tensor, add: bool) -> Tensor:
-        """Where to receive a chunk: in place if the wire form is the final form."""
-        if not add and self._codec.wire_dtype == chunk.dtype and chunk.device.type == "cpu":
-            return chunk
-        return torch.empty(chunk.numel(), dtype=self._codec.wire_dtype)
+        The beginnings of all deltas travel at once: a small model needs one trip through the network, not one for each
+        worker.
+
+        Args:
+            deltas: headers of the workers that send theirs.
+            add: add up the deltas; else each takes the place of the one before.
+        """
+        target = self._state.pseudo_gradient
+        beginning = target[: _CHUNK // max(1, len(deltas))]
+        under_way = [self._start(header.worker, beginning, in_place=False) for header in deltas]
+        for i, header in enumerate(deltas):
+            with record_function("async_localsgd::exchange"):
+                self._finish(under_way[i], add and i > 0)
+                for chunk in target[beginning.numel() :].split(_CHUNK):
+                    self._finish(self._start(header.worker, chunk, in_place=not add or i == 0), add and i > 0)
+            yield header
+
+    def _start(self, worker: int, chunk: Tensor, in_place: bool) -> _Transfer:
+        """Begin to trade what ``chunk`` of the pseudo-gradient is to take from a worker's delta, its own or a peer's.
+
+        Args:
+            worker: whose delta.
+            chunk: part of the state's pseudo-gradient.
+            in_place: receive into ``chunk`` itself, if the wire form is the final form.
+        """
+        if worker == self._roster.rank:
+            assert self._pending is not None
+            offset = chunk.storage_offset()
+            wire = self._codec.encode(self._pending.base[offset : offset + chunk.numel()]).cpu()
+        elif in_place and self._codec.wire_dtype == chunk.dtype and chunk.device.type == "cpu":
+            wire = chunk
+        else:
+            wire = torch.empty(chunk.numel(), dtype=self._codec.wire_dtype)
+        return _Transfer(chunk, wire, self._transport.broadcast(wire, worker))
+
+    def _finish(self, transfer: _Transfer, add: bool) -> None:
+        transfer.wait()
+        chunk, decoded = transfer.chunk, self._codec.decode(transfer.wire)
+        if add:
+            chunk.add_(decoded.to(chunk.device))
+        elif decoded.data_ptr() != chunk.data_ptr():
+            chunk.copy_(decoded)
 
     def _record(self, header: Header, staleness: int) -> OuterUpdate:
         self._tally.updates += 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -32,11 +34,17 @@ class Transport(Protocol):
             PeerLostError: if a worker cannot be reached within the timeout.
         """
 
-    def broadcast(self, chunk: Tensor, root: int) -> None:
-        """Copy ``chunk`` (contiguous, on the CPU) from worker ``root`` into every other worker's ``chunk``.
+    def broadcast(self, chunk: Tensor, root: int) -> Callable[[], None]:
+        """Begin to copy ``chunk`` (contiguous, on the CPU) from worker ``root`` into every other worker's ``chunk``.
+
+        Several can be under way at once.
+
+        Returns:
+            What waits until it is done. Until then ``chunk`` belongs to the transport.
 
         Raises:
-            PeerLostError: if ``root``, or on ``root`` any worker, cannot be reached within the timeout.
+            PeerLostError: here or in the wait, if ``root``, or on ``root`` any worker, cannot be reached within the
+                timeout.
         """
 
     def close(self) -> None:
@@ -76,15 +84,16 @@ class GlooTransport:
         self.bytes_received += HEADER_BYTES * len(self._peers)
         return [bytes(row.numpy()) for row in self._inbox]
 
-    def broadcast(self, chunk: Tensor, root: int) -> None:
+    def broadcast(self, chunk: Tensor, root: int) -> Callable[[], None]:
         """See :meth:`Transport.broadcast`."""
         wire = chunk.view(torch.uint8)
         if root == self._roster.rank:
-            self._wait([(peer, self._start("send", wire, peer, _PAYLOAD)) for peer in self._peers])
+            works = [(peer, self._start("send", wire, peer, _PAYLOAD)) for peer in self._peers]
             self.bytes_sent += wire.numel() * len(self._peers)
         else:
-            self._wait([(root, self._start("recv", wire, root, _PAYLOAD))])
+            works = [(root, self._start("recv", wire, root, _PAYLOAD))]
             self.bytes_received += wire.numel()
+        return partial(self._wait, works)
 
     def close(self) -> None:
         """See :meth:`Transport.close`."""
