@@ -21,6 +21,7 @@ from lightning_async_localsgd.budget import Budget, estimate_total
 from lightning_async_localsgd.data import draw_shard
 from lightning_async_localsgd.exchange import (
     Adoption,
+    Beat,
     ExchangeThread,
     GlooTransport,
     Mailbox,
@@ -145,6 +146,8 @@ class Worker:
         self._round_steps = 0
         self._round_samples = 0
         self._round_started = 0.0
+        self._shift = 0  # local steps by which this round is to be longer than planned
+        self._beat = Beat(0, ())
         self._job_steps = 0
         self._max_steps: int | None = None
         self._shared_budget = settings.shares_budget(size)
@@ -244,13 +247,26 @@ class Worker:
         return planned
 
     def _push_is_due(self, planned: int) -> bool:
-        # Others' updates in the middle of this round: it is out of step with them, and shorter rounds bring it in step.
-        # Worker 0 keeps its own, or two workers in opposite phase would both hurry and stay so.
-        out_of_step = self.rank > 0 and self._mailbox.progress.version > self.version
-        shared = self._mailbox.push_wanted or out_of_step
-        if self._round_steps < (self._enough(planned) if shared else planned):
+        self._keep_step(planned)
+        due = self._enough(planned) if self._mailbox.push_wanted else planned + self._shift
+        if self._round_steps < due:
             return False
         return not self._is_last_round(planned, self.local_steps)
+
+    def _keep_step(self, planned: int) -> None:
+        """Where worker 0's delta came without this worker's, make this round longer or shorter, to be in step again.
+
+        All follow worker 0, which keeps its own time: if each followed the others, two in opposite phase would stay so.
+        """
+        beat = self._mailbox.progress.beat
+        if beat == self._beat:
+            return
+        self._beat = beat
+        if self.rank in beat.workers:
+            return
+        most = planned - self._enough(planned)
+        early, late = self._round_steps, max(0, planned - self._round_steps)
+        self._shift = min(early, most) if early < late else -min(late, most)
 
     def _is_last_round(self, planned: int, local_steps: int) -> bool:
         """Whether the round goes on to the end of the run if it is not over after ``local_steps``.
@@ -422,6 +438,7 @@ class Worker:
         self._round_steps = 0
         self._round_samples = 0
         self._round_started = time.monotonic()
+        self._shift = 0
         self.shard = draw_shard([1] * self.size, self._mailbox.progress.shard_samples, self._shard_generator)
 
     @torch.no_grad()

@@ -1,7 +1,17 @@
 """The exchange: a background thread that trades pseudo-gradients and applies them in the same order everywhere."""
 
-from lightning_async_localsgd.exchange.mailbox import Adoption, Mailbox, OuterUpdate, Progress, Push
+from lightning_async_localsgd.exchange.mailbox import Adoption, Beat, Mailbox, OuterUpdate, Progress, Push
 from lightning_async_localsgd.exchange.thread import ExchangeThread
 from lightning_async_localsgd.exchange.transport import GlooTransport, Transport
 
-__all__ = ["Adoption", "ExchangeThread", "GlooTransport", "Mailbox", "OuterUpdate", "Progress", "Push", "Transport"]
+__all__ = [
+    "Adoption",
+    "Beat",
+    "ExchangeThread",
+    "GlooTransport",
+    "Mailbox",
+    "OuterUpdate",
+    "Progress",
+    "Push",
+    "Transport",
+]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_async_localsgd.exchange.header import Flag
 
-__all__ = ["Adoption", "Live", "Mailbox", "OuterUpdate", "Progress", "Push"]
+__all__ = ["Adoption", "Beat", "Live", "Mailbox", "OuterUpdate", "Progress", "Push"]
 
 _UPDATES_KEPT = 4096  # outer updates that nobody has asked for yet; older ones are forgotten
 
@@ -73,6 +73,15 @@ class Live(NamedTuple):
     reason: str
 
 
+class Beat(NamedTuple):
+    """The latest turn that applied a delta of worker 0, which the others time their rounds by."""
+
+    round: int
+    """Worker 0's round; 0 before its first."""
+    workers: tuple[int, ...]
+    """Whose deltas were applied in that turn."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """Shared progress after a turn: computed from the headers, alike on every worker."""
@@ -91,6 +100,7 @@ class Progress:
     over: bool
     """Every worker has pushed everything and every delta is applied."""
     shard_samples: tuple[int, ...]
+    beat: Beat = Beat(0, ())
     updates: int = 0
     total_staleness: int = 0
     max_staleness: int = 0

@@ -41,7 +41,7 @@ from lightning_async_localsgd.errors import (
 )
 from lightning_async_localsgd.exchange.bell import Bell
 from lightning_async_localsgd.exchange.header import HEADER_BYTES, Flag, Header
-from lightning_async_localsgd.exchange.mailbox import Adoption, Live, Mailbox, OuterUpdate, Progress, Push
+from lightning_async_localsgd.exchange.mailbox import Adoption, Beat, Live, Mailbox, OuterUpdate, Progress, Push
 from lightning_async_localsgd.exchange.transport import Transport
 from lightning_async_localsgd.membership import Roster
 from lightning_async_localsgd.outer import GlobalState
@@ -76,6 +76,7 @@ class _Tally:
     max_staleness: int = 0
     dropped: list[int] = field(default_factory=list)
     shard_samples: list[int] = field(default_factory=list)
+    beat: Beat = Beat(0, ())
 
 
 class ExchangeThread:
@@ -274,6 +275,8 @@ class ExchangeThread:
         updates = self._apply_each(deltas) if self._settings.quorum == 1 else self._apply_mean(deltas)
         for header in deltas:
             self._tally.shard_samples[header.shard] += header.round_samples
+            if header.worker == 0:
+                self._tally.beat = Beat(header.round, tuple(h.worker for h in deltas))
         if self._pending is None or self._roster.rank not in dropped + [h.worker for h in deltas]:
             return None, updates
         return self._adoption(restart=not finite), updates
@@ -381,6 +384,7 @@ class ExchangeThread:
             stop=any(Flag.STOP in h.flags for h in headers),
             over=all(Flag.FINAL in h.flags for h in headers),
             shard_samples=tuple(tally.shard_samples),
+            beat=tally.beat,
             updates=tally.updates,
             total_staleness=tally.total_staleness,
             max_staleness=tally.max_staleness,
