@@ -195,6 +195,7 @@ class Worker:
                 stop=False,
                 over=False,
                 shard_samples=nothing,
+                beat=self._beat,
                 dropped=nothing,
             )
         )

@@ -100,7 +100,7 @@ class Progress:
     over: bool
     """Every worker has pushed everything and every delta is applied."""
     shard_samples: tuple[int, ...]
-    beat: Beat = Beat(0, ())
+    beat: Beat
     updates: int = 0
     total_staleness: int = 0
     max_staleness: int = 0

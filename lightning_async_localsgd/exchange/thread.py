@@ -4,7 +4,7 @@ A turn goes through these states, alike on every worker:
 
 1. *asleep* until the training thread has news or the bell tells that another worker opened the turn;
 2. *grace*: a worker that is about to push holds the turn open until it has, for as long as it said it is worth. Those
-   that train on meanwhile (``overlap``) add the steps they make to their delta, until no worker holds the turn any more;
+   who train on meanwhile (``overlap``) add the steps they make to their delta, until nobody holds the turn any more;
 3. *headers*: every worker gives its header to every other;
 4. *deltas*, if the quorum is met: each worker that has one sends it, in rank order, and all apply it;
 5. *publish*: shared progress, and to a worker whose delta was applied its new global parameters.
@@ -76,7 +76,7 @@ class _Tally:
     max_staleness: int = 0
     dropped: list[int] = field(default_factory=list)
     shard_samples: list[int] = field(default_factory=list)
-    beat: Beat = Beat(0, ())
+    beat: Beat = field(default_factory=lambda: Beat(0, ()))
 
 
 class ExchangeThread:
