@@ -206,6 +206,7 @@ class Worker:
         self._exchange = ExchangeThread(
             self._mailbox, self._state, self._transport, self._store, self._roster, self._settings, budget
         )
+        self._report()  # a turn may open before this worker's first step has ended
         self._exchange.start()
         self._round_started = time.monotonic()
         self._stopwatch.resume()
