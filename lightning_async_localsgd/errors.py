@@ -13,11 +13,13 @@ class PeerLostError(AsyncLocalSGDError):
     Args:
         message: which worker, and what to do.
         silent: its rank, if it did not answer in time: it may itself be waiting for another.
+        gone: its rank, if its connection was closed: it may itself have waited in vain for another.
     """
 
-    def __init__(self, message: str, silent: int | None = None) -> None:
+    def __init__(self, message: str, silent: int | None = None, gone: int | None = None) -> None:
         super().__init__(message)
         self.silent = silent
+        self.gone = gone
 
 
 class PeerAbortedError(AsyncLocalSGDError):

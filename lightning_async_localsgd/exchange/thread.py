@@ -54,6 +54,7 @@ _CHUNK = 1 << 20  # elements per message: what the largest wire buffer holds, an
 _READY = bytes(HEADER_BYTES)
 _GOODBYE = timedelta(seconds=30)
 _LAST_WORDS = timedelta(seconds=5)
+_A_MOMENT = timedelta(seconds=2)
 _REASON_LENGTH = 900  # characters; a header has room for that many of four bytes each
 
 
@@ -419,23 +420,28 @@ class ExchangeThread:
             return error
         try:
             if isinstance(error, PeerLostError) and error.silent is not None:
-                error = self._find_silent(error, error.silent)
+                error = self._find_silent(error, error.silent, _LAST_WORDS)
+            elif isinstance(error, PeerLostError) and error.gone is not None:
+                error = self._find_silent(error, error.gone, _A_MOMENT)
             written = self._store.compare_set("cause", "", f"{type(error).__name__}\n{error}").decode()
         except RuntimeError as store_error:
             return self._store_lost(store_error) if isinstance(error, PeerLostError) else error
         kind, text = written.split("\n", 1)
         return error if text == str(error) else getattr(errors, kind, AsyncLocalSGDError)(text)
 
-    def _find_silent(self, error: PeerLostError, silent: int) -> PeerLostError:
-        """Follow the chain of workers that wait for one another to the one that says nothing at all."""
-        self._store.set(f"waits-for/{self._roster.rank}", str(silent))
-        chain = [self._roster.rank]
-        while silent not in chain:
-            chain.append(silent)
-            key = f"waits-for/{silent}"
+    def _find_silent(self, error: PeerLostError, suspect: int, patience: timedelta) -> PeerLostError:
+        """Follow the chain of workers that wait for one another to the one that says nothing at all.
+
+        When a wait has been in vain, gloo closes all connections of that worker, before it can say for whom it waited.
+        """
+        self._store.set(f"waits-for/{self._roster.rank}", str(suspect))
+        chain, worker = [self._roster.rank], suspect
+        while worker not in chain:
+            chain.append(worker)
+            key = f"waits-for/{worker}"
             try:
-                self._store.wait([key], min(_LAST_WORDS, self._settings.timeout))
+                self._store.wait([key], min(patience, self._settings.timeout))
             except DistStoreError:
                 break
-            silent = int(self._store.get(key))
-        return error if silent == error.silent else self._roster.silence(silent, self._settings.timeout)
+            worker = int(self._store.get(key))
+        return error if worker == suspect else self._roster.silence(worker, self._settings.timeout)

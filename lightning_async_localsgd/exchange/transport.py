@@ -119,5 +119,6 @@ class GlooTransport:
             return self._roster.silence(peer, self._timeout)
         return PeerLostError(
             f"{self._roster.name(peer)} is gone: its connection was closed. Look for the cause in its own log, then "
-            "start the job again."
+            "start the job again.",
+            gone=peer,
         )
