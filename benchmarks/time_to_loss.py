@@ -495,7 +495,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=math.inf, help="start nothing that would take longer")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for results and report")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder for tokens and pretrained parameters")
-    parser.add_argument("--scale", type=float, default=0.05, help="of the toy's seconds per step")
+    parser.add_argument("--scale", type=float, default=0.1, help="of the toy's seconds per step")
     parser.add_argument("--steps", type=int, default=1000, help="local steps per worker, on average")
     parser.add_argument("--local-steps", type=int, default=50, help="H, local steps per round of the fastest worker")
     task = parser.add_argument_group("task")
