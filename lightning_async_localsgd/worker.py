@@ -8,7 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from lightning_async_localsgd.exchange import (
     Progress,
     Push,
 )
-from lightning_async_localsgd.exchange.header import PROTOCOL, Flag
+from lightning_async_localsgd.exchange.header import PROTOCOL, Flag, Message
 from lightning_async_localsgd.layout import Layout
 from lightning_async_localsgd.membership import Roster
 from lightning_async_localsgd.outer import GlobalState
@@ -38,13 +38,25 @@ from lightning_async_localsgd.settings import Settings
 
 __all__ = ["RunSummary", "Worker"]
 
+_SAVED_PROGRESS = (
+    "steps",
+    "round_steps",
+    "shard_samples",
+    "updates",
+    "total_staleness",
+    "max_staleness",
+    "dropped",
+)
 _MIN_SPEED_WINDOW = 8  # local steps
 _ABORT_PATIENCE = 10.0  # seconds
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A run in numbers. All but ``bytes_*`` and ``blocked_seconds`` are alike on every worker after ``fit``."""
+    """A run in numbers. All but ``bytes_*`` and ``blocked_seconds`` are alike on every worker after ``fit``.
+
+    Those two are of this process; what was counted before a checkpoint that the run was resumed from is in all others.
+    """
 
     version: int
     """Outer updates applied."""
@@ -152,6 +164,25 @@ class Worker:
         self._max_steps: int | None = None
         self._shared_budget = settings.shares_budget(size)
         self._shard_generator = torch.Generator().manual_seed(rank)
+        self._pauses = 0
+        self._own: list[Tensor] | None = None  # what `lend_global` has put aside
+        nothing = (0,) * size
+        self._progress = Progress(  # what the run starts from
+            version=0,
+            steps=nothing,
+            speeds=(0.0,) * size,
+            round_steps=(settings.local_steps,) * size,
+            caps=None,
+            exhausted=False,
+            stop=False,
+            over=False,
+            shard_samples=nothing,
+            beat=self._beat,
+            dropped=nothing,
+        )
+        self._resumed_round: Mapping[str, Any] | None = None
+        self.on_cut: Callable[[Message], None] | None = None
+        """Called on the training thread when the exchange stands still for a checkpoint; see :meth:`cut`."""
         self._exchange: ExchangeThread | None = None
         self._stopwatch = _Stopwatch(settings.local_steps)
 
@@ -183,22 +214,15 @@ class Worker:
         """
         self._max_steps = max_steps
         budget = Budget(max_steps, self.size, self._shared_budget)
-        nothing = (0,) * self.size
-        equal = (self._settings.local_steps,) * self.size
-        self._mailbox = Mailbox(
-            Progress(
-                version=0,
-                steps=nothing,
-                round_steps=equal,
-                caps=budget.caps(nothing, equal),
-                exhausted=budget.exhausted(nothing),
-                stop=False,
-                over=False,
-                shard_samples=nothing,
-                beat=self._beat,
-                dropped=nothing,
-            )
+        steps, round_steps = self._progress.steps, self._progress.round_steps
+        progress = replace(
+            self._progress,
+            caps=budget.caps(steps, round_steps),
+            exhausted=budget.exhausted(steps),
+            stop=False,
+            over=False,
         )
+        self._mailbox = Mailbox(progress)
         pinned = self._device.type == "cuda" and torch.device(self._settings.outer_device).type == "cpu"
         self._base: Tensor | None = self._layout.empty(self._settings.outer_device, pinned)
         self._base.copy_(self._state.flat)
@@ -206,8 +230,12 @@ class Worker:
         self._exchange = ExchangeThread(
             self._mailbox, self._state, self._transport, self._store, self._roster, self._settings, budget
         )
+        if self._resumed_round is not None:
+            self._resume_round(self._resumed_round)
         self._report()  # a turn may open before this worker's first step has ended
         self._exchange.start()
+        if not self._settings.overlap:
+            self._wait_for_adoption()
         self._round_started = time.monotonic()
         self._stopwatch.resume()
 
@@ -228,13 +256,14 @@ class Worker:
         self._round_steps += 1
         self._round_samples += samples
         self._adopt_if_ready()
+        self._cut_if_asked()
         planned = self._report()
         if self._in_flight:
             self._extend_push(planned)
         elif self._push_is_due(planned):
             self._push()
             if not self._settings.overlap:
-                self._adopt(self._mailbox.wait_for_adoption())
+                self._wait_for_adoption()
         running = self._go_on()
         seconds = self._stopwatch.resume()
         if running:  # else it was the end of the run that this worker waited for, not its next step
@@ -306,6 +335,13 @@ class Worker:
             return False
         return self._wait_for_more()
 
+    @property
+    def budget_spent(self) -> bool:
+        """Whether no step is left for this worker, as of the latest exchange: in a run that goes on, at its start."""
+        progress = self._mailbox.progress
+        at_cap = progress.caps is not None and self.local_steps >= progress.caps[self.rank]
+        return progress.exhausted or (at_cap and not self._shared_budget)
+
     def _wait_for_more(self) -> bool:
         """At its share of the budget: wait until the others have made theirs, or leave some of it to this worker."""
         self._mailbox.flag(Flag.IDLE)
@@ -316,8 +352,21 @@ class Worker:
             if self.local_steps < progress.caps[self.rank]:
                 self._mailbox.unflag(Flag.IDLE)
                 return True
-            progress = self._mailbox.wait_for_progress(progress)
+            progress = self._wait_for_progress(progress)
         return False
+
+    def _wait_for_adoption(self) -> None:
+        while self._in_flight:
+            adoption = self._mailbox.wait_for_adoption()
+            if adoption is not None:
+                self._adopt(adoption)
+            self._cut_if_asked()
+
+    def _wait_for_progress(self, than: Progress) -> Progress:
+        progress = self._mailbox.wait_for_progress(than)
+        self._adopt_if_ready()
+        self._cut_if_asked()
+        return progress
 
     def finish(self, stop: bool = False) -> RunSummary:
         """End this worker's part: push what it has not pushed, wait for the others, take the final global parameters.
@@ -335,8 +384,7 @@ class Worker:
         flags = Flag.FINAL | Flag.STOP if stop else Flag.FINAL
         if stop:
             self._mailbox.flag(Flag.STOP)
-        if self._in_flight:
-            self._adopt(self._mailbox.wait_for_adoption())
+        self._wait_for_adoption()
         if self._round_steps > 0:
             self._push(flags)
         else:
@@ -344,7 +392,7 @@ class Worker:
             self._mailbox.announce()
         progress = self._mailbox.progress
         while not progress.over:
-            progress = self._mailbox.wait_for_progress(progress)
+            progress = self._wait_for_progress(progress)
         self._exchange.join(self._settings.timeout.total_seconds())
         self._copy_to_module(self._state.flat)
         self._follow_leader()
@@ -355,8 +403,7 @@ class Worker:
     def abort(self, error: BaseException) -> None:
         """Leave because of ``error``; the other workers are told and stop too."""
         if self._exchange is not None:
-            self._mailbox.flag(Flag.ABORT, reason=f"{type(error).__name__}: {error}")
-            self._mailbox.announce()
+            self._mailbox.abort(": ".join(filter(None, (type(error).__name__, str(error)))))
             self._exchange.join(_ABORT_PATIENCE)
 
     @contextmanager
@@ -369,14 +416,17 @@ class Worker:
             self.resume()
 
     def pause(self) -> None:
-        """Begin a pause; see :meth:`paused`."""
+        """Begin a pause; see :meth:`paused`. There can be one within another."""
+        self._pauses += 1
         self._mailbox.flag(Flag.PAUSED)
         self._stopwatch.pause()
 
     def resume(self) -> None:
         """End a pause."""
-        self._mailbox.unflag(Flag.PAUSED)
-        self._stopwatch.resume()
+        self._pauses -= 1
+        if self._pauses == 0:
+            self._mailbox.unflag(Flag.PAUSED)
+            self._stopwatch.resume()
 
     # ---- what the run looks like ------------------------------------------------------------------------------------
 
@@ -399,9 +449,30 @@ class Worker:
         """Whether some worker has asked all to end their training."""
         return self._mailbox.progress.stop
 
+    @property
+    def speeds(self) -> tuple[float, ...]:
+        """Local steps per second of each worker, as of the latest exchange; 0 while unknown."""
+        return self._mailbox.progress.speeds
+
+    def measure_updates(self) -> None:
+        """From now on compute every outer update's ``norm`` and ``alignment``, on the exchange thread."""
+        self._mailbox.measure_updates = True
+
     def take_updates(self) -> list[OuterUpdate]:
         """The outer updates since the last call, oldest first (at most 4096: older ones are forgotten)."""
         return self._mailbox.take_updates()
+
+    def send(self, message: Message) -> None:
+        """Send a JSON object to all workers, this one included. It comes with the next exchange, which begins now.
+
+        Raises:
+            ValueError: if it is longer than a header has room for, about 4 KB.
+        """
+        self._mailbox.send(message)
+
+    def take_messages(self) -> list[tuple[int, Message]]:
+        """Messages since the last call, as pairs of sender and message, in the same order on every worker."""
+        return self._mailbox.take_messages()
 
     def summary(self, digest: str = "") -> RunSummary:
         """The run in numbers, as of the latest exchange."""
@@ -424,6 +495,133 @@ class Worker:
         with self._mailbox.global_state():
             flat = self._state.flat.to("cpu", copy=True)
         return {slot.name: view for slot, view in zip(self._layout.slots, self._layout.views(flat), strict=True)}
+
+    @torch.no_grad()
+    def lend_global(self) -> None:
+        """Put the global parameters and buffers of now into the module, until :meth:`take_back_own`."""
+        self._own = [tensor.clone() for tensor in self._layout.tensors(self._module)]
+        with self._mailbox.global_state():
+            self._copy_to_module(self._state.flat)
+            self._synchronize()
+
+    @torch.no_grad()
+    def take_back_own(self) -> None:
+        """Put this worker's own parameters back, bit for bit."""
+        assert self._own is not None
+        torch._foreach_copy_(self._layout.tensors(self._module), self._own)
+        self._own = None
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def cut(self, what: Message) -> Iterator[None]:
+        """Have the exchange stand still between two turns, on all workers, so that all can save the same moment.
+
+        On the other workers ``on_cut(what)`` is called at the end of their current step; here the body of the ``with``
+        runs at once. Each worker's exchange goes on when its own is done; their training does not wait for it.
+
+        Args:
+            what: what the others are to do, as a JSON object of at most about 4 KB.
+        """
+        try:
+            self._mailbox.ask_for_cut(what)
+            self._mailbox.wait_for_cut()
+            self._adopt_if_ready()
+            yield
+        finally:
+            self._mailbox.release()
+
+    def _cut_if_asked(self) -> None:
+        what = self._mailbox.cut
+        if what is None:
+            return
+        try:
+            self._adopt_if_ready()  # it comes with the turn that carried the cut
+            if self.on_cut is not None:
+                with self.paused():
+                    self.on_cut(what)
+        finally:
+            self._mailbox.release()
+
+    def global_state_dict(self) -> dict[str, Any]:
+        """The global state and the run's shared progress: equal on all workers during a cut."""
+        progress = self._mailbox.progress
+        with self._mailbox.global_state():
+            state = self._state.state_dict()
+        counts = {name: getattr(progress, name) for name in _SAVED_PROGRESS}
+        return {"global": state, "progress": counts | {"beat": tuple(progress.beat)}}
+
+    def local_state_dict(self) -> dict[str, Any]:
+        """What this worker alone knows: its own parameters and where in its round it is. To be called during a cut.
+
+        Progress that is not applied yet, pushed or not, is the difference between ``tensors`` and ``base``.
+        """
+        steps, samples, shard, base, version = (
+            self._round_steps,
+            self._round_samples,
+            self.shard,
+            self._base,
+            self.version,
+        )
+        assert self._exchange is not None
+        push = self._mailbox.untaken_push() or self._exchange.pending
+        if push is not None:
+            steps, samples, shard = steps + push.steps, samples + push.samples, push.shard
+            base, version = push.base, push.start_version
+            if push is self._exchange.pending:
+                base = push.base + push.snapshot
+        assert base is not None
+        return {
+            "tensors": [t.detach().to("cpu", copy=True) for t in self._own_tensors],
+            # Without updates since the round began, the base is the global state itself.
+            "base": None if version == self._state.version else base.to("cpu", copy=True),
+            "round": self.round - (push is not None),
+            "round_steps": steps,
+            "round_samples": samples,
+            "shard": shard,
+            "local_steps": self.local_steps,
+            "shard_generator": self._shard_generator.get_state(),
+        }
+
+    def load_global_state_dict(self, state_dict: Mapping[str, Any], same_workers: bool) -> None:
+        """Go on from a saved global state. To be called before :meth:`start`.
+
+        Args:
+            state_dict: what :meth:`global_state_dict` gave.
+            same_workers: whether the workers are as many as they were; else their counts begin anew.
+
+        Raises:
+            ValueError: if it belongs to another model.
+        """
+        self._state.load_state_dict(state_dict["global"])
+        self._copy_to_module(self._state.flat)
+        self.version = self._state.version
+        self._progress = replace(self._progress, version=self.version)
+        if same_workers:
+            saved: dict[str, Any] = state_dict["progress"] | {"beat": Beat(*state_dict["progress"]["beat"])}
+            self._beat = saved["beat"]
+            self._progress = replace(self._progress, **saved)
+
+    def load_local_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from where this worker was. To be called after :meth:`load_global_state_dict`, before :meth:`start`."""
+        self.round = state_dict["round"]
+        self.shard = state_dict["shard"]
+        self.local_steps = state_dict["local_steps"]
+        self._shard_generator.set_state(state_dict["shard_generator"])
+        self._resumed_round = state_dict
+
+    @torch.no_grad()
+    def _resume_round(self, saved: Mapping[str, Any]) -> None:
+        self._round_steps = saved["round_steps"]
+        self._round_samples = saved["round_samples"]
+        tensors = self._layout.tensors(self._module)
+        torch._foreach_copy_(tensors, saved["tensors"])
+        if saved["base"] is not None:  # learned on top of older global parameters: rebase it, as an adoption would
+            correction = (self._state.flat - saved["base"].to(self._state.flat.device)).to(self._device)
+            torch._foreach_add_(tensors, self._layout.views(correction))
+        self._resumed_round = None
+        if self._push_is_due(self._progress.round_steps[self.rank]):
+            self._push()
 
     # ---- rounds -----------------------------------------------------------------------------------------------------
 
@@ -492,6 +690,11 @@ class Worker:
                     "Unfreeze it before `fit`, or call `fit` again for each stage of fine-tuning."
                 )
 
+    def _synchronize(self) -> None:
+        """Wait for copies to the accelerator, before what they read changes."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
     def _copied(self) -> Callable[[], object]:
         """What the exchange thread calls to wait until copies from the accelerator have arrived."""
         if self._device.type != "cuda":
@@ -515,17 +718,21 @@ class Worker:
                     "it starts again from the global parameters. Look at its data, or lower the learning rate.",
                     stacklevel=2,
                 )
-                self._copy_to_module(adoption.base)
+                torch._foreach_copy_(self._own_tensors, self._layout.views(adoption.base), True)
                 self._forget_non_finite_state()
                 self._round_steps = self._round_samples = 0
             elif self._round_steps == 0:
-                self._copy_to_module(adoption.base)
+                torch._foreach_copy_(self._own_tensors, self._layout.views(adoption.base), True)
             else:
-                tensors = self._layout.tensors(self._module)
                 correction = adoption.correction.to(self._device, non_blocking=True)
-                torch._foreach_add_(tensors, self._layout.views(correction))
+                torch._foreach_add_(self._own_tensors, self._layout.views(correction))
             self._base, self._snapshot = adoption.base, adoption.correction
             self.version = adoption.version
+
+    @property
+    def _own_tensors(self) -> list[Tensor]:
+        """This worker's own parameters and buffers: the module's, but while it holds the global ones."""
+        return self._layout.tensors(self._module) if self._own is None else self._own
 
     @torch.no_grad()
     def _copy_to_module(self, flat: Tensor) -> None:

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from enum import IntFlag
 from typing import Any
 
-__all__ = ["HEADER_BYTES", "MESSAGE_BYTES", "PROTOCOL", "Flag", "Header"]
+__all__ = ["HEADER_BYTES", "MESSAGE_BYTES", "PROTOCOL", "Flag", "Header", "Message", "encode_message"]
 
-PROTOCOL = 1
+Message = dict[str, Any]
+"""A control message: a JSON object of at most ``MESSAGE_BYTES``."""
+
+PROTOCOL = 2
 HEADER_BYTES = 4096
 _MAGIC = b"ALSG"
 _PREFIX = struct.Struct("<4sHHI")  # magic, protocol, flags, bytes of message
@@ -25,7 +28,7 @@ class Flag(IntFlag):
     DELTA = 1  # it has a delta, to be applied in this turn or, while the quorum is not met, in a later one
     DROPPED = 2  # its delta was not finite: its steps count, the delta is not sent
     IDLE = 4  # it waits at its share of the budget; it pushes what it has when that grows, or at the end
-    FINAL = 8  # it has made its last step and has nothing to push after this
+    FINAL = 8  # it has made its last step and has nothing to push or to say after this
     STOP = 16  # it asks all workers to end their training
     PAUSED = 32  # it is busy with something other than training: validation, a checkpoint
     ABORT = 64  # it leaves because of an error, which the message tells
@@ -53,7 +56,7 @@ class Header:
     round_seconds: float = 0.0
     shard: int = 0
     start_version: int = 0
-    message: dict[str, Any] | None = None
+    message: Message | None = None
 
     def pack(self) -> bytes:
         """The header as ``HEADER_BYTES`` bytes.
@@ -61,9 +64,7 @@ class Header:
         Raises:
             ValueError: if the message, as JSON, is longer than ``MESSAGE_BYTES``.
         """
-        text = b"" if self.message is None else json.dumps(self.message, ensure_ascii=False).encode()
-        if len(text) > MESSAGE_BYTES:
-            raise ValueError(f"A control message of {len(text)} bytes is too long: at most {MESSAGE_BYTES} fit.")
+        text = b"" if self.message is None else encode_message(self.message)
         prefix = _PREFIX.pack(_MAGIC, PROTOCOL, self.flags, len(text))
         fields = _FIELDS.pack(
             self.worker,
@@ -116,7 +117,19 @@ class Header:
         )
 
 
-def _message(text: bytes) -> dict[str, Any]:
+def encode_message(message: Message) -> bytes:
+    """A message as JSON.
+
+    Raises:
+        ValueError: if that is longer than ``MESSAGE_BYTES``.
+    """
+    text = json.dumps(message, ensure_ascii=False).encode()
+    if len(text) > MESSAGE_BYTES:
+        raise ValueError(f"A control message of {len(text)} bytes is too long: at most {MESSAGE_BYTES} fit.")
+    return text
+
+
+def _message(text: bytes) -> Message:
     message = json.loads(text)  # a JSONDecodeError is a ValueError
     if not isinstance(message, dict):
         raise ValueError("its message is not a JSON object")

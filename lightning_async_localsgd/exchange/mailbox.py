@@ -11,10 +11,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lightning_async_localsgd.exchange.header import Flag
+from lightning_async_localsgd.errors import AsyncLocalSGDError
+from lightning_async_localsgd.exchange.header import Flag, Message, encode_message
 
 __all__ = ["Adoption", "Beat", "Live", "Mailbox", "OuterUpdate", "Progress", "Push"]
 
+_CUT = "cut"
+_REASON_LENGTH = 900  # characters; a header has room for that many of four bytes each
 _UPDATES_KEPT = 4096  # outer updates that nobody has asked for yet; older ones are forgotten
 
 
@@ -31,6 +34,10 @@ class OuterUpdate(NamedTuple):
     """Versions that passed between the start of the round and the application of its delta."""
     seconds: float
     """How long the round took its worker."""
+    norm: float | None = None
+    """L2 norm of the delta, of the mean delta with a quorum; None where nobody asked for it."""
+    alignment: float | None = None
+    """Cosine between that delta and the outer momentum; NaN while there is none, None where nobody asked for it."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class Live(NamedTuple):
     steps: int
     speed: float
     flags: Flag
-    reason: str
+    message: Message | None
 
 
 class Beat(NamedTuple):
@@ -89,6 +96,8 @@ class Progress:
     version: int
     steps: tuple[int, ...]
     """Local steps of each worker, at its last header."""
+    speeds: tuple[float, ...]
+    """Local steps per second of each worker; 0 while unknown."""
     round_steps: tuple[int, ...]
     """Local steps per round that the pace gives each worker."""
     caps: tuple[int, ...] | None
@@ -118,11 +127,14 @@ class Mailbox:
     """
 
     def __init__(self, progress: Progress) -> None:
+        self.measure_updates = False
+        """Whether the training thread wants to know each update's norm and alignment, which takes time to compute."""
         self._condition = threading.Condition()
         self._state_lock = threading.Lock()
         self._counts = (0, 0.0, 0.0)  # what `report` tells; assigned whole by the training thread
         self._flags = Flag.NONE
-        self._reason = ""
+        self._outbox: deque[Message] = deque()
+        self._inbox: deque[tuple[int, Message]] = deque()
         self._push: Push | None = None
         self._extending = False  # the training thread has taken its push back to add steps to it
         self._adoption: Adoption | None = None
@@ -132,6 +144,7 @@ class Mailbox:
         self._push_wanted = False  # the exchange thread holds a turn open
         self._waiting = False  # the training thread is blocked in here
         self._rung = -1  # the last turn that some worker opened
+        self._cut: Message | None = None
         self._failure: BaseException | None = None
 
     @contextmanager
@@ -168,12 +181,60 @@ class Mailbox:
             self._news = True
             self._condition.notify_all()
 
-    def flag(self, flags: Flag, reason: str = "") -> None:
+    def flag(self, flags: Flag) -> None:
         """Raise ``flags``; they ride on the next header."""
         with self._condition:
             self._flags |= flags
-            self._reason = reason
             self._condition.notify_all()
+
+    def abort(self, reason: str) -> None:
+        """Have the next header say that this worker leaves, and nothing that was to be sent before."""
+        with self._condition:
+            self._flags |= Flag.ABORT
+            self._outbox = deque([{"reason": _printable(reason)[:_REASON_LENGTH]}])
+            self._cut = None
+            self._news = True
+            self._condition.notify_all()
+
+    def send(self, message: Message) -> None:
+        """Send a message to all workers, this one included; it rides on the next header, one message on each.
+
+        Raises:
+            ValueError: if it is too long.
+        """
+        encode_message(message)
+        with self._condition:
+            self._outbox.append(message)
+            self._news = True
+            self._condition.notify_all()
+
+    @property
+    def cut(self) -> Message | None:
+        """What some worker asked all to do at the end of the latest turn; no other begins before :meth:`release`."""
+        return self._cut
+
+    def release(self) -> None:
+        """Let the exchange go on after a cut."""
+        with self._condition:
+            self._cut = None
+            self._condition.notify_all()
+
+    def untaken_push(self) -> Push | None:
+        """The push that the exchange thread has not taken yet; during a cut it will not."""
+        return self._push
+
+    def ask_for_cut(self, what: Message) -> None:
+        """Have all workers stop the exchange after the next turn, to do ``what`` there."""
+        self.send({_CUT: what})
+
+    def take_messages(self) -> list[tuple[int, Message]]:
+        """Messages that have come since the last call, with their senders, in the same order on every worker."""
+        if not self._inbox:
+            return []
+        with self._condition:
+            messages = list(self._inbox)
+            self._inbox.clear()
+            return messages
 
     def unflag(self, flags: Flag) -> None:
         """Lower ``flags``."""
@@ -216,17 +277,19 @@ class Mailbox:
             adoption, self._adoption = self._adoption, None
             return adoption
 
-    def wait_for_adoption(self) -> Adoption:
-        """Block until the adoption of the last push comes."""
+    def wait_for_adoption(self) -> Adoption | None:
+        """Block until the adoption of the last push comes; or a cut, then None."""
         self._wait(lambda: self._adoption is not None)
-        adoption = self.collect()
-        assert adoption is not None
-        return adoption
+        return self.collect()
 
     def wait_for_progress(self, than: Progress) -> Progress:
-        """Block until there is newer progress ``than`` this."""
+        """Block until there is newer progress ``than`` this, or a cut."""
         self._wait(lambda: self._progress is not than)
         return self._progress
+
+    def wait_for_cut(self) -> None:
+        """Block until the exchange stands still for a cut."""
+        self._wait(lambda: False)
 
     def take_updates(self) -> list[OuterUpdate]:
         """The outer updates since the last call, oldest first."""
@@ -240,13 +303,15 @@ class Mailbox:
             self._waiting = True
             self._condition.notify_all()  # the exchange thread now looks after the others' health
             try:
-                self._condition.wait_for(lambda: until() or self._failure is not None)
+                self._condition.wait_for(lambda: until() or self._cut is not None or self._failure is not None)
             finally:
                 self._waiting = False
-            if not until():
+            if not until() and self._cut is None:
                 self._raise_failure()
 
     def _raise_failure(self) -> None:
+        if isinstance(self._failure, AsyncLocalSGDError):  # says by itself what to do; where it arose is of no use
+            raise self._failure.with_traceback(None) from None
         if self._failure is not None:
             raise self._failure
 
@@ -256,6 +321,12 @@ class Mailbox:
     def waiting(self) -> bool:
         """Whether the training thread is blocked in here."""
         return self._waiting
+
+    def wait_for_release(self) -> None:
+        """Stand still while the training thread saves its side of a cut."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._cut is None or self._failure is not None)
+            self._raise_failure()
 
     def wait_for_turn(self, turn: int, heartbeat: float) -> bool:
         """Sleep until ``turn`` is due; returns whether this worker is the one to open it.
@@ -291,14 +362,26 @@ class Mailbox:
         """What the next header is to say, and the round to push with it."""
         with self._condition:
             self._condition.wait_for(lambda: not self._extending or self._failure is not None)
-            push, self._push, self._news = self._push, None, False
-            return Live(*self._counts[:2], self._flags, self._reason), push
+            push, self._push = self._push, None
+            message = self._outbox.popleft() if self._outbox else None
+            self._news = bool(self._outbox)
+            flags = self._flags & ~Flag.FINAL if self._outbox else self._flags
+            return Live(*self._counts[:2], flags, message), push
 
-    def publish(self, progress: Progress, updates: list[OuterUpdate], adoption: Adoption | None) -> None:
+    def publish(
+        self,
+        progress: Progress,
+        updates: list[OuterUpdate],
+        messages: list[tuple[int, Message]],
+        adoption: Adoption | None,
+    ) -> None:
         """Give the training thread the outcome of a turn."""
         with self._condition:
             self._progress = progress
             self._updates.extend(updates)
+            self._inbox.extend((worker, message) for worker, message in messages if _CUT not in message)
+            if Flag.ABORT not in self._flags:  # else the training thread has left
+                self._cut = next((message[_CUT] for _, message in messages if _CUT in message), None)
             if adoption is not None:
                 self._adoption = adoption
             self._condition.notify_all()
@@ -321,3 +404,8 @@ class Mailbox:
             if self._failure is None:
                 self._failure = error
             self._condition.notify_all()
+
+
+def _printable(text: str) -> str:
+    """``text`` without what JSON writes in six bytes (escape sequences) or cannot be encoded (lone surrogates)."""
+    return "".join(c if c.isprintable() else " " for c in text)

@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ from lightning_async_localsgd.errors import (
     ReplicaDivergedError,
 )
 from lightning_async_localsgd.exchange.bell import Bell
-from lightning_async_localsgd.exchange.header import HEADER_BYTES, Flag, Header
+from lightning_async_localsgd.exchange.header import HEADER_BYTES, Flag, Header, Message
 from lightning_async_localsgd.exchange.mailbox import Adoption, Beat, Live, Mailbox, OuterUpdate, Progress, Push
 from lightning_async_localsgd.exchange.transport import Transport
 from lightning_async_localsgd.membership import Roster
@@ -55,7 +55,6 @@ _READY = bytes(HEADER_BYTES)
 _GOODBYE = timedelta(seconds=30)
 _LAST_WORDS = timedelta(seconds=5)
 _A_MOMENT = timedelta(seconds=2)
-_REASON_LENGTH = 900  # characters; a header has room for that many of four bytes each
 
 
 class _Transfer(NamedTuple):
@@ -72,12 +71,12 @@ class _Transfer(NamedTuple):
 class _Tally:
     """What is counted over the whole run, alike on every worker."""
 
-    updates: int = 0
-    total_staleness: int = 0
-    max_staleness: int = 0
-    dropped: list[int] = field(default_factory=list)
-    shard_samples: list[int] = field(default_factory=list)
-    beat: Beat = field(default_factory=lambda: Beat(0, ()))
+    updates: int
+    total_staleness: int
+    max_staleness: int
+    dropped: list[int]
+    shard_samples: list[int]
+    beat: Beat
 
 
 class ExchangeThread:
@@ -103,6 +102,7 @@ class ExchangeThread:
         settings: Settings,
         budget: Budget,
     ) -> None:
+        progress = mailbox.progress  # of a run that goes on
         self._mailbox = mailbox
         self._state = state
         self._transport = transport
@@ -117,11 +117,23 @@ class ExchangeThread:
         self._checked = -1  # the version that `_last_checksum` belongs to
         self._last_checksum = 0
         self._pending: Push | None = None
-        self._tally = _Tally(dropped=[0] * roster.size, shard_samples=[0] * roster.size)
-        self._steps = [0] * roster.size
+        self._tally = _Tally(
+            progress.updates,
+            progress.total_staleness,
+            progress.max_staleness,
+            list(progress.dropped),
+            list(progress.shard_samples),
+            progress.beat,
+        )
+        self._steps = list(progress.steps)
         self._advanced = [time.monotonic()] * roster.size
         self._bell = Bell(store, mailbox.hear, self._on_store_lost)
         self._thread = threading.Thread(target=self._run, name="async-localsgd-exchange", daemon=True)
+
+    @property
+    def pending(self) -> Push | None:
+        """The delta that waits for a quorum: ``base`` has become the delta itself. To be read during a cut only."""
+        return self._pending
 
     def start(self) -> None:
         """Begin with the first turn."""
@@ -149,6 +161,7 @@ class ExchangeThread:
 
     def _take_turn(self) -> bool:
         """One turn; returns whether it was the last."""
+        self._mailbox.wait_for_release()
         if self._mailbox.wait_for_turn(self._turn, heartbeat=self._timeout / 4):
             self._bell.ring(self._turn)
         if self._pending is None:
@@ -163,7 +176,7 @@ class ExchangeThread:
         with record_function("async_localsgd::headers"):
             headers = self._gather(self._header(live, finite))
         if Flag.ABORT in live.flags:
-            raise PeerAbortedError(f"{self._roster.name(self._roster.rank)} stopped: {live.reason}")
+            raise PeerAbortedError(f"{self._roster.name(self._roster.rank)} stopped: {_reason(live.message)}")
         adoption, updates = self._apply(headers, finite)
         progress = self._progress(headers)
         self._mailbox.wait_for_bell(self._turn)
@@ -171,7 +184,8 @@ class ExchangeThread:
             # All headers of this turn are here, so every listener has heard the one before it.
             self._bell.clear(self._turn - 1)
         self._turn += 1
-        self._mailbox.publish(progress, updates, adoption)
+        messages = [(header.worker, header.message) for header in headers if header.message is not None]
+        self._mailbox.publish(progress, updates, messages, adoption)
         return progress.over
 
     def _leave(self, patience: timedelta) -> None:
@@ -202,7 +216,7 @@ class ExchangeThread:
             flags=live.flags,
             steps=live.steps,
             speed=live.speed,
-            message={"reason": live.reason[:_REASON_LENGTH]} if live.reason else None,
+            message=live.message,
         )
         if self._pending is None:
             return header
@@ -239,8 +253,7 @@ class ExchangeThread:
     def _check(self, worker: int, other: Header, own: Header) -> None:
         name = self._roster.name(worker)
         if Flag.ABORT in other.flags and worker != self._roster.rank:
-            reason = (other.message or {}).get("reason", "no reason given")
-            raise PeerAbortedError(f"{name} stopped: {reason}")
+            raise PeerAbortedError(f"{name} stopped: {_reason(other.message)}")
         if (other.worker, other.turn) != (worker, own.turn) or not 0 <= other.shard < self._roster.size:
             raise PeerLostError(f"{name} is out of step: it is in turn {other.turn}, this worker in {own.turn}.")
         if (other.version, other.checksum) != (own.version, own.checksum):
@@ -286,9 +299,10 @@ class ExchangeThread:
         updates = []
         for header in self._trade(deltas, add=False):
             staleness = self._state.version - header.start_version
+            measures = self._measure()
             with record_function("async_localsgd::apply"), self._mailbox.global_state():
                 self._state.apply()
-            updates.append(self._record(header, staleness))
+            updates.append(self._record(header, staleness, measures))
         return updates
 
     def _apply_mean(self, deltas: list[Header]) -> list[OuterUpdate]:
@@ -296,10 +310,14 @@ class ExchangeThread:
             return []
         deque(self._trade(deltas, add=True), maxlen=0)
         version = self._state.version
+        self._state.pseudo_gradient.div_(len(deltas))
+        measures = self._measure()
         with record_function("async_localsgd::apply"), self._mailbox.global_state():
-            self._state.pseudo_gradient.div_(len(deltas))
             self._state.apply(len(deltas))
-        return [self._record(header, version - header.start_version) for header in deltas]
+        return [self._record(header, version - header.start_version, measures) for header in deltas]
+
+    def _measure(self) -> tuple[float, float] | None:
+        return self._state.measure() if self._mailbox.measure_updates else None
 
     def _trade(self, deltas: list[Header], add: bool) -> Iterator[Header]:
         """Bring one delta after the other into the state's pseudo-gradient; yields whose it is.
@@ -347,7 +365,7 @@ class ExchangeThread:
         elif decoded.data_ptr() != chunk.data_ptr():
             chunk.copy_(decoded)
 
-    def _record(self, header: Header, staleness: int) -> OuterUpdate:
+    def _record(self, header: Header, staleness: int, measures: tuple[float, float] | None) -> OuterUpdate:
         self._tally.updates += 1
         self._tally.total_staleness += staleness
         self._tally.max_staleness = max(self._tally.max_staleness, staleness)
@@ -359,6 +377,8 @@ class ExchangeThread:
             samples=header.round_samples,
             staleness=staleness,
             seconds=header.round_seconds,
+            norm=measures[0] if measures else None,
+            alignment=measures[1] if measures else None,
         )
 
     def _adoption(self, restart: bool) -> Adoption:
@@ -379,6 +399,7 @@ class ExchangeThread:
         return Progress(
             version=self._state.version,
             steps=tuple(self._steps),
+            speeds=tuple(h.speed for h in headers),
             round_steps=tuple(round_steps),
             caps=self._budget.caps(self._steps, round_steps, under_way, [Flag.FINAL in h.flags for h in headers]),
             exhausted=self._budget.exhausted(self._steps, under_way),
@@ -445,3 +466,8 @@ class ExchangeThread:
                 break
             worker = int(self._store.get(key))
         return error if worker == suspect else self._roster.silence(worker, self._settings.timeout)
+
+
+def _reason(message: Message | None) -> str:
+    """What a worker that leaves says why."""
+    return str((message or {}).get("reason", "no reason given"))

@@ -6,12 +6,16 @@ import json
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import PrefixStore, Store
 
 from lightning_async_localsgd.membership.roster import wait_for
 
-__all__ = ["StaticJob", "join_job"]
+__all__ = ["StaticJob", "as_json", "from_json", "join_job"]
+
+_TENSOR = "tensor"
 
 
 class StaticJob:
@@ -53,8 +57,13 @@ class StaticJob:
         self.store.set(f"{key}/{self.rank}", "1")
         wait_for(self.store, {r: f"{key}/{r}" for r in range(self.size)}, self.timeout)
 
-    def broadcast(self, value: Any, root: int = 0) -> Any:
+    def broadcast(self, value: Any, root: int = 0, patient: bool = False) -> Any:
         """Worker ``root``'s ``value`` on every process.
+
+        Args:
+            value: what JSON can say; of worker ``root`` alone.
+            root: the worker that knows.
+            patient: wait as long as it takes, while the store lives.
 
         Raises:
             TypeError: if ``value`` is not made of what JSON can say. Nothing is pickled.
@@ -63,12 +72,46 @@ class StaticJob:
         if self.rank == root:
             self.store.set(key, json.dumps(value))
             return value
+        while patient and not self._comes(key):
+            pass
         wait_for(self.store, {root: key}, self.timeout)
         return json.loads(self.store.get(key))
+
+    def _comes(self, key: str) -> bool:
+        try:
+            self.store.wait([key], self.timeout)
+        except dist.DistStoreError:
+            return False
+        return True
 
     def _next_key(self, kind: str) -> str:
         self._messages += 1
         return f"{kind}{self._messages}"
+
+
+def as_json(value: Any) -> Any:
+    """``value`` with its tensors written as JSON objects; None if it holds something else that JSON cannot say."""
+    try:
+        return json.loads(json.dumps(value, default=_tensor_as_json))
+    except TypeError:
+        return None
+
+
+def _tensor_as_json(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{type(value).__name__} is neither JSON nor a tensor.")
+    return {_TENSOR: value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
+
+
+def from_json(value: Any) -> Any:
+    """What :func:`as_json` was given."""
+    if isinstance(value, list):
+        return [from_json(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if _TENSOR in value:
+        return torch.tensor(value[_TENSOR], dtype=getattr(torch, value["dtype"]))
+    return {key: from_json(item) for key, item in value.items()}
 
 
 _jobs: dict[tuple[int, int], StaticJob] = {}

@@ -80,6 +80,26 @@ class GlobalState:
             self.flat[start:].sub_(self.pseudo_gradient[start:].mul_(deltas / self.workers))
         self.version += 1
 
+    @torch.no_grad()
+    def measure(self) -> tuple[float, float]:
+        """L2 norm of :attr:`pseudo_gradient` over the parameters, and its cosine with the outer momentum.
+
+        The cosine is NaN while there is no momentum. Between momentum updates that of delayed Nesterov holds the
+        pseudo-gradients gathered since the last one as well.
+        """
+        products = torch.zeros(3, dtype=torch.float64)
+        for parameter in self.parameters:
+            state = self.optimizer.state[parameter]
+            momentum = state.get("momentum", state.get("momentum_buffer"))
+            gradient = parameter.grad
+            assert gradient is not None
+            products[0] += torch.linalg.vector_norm(gradient).double().cpu() ** 2
+            if isinstance(momentum, Tensor):
+                products[1] += (gradient * momentum).sum().double().cpu()
+                products[2] += torch.linalg.vector_norm(momentum).double().cpu() ** 2
+        norm = products[0].sqrt()
+        return float(norm), float(products[1] / (norm * products[2].sqrt()))
+
     def checksum(self) -> int:
         """Sum of the global state's bits as 64-bit integers: cheap enough to compare at every exchange."""
         return int(self.flat.view(torch.int64).sum())
@@ -125,7 +145,12 @@ class GlobalState:
             raise ValueError(f"The saved state has tensors that this model does not train: {extra}.")
         for slot, view in zip(self.layout.slots, self.layout.views(self.flat), strict=True):
             view.copy_(tensors[slot.name])
+        buffer_sizes = [group.get("buffer_size") for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state_dict["optimizer"])
+        for group, buffer_size in zip(self.optimizer.param_groups, buffer_sizes, strict=True):
+            if buffer_size is not None:  # there may be more or fewer workers now
+                group["buffer_size"] = buffer_size
+                group["received"] %= buffer_size
         self.version = state_dict["version"]
 
 
