@@ -1,14 +1,20 @@
-"""The callback that the strategy attaches: counts local steps, drives schedulers, ends the run."""
+"""The callback that the strategy attaches: counts local steps, drives schedulers, validates the global model."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 from typing_extensions import override
+
+from lightning_async_localsgd.membership import StaticJob, as_json, from_json
 
 if TYPE_CHECKING:
     from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
@@ -16,34 +22,100 @@ if TYPE_CHECKING:
 
 __all__ = ["WorkerCallback"]
 
+_METRICS_PER_MESSAGE = 20  # their names may have a hundred characters or more each
+_DECIDING = (Checkpoint, EarlyStopping)
+"""Callbacks that only worker 0 runs: they decide by what it has validated, for all workers."""
+
 
 class WorkerCallback(pl.Callback):
     """Runs a worker's side of the exchange at the end of every batch in which an optimizer stepped.
 
     The strategy attaches it before all other callbacks, so that they see the outcome of the exchange.
 
+    Worker 0 validates for all: the others have neither a validation loader nor callbacks that decide by its metrics
+    (checkpoints, early stopping) until :meth:`detach`; they are told the metrics, and what worker 0 decides.
+
     Args:
         strategy: the strategy that attaches it.
         trainer: the trainer to attach it to, until :meth:`detach`.
+        scheduler_steps: steps of the job that the learning-rate schedulers have made already, in a run that goes on.
     """
 
-    def __init__(self, strategy: AsyncLocalSGDStrategy, trainer: pl.Trainer) -> None:
+    def __init__(self, strategy: AsyncLocalSGDStrategy, trainer: pl.Trainer, scheduler_steps: int = 0) -> None:
         self._strategy = strategy
         self._trainer = trainer
         self._schedulers: _JobSchedulers | None = None
+        self._scheduler_steps = scheduler_steps
         self._samples = 0
+        self._metrics_before: dict[str, Tensor] = {}
+        self._validated: dict[str, float] = {}
         self._max_steps = trainer.max_steps
+        self._limit_val_batches = trainer.limit_val_batches
+        self._users_callbacks = list(self._callbacks)
+        if self._follows:
+            trainer.limit_val_batches = 0
+            self._callbacks[:] = [c for c in self._callbacks if not isinstance(c, _DECIDING)]
         self._job_max_steps = _JobMaxSteps(self._max_steps)
         trainer.fit_loop.epoch_loop.max_steps = self._job_max_steps
         self._callbacks.insert(0, self)
+        self._show_job_progress()
 
     def detach(self) -> None:
         """Leave the trainer as it was."""
         if self in self._callbacks:  # the learning-rate finder swaps the list
             self._callbacks.remove(self)
+            added = [c for c in self._callbacks if c not in self._users_callbacks]
+            self._callbacks[:] = [*self._users_callbacks, *added]
+        if self._trainer.progress_bar_callback is not None:
+            vars(self._trainer.progress_bar_callback).pop("get_metrics", None)
+        self._trainer.limit_val_batches = self._limit_val_batches
         self._trainer.fit_loop.epoch_loop.max_steps = self._max_steps
         if self._schedulers is not None:
             self._schedulers.restore()
+
+    def take_part(self) -> None:
+        """Run a worker's side without a step of training."""
+        module = self._trainer.lightning_module
+        self.on_train_start(self._trainer, module)
+        self._finish(self._trainer, module)
+
+    @property
+    def scheduler_steps(self) -> int:
+        """Steps of the job that the learning-rate schedulers have made."""
+        return self._schedulers.steps if self._schedulers is not None else self._scheduler_steps
+
+    def share_decisions(self, job: StaticJob) -> None:
+        """After the run: give all workers what worker 0 has validated, saved and decided.
+
+        Everyone then knows the metrics and, for instance, the best checkpoint. All processes must call this.
+        """
+        deciding = [c for c in self._users_callbacks if isinstance(c, _DECIDING)]
+        states = [as_json(c.state_dict()) for c in deciding] if self._leads else None
+        metrics, states = job.broadcast([self._validated, states], patient=True)
+        if self._leads:
+            return
+        self._trainer.callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})
+        for callback, state in zip(deciding, states, strict=False):
+            if state is not None:
+                callback.load_state_dict(from_json(state))
+
+    def _show_job_progress(self) -> None:
+        """Have the progress bar, which counts worker 0's batches, show the job's steps beside them."""
+        bar = self._trainer.progress_bar_callback
+        if bar is None:
+            return
+        get_metrics = bar.get_metrics
+
+        def with_job_steps(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+            of = f"/{self._max_steps}" if self._max_steps != -1 else ""
+            return {**get_metrics(trainer, pl_module), "job_steps": f"{self._strategy.job_steps}{of}"}
+
+        bar.get_metrics = with_job_steps  # type: ignore[method-assign]
+
+    @property
+    def _follows(self) -> bool:
+        """Whether this worker leaves validation, and what is decided by it, to worker 0."""
+        return self._strategy.validate_global and not self._trainer.is_global_zero
 
     @property
     def _callbacks(self) -> list[pl.Callback]:
@@ -57,10 +129,11 @@ class WorkerCallback(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._schedulers = _JobSchedulers(trainer)
         remaining = max(0, self._max_steps - self._strategy.steps_before_fit(trainer))
-        self._job_max_steps.reached = remaining == 0
         self._strategy.begin_training(None if self._max_steps == -1 else remaining)
+        self._job_max_steps.reached = self._worker.budget_spent
+        self._schedulers = _JobSchedulers(trainer, self._scheduler_steps, self._follows)
+        self._schedulers.advance(self._worker.job_steps)
 
     @override
     def on_train_batch_end(
@@ -74,6 +147,7 @@ class WorkerCallback(pl.Callback):
         self._announce_updates(trainer, pl_module)
         assert self._schedulers is not None
         self._schedulers.advance(self._worker.job_steps)
+        self._heed(trainer)
         if not running:
             if self._worker.stop_requested:  # Lightning is to end as it does after early stopping, validation included
                 trainer.should_stop = True
@@ -82,6 +156,8 @@ class WorkerCallback(pl.Callback):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finish before the last epoch's checkpoint is written, so that it holds the final global parameters."""
+        if self._running(trainer) and self._leads:
+            self._send_plateaus(trainer)
         last = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
         stopped = trainer.should_stop and trainer.fit_loop._can_stop_early
         if (last or stopped) and self._strategy.summary is None:
@@ -93,14 +169,63 @@ class WorkerCallback(pl.Callback):
             self._finish(trainer, pl_module)
 
     @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._strategy.stop_asking()
+
+    @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._metrics_before = dict(trainer.callback_metrics)
         if self._running(trainer):
             self._worker.pause()
+            if self._leads:
+                self._worker.lend_global()
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        before = self._metrics_before
+        new = {
+            k: float(v) for k, v in trainer.callback_metrics.items() if k not in before or not torch.equal(v, before[k])
+        }
+        self._validated.update(new)
         if self._running(trainer):
+            if self._leads:
+                self._worker.take_back_own()
+                self._send_metrics(new)
             self._worker.resume()
+
+    @property
+    def _leads(self) -> bool:
+        return self._strategy.validate_global and self._trainer.is_global_zero
+
+    def _send_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Tell the others what validation has found, as many metrics at a time as a message holds."""
+        for start in range(0, len(metrics), _METRICS_PER_MESSAGE):
+            self._worker.send({"metrics": dict(list(metrics.items())[start : start + _METRICS_PER_MESSAGE])})
+
+    def _send_plateaus(self, trainer: pl.Trainer) -> None:
+        """Tell the others what worker 0's schedulers of kind ``ReduceLROnPlateau`` are about to be stepped with."""
+        values = [
+            float(trainer.callback_metrics[str(config.monitor)])
+            if (trainer.current_epoch + 1) % config.frequency == 0 and config.monitor in trainer.callback_metrics
+            else None
+            for config in trainer.lr_scheduler_configs
+            if config.reduce_on_plateau and config.interval == "epoch"
+        ]
+        if any(value is not None for value in values):
+            self._worker.send({"plateaus": values})
+
+    def _heed(self, trainer: pl.Trainer) -> None:
+        """Do what worker 0's messages say."""
+        for sender, message in self._worker.take_messages():
+            if "saved" in message and self._trainer.is_global_zero:
+                self._strategy.checkpoints.part_written(message["saved"], sender)
+            if sender == self._worker.rank:
+                continue
+            trainer.callback_metrics.update({k: torch.tensor(v) for k, v in message.get("metrics", {}).items()})
+            assert self._schedulers is not None
+            self._schedulers.step_plateaus(message.get("plateaus", []))
 
     def _running(self, trainer: pl.Trainer) -> bool:
         return self._schedulers is not None and not trainer.sanity_checking and self._strategy.summary is None
@@ -113,6 +238,7 @@ class WorkerCallback(pl.Callback):
         self._announce_updates(trainer, pl_module)
         assert self._schedulers is not None
         self._schedulers.advance(self._worker.job_steps)
+        self._heed(trainer)
 
     def _announce_updates(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Call ``on_outer_update(trainer, pl_module, update)`` of every callback that has it."""
@@ -144,31 +270,44 @@ class _JobSchedulers:
 
     Lightning's own stepping is switched off by a ``frequency`` it never reaches; the ``interval`` stays, which
     ``LearningRateMonitor`` reads.
+
+    Args:
+        trainer: whose schedulers.
+        job_steps: steps of the job that they have made already.
+        follow: whether schedulers that watch a metric once per epoch are stepped when worker 0 says, with its value.
     """
 
-    def __init__(self, trainer: pl.Trainer) -> None:
+    def __init__(self, trainer: pl.Trainer, job_steps: int, follow: bool) -> None:
         self._trainer = trainer
+        configs = trainer.lr_scheduler_configs if trainer.lightning_module.automatic_optimization else []
+        plateaus = [c for c in configs if c.reduce_on_plateau and c.interval == "epoch"] if follow else []
         self._taken = [
             (config, config.frequency)
-            for config in trainer.lr_scheduler_configs
+            for config in configs
             if config.interval == "step" and not config.reduce_on_plateau
-            if trainer.lightning_module.automatic_optimization
         ]
-        for config, _ in self._taken:
+        self._followed = [(config, config.frequency) for config in plateaus]
+        for config, _ in self._taken + self._followed:
             config.frequency = sys.maxsize
-        self._steps = 0
+        self.steps = job_steps
 
     def advance(self, job_steps: int) -> None:
         """Make up for the steps that the job has made since the last call."""
-        for step in range(self._steps + 1, job_steps + 1):
+        for step in range(self.steps + 1, job_steps + 1):
             for config, frequency in self._taken:
                 if step % frequency == 0:
                     self._trainer.lightning_module.lr_scheduler_step(config.scheduler, None)
-        self._steps = max(self._steps, job_steps)
+        self.steps = max(self.steps, job_steps)
+
+    def step_plateaus(self, values: Sequence[float | None]) -> None:
+        """Step those that watch a metric as worker 0 has, each with its value; None: not this one."""
+        for (config, _), value in zip(self._followed, values, strict=False):
+            if value is not None:
+                self._trainer.lightning_module.lr_scheduler_step(config.scheduler, value)
 
     def restore(self) -> None:
         """Give the schedulers back to Lightning."""
-        for config, frequency in self._taken:
+        for config, frequency in self._taken + self._followed:
             config.frequency = frequency
 
 

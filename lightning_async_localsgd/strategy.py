@@ -6,22 +6,35 @@ import os
 from collections.abc import Callable
 from datetime import timedelta
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.data import _update_dataloader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
 from lightning_async_localsgd.callbacks import WorkerCallback
+from lightning_async_localsgd.checkpointing import (
+    KEY,
+    PART_KEYS,
+    Checkpoints,
+    find_whole,
+    new_id,
+    read_part,
+    write_part,
+)
 from lightning_async_localsgd.codecs import Codec
 from lightning_async_localsgd.data import ShardSampler
 from lightning_async_localsgd.membership import StaticJob, join_job
@@ -67,6 +80,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         codec: how deltas are written on the wire: ``"fp32"``, ``"bf16"`` or a codec object.
         outer_device: where the global state lives: ``"cpu"`` or a device of the worker.
         timeout: how long a worker may take to answer before the others give up with an error that names it.
+        validate_global: in ``fit`` worker 0 alone validates, the global parameters on the whole validation set, while
+            the others train on; they are told the metrics. False: each worker validates its own parameters.
         **kwargs: further arguments of Lightning's ``DDPStrategy``, such as ``cluster_environment``,
             ``checkpoint_io`` or ``process_group_backend`` (of the group used outside ``fit``).
 
@@ -92,6 +107,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         codec: str | Codec = "fp32",
         outer_device: str | torch.device = "cpu",
         timeout: timedelta = timedelta(minutes=10),
+        validate_global: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(timeout=timeout, **kwargs)
@@ -109,6 +125,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             outer_device=outer_device,
             timeout=timeout,
         )
+        self.validate_global = validate_global
+        self.checkpoints = Checkpoints(super().remove_checkpoint)
         self.worker: Worker | None = None
         """This process' worker, during ``fit``."""
         self.summary: RunSummary | None = None
@@ -117,6 +135,10 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         self._callback: WorkerCallback | None = None
         self._optimizer_stepped = False
         self._steps_before_fit: int | None = None
+        self._failed = False
+        self._goes_on = False  # this fit has begun from a checkpoint
+        self._saved_tensors: dict[str, Tensor] = {}  # what the checkpoint that is being written holds
+        self._resumed: dict[str, Any] | None = None  # what `fit` is to go on from
         self._out_of_step = False  # workers train, each at its own pace
 
     # ---- the process world ------------------------------------------------------------------------------------------
@@ -205,8 +227,15 @@ class AsyncLocalSGDStrategy(DDPStrategy):
 
     @property
     def _meeting(self) -> bool:
-        """Whether all processes go through the same calls of ``fit``: from its start to the first training step."""
-        return self._fitting and self._job is not None and not self._out_of_step
+        """Whether all processes go through the same calls: in ``fit`` from its start to the first training step.
+
+        Then worker 0 validates alone, also for the sanity check before.
+        """
+        if not self._fitting or self._job is None or self._out_of_step:
+            return False
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        return not (self.validate_global and (trainer.sanity_checking or trainer.validating))
 
     # ---- fit --------------------------------------------------------------------------------------------------------
 
@@ -226,7 +255,18 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             self.settings,
             {"lightning_async_localsgd": __version__, "max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs},
         )
-        self._callback = WorkerCallback(self, trainer)
+        scheduler_steps = 0
+        if self._resumed is not None:
+            same_workers = "worker" in self._resumed
+            self.worker.load_global_state_dict(self._resumed["state"], same_workers)
+            if same_workers:
+                self.worker.load_local_state_dict(self._resumed["worker"])
+                scheduler_steps = self._resumed["scheduler_steps"]
+        self._goes_on = self._resumed is not None
+        self._resumed = None
+        self.worker.on_cut = self._save_part
+        self.checkpoints.workers = self.world_size
+        self._callback = WorkerCallback(self, trainer, scheduler_steps)
 
     @override
     def configure_ddp(self) -> None:
@@ -277,26 +317,122 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         if self.worker is None or not self._out_of_step:
             return state
         assert self.lightning_module is not None
-        global_tensors = self.worker.global_tensors()
+        self._saved_tensors = self.worker.global_tensors()
         for shared, aliases in _aliases(self.lightning_module).items():
-            if shared in global_tensors:
-                state.update({name: global_tensors[shared] for name in aliases if name in state})
+            if shared in self._saved_tensors:
+                state.update({name: self._saved_tensors[shared] for name in aliases if name in state})
         return state
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Add the job's count of steps; ``global_step`` is worker 0's own."""
-        checkpoint["async_localsgd"] = {"job_steps": self.job_steps}
-        if self.worker is None or not self._out_of_step:
+        """Write the global model with worker 0's side of the training, and have the others write theirs beside it.
+
+        The checkpoint's ``global_step`` is worker 0's own; the job's count of steps is beside it.
+        """
+        checkpoint[KEY] = {"job_steps": self.job_steps, "workers": self.world_size}
+        if self.worker is None or not self._out_of_step or not self.is_global_zero:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
+        alone = self.summary is not None or self._failed  # at the end of the run, or of a worker, nobody is left to ask
+        resumable = "optimizer_states" in checkpoint
         with self.worker.paused():
+            if resumable and not alone and _is_local(filepath):
+                self._save_with_others(checkpoint, os.path.abspath(filepath))
+                return
+            if resumable:
+                checkpoint[KEY]["state"] = self.worker.global_state_dict()
             super().save_checkpoint(checkpoint, filepath, storage_options)
+            if _is_local(filepath):
+                self.checkpoints.forget(os.path.abspath(filepath))
+
+    def _save_with_others(self, checkpoint: dict[str, Any], path: str) -> None:
+        assert self.worker is not None and self._callback is not None
+        checkpoint_id = new_id()
+        with self.worker.cut({"id": checkpoint_id, "path": path}):
+            for name, tensor in self.worker.global_tensors().items():  # an update may have come since they were taken
+                self._saved_tensors[name].copy_(tensor)
+            checkpoint[KEY] |= {
+                "id": checkpoint_id,
+                "job_steps": self.job_steps,
+                "steps_before_fit": self._steps_before_fit or 0,
+                "state": self.worker.global_state_dict(),
+                "worker": self.worker.local_state_dict(),
+                "scheduler_steps": self._callback.scheduler_steps,
+            }
+        io = self.checkpoint_io  # all is to be written when this returns, also with one that writes in the background
+        io = io.checkpoint_io if isinstance(io, AsyncCheckpointIO) and io.checkpoint_io is not None else io
+        with self.checkpoints.write(path, checkpoint_id) as leader:
+            io.save_checkpoint(checkpoint, leader)
+        self.checkpoints.part_written(checkpoint_id, 0)
+
+    def _save_part(self, what: dict[str, Any]) -> None:
+        """This worker's side of the checkpoint that worker 0 writes."""
+        assert self.worker is not None and self.lightning_module is not None and self._callback is not None
+        part = {"worker": self.worker.local_state_dict(), "scheduler_steps": self._callback.scheduler_steps}
+        trainer = self.lightning_module.trainer
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        precision = type(trainer.precision_plugin).__qualname__
+        own = {key: checkpoint[key] for key in (*PART_KEYS, precision) if key in checkpoint}
+        write_part(what["path"], what["id"], self.global_rank, part | {"checkpoint": own})
+        self.worker.send({"saved": what["id"]})
+
+    @override
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Delete a checkpoint with all workers' sides of it, once those that replace it are whole."""
+        if self.is_global_zero and _is_local(filepath):
+            self.checkpoints.remove(os.path.abspath(filepath))
+        else:
+            super().remove_checkpoint(filepath)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        self._steps_before_fit = checkpoint.get("async_localsgd", {}).get("job_steps")
+        if not self._fitting:
+            return checkpoint
+        self._resumed = None
+        self._steps_before_fit = checkpoint.get(KEY, {}).get("job_steps")
+        if "state" in checkpoint.get(KEY, {}):
+            checkpoint = self._load_own_side(checkpoint, str(checkpoint_path), weights_only)
+        return checkpoint
+
+    def _load_own_side(self, checkpoint: dict[str, Any], path: str, weights_only: bool | None) -> dict[str, Any]:
+        """Put this worker's side of a checkpoint in the place of worker 0's."""
+        # Worker 0 says what is there, for all: others may see a shared folder later, or not at all.
+        whole = find_whole(path, checkpoint[KEY].get("id"))
+        leader, folder = self.broadcast([str(whole.path), str(whole.folder)] if whole is not None else ["", ""])
+        if leader and leader != os.path.realpath(path):
+            rank_zero_warn(
+                f"The checkpoint {path} is not whole: the job ended before every worker had written its side. Training "
+                "goes on from the one that it was to replace."
+            )
+            checkpoint = super().load_checkpoint(leader, weights_only)
+        entry = checkpoint[KEY]
+        if "id" not in entry:
+            reason = "was written when the other workers had left"
+        elif not leader:
+            reason = "does not have every worker's side"
+        elif entry["workers"] != self.world_size:
+            reason = f"was written by {entry['workers']} workers, and there are {self.world_size} now"
+        else:
+            self._resumed = entry
+            self._steps_before_fit = entry["steps_before_fit"]  # the worker's own counts of that fit go on
+            if self.global_rank > 0:
+                part = read_part(Path(folder), self.global_rank, weights_only)
+                own = part.pop("checkpoint")
+                # What watches worker 0's metrics goes on as on worker 0.
+                own["lr_schedulers"] = [
+                    theirs if "num_bad_epochs" in theirs else ours
+                    for theirs, ours in zip(checkpoint["lr_schedulers"], own["lr_schedulers"], strict=True)
+                ]
+                checkpoint |= own
+                self._resumed = entry | part
+            return checkpoint
+        rank_zero_warn(
+            f"The checkpoint {path} {reason}. Training goes on from its global parameters and outer state: inner "
+            "optimizers start as worker 0's was, and what had been learned since each worker's last push is lost."
+        )
+        self._resumed = {"state": entry["state"]}
+        self._steps_before_fit = entry["job_steps"]
         return checkpoint
 
     @override
@@ -304,20 +440,42 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         if self.worker is not None:
             self.worker.abort(exception)
 
+    def stop_asking(self) -> None:
+        """The run has failed: a checkpoint that is written now is worker 0's alone."""
+        self._failed = True
+
+    def _end(self, callback: WorkerCallback) -> None:
+        if self._goes_on and not self._out_of_step and not self._failed:
+            # Its epochs were over in the checkpoint, so that Lightning did not train at all: the others need it still.
+            callback.take_part()
+        if self.summary is not None and self.validate_global:
+            assert self._job is not None
+            callback.share_decisions(self._job)
+
     @override
     def teardown(self) -> None:
         if self._callback is not None:
-            self._callback.detach()
-            self._callback = None
+            try:
+                self._end(self._callback)
+            finally:
+                self._callback.detach()
+                self._callback = None
         if self._out_of_step:
             self._steps_before_fit = self.job_steps
         self.worker = None
         self._job = None
         self._out_of_step = False
+        self._saved_tensors = {}
+        self._failed = False
         self._optimizer_stepped = False
         if dist.is_initialized():
             dist.destroy_process_group()
         super().teardown()
+
+
+def _is_local(path: Any) -> bool:
+    """Whether the other workers' sides can be written beside it."""
+    return "://" not in str(path)
 
 
 def _aliases(module: torch.nn.Module) -> dict[str, list[str]]:
