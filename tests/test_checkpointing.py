@@ -1,0 +1,233 @@
+"""Checkpoints of a whole job: resumed exactly, by any number of workers, and whole whenever the job dies."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import threading
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_async_localsgd import AsyncLocalSGDStrategy
+from lightning_async_localsgd.checkpointing import Checkpoints, find_whole, write_part
+from tests.modules import FEATURES, Regression, make_trainer, regression_data, stream
+from tests.processes import results, run_processes
+
+
+class Seeded(Regression):
+    """Its batch depends on the rank and the step alone, so that a resumed run meets the batches of the first."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        super().training_step(batch, batch_idx)
+        generator = torch.Generator().manual_seed(10_000 * self.trainer.global_rank + self.trainer.global_step)
+        x = torch.randn(4, FEATURES, generator=generator)
+        return self.loss((x, x.sin().sum(1, keepdim=True)))
+
+
+def parameters(module: nn.Module) -> list[float]:
+    return nn.utils.parameters_to_vector(module.parameters()).tolist()
+
+
+def fit(rank: int, size: int, max_steps: int, plan: AsyncLocalSGDStrategy, ckpt: str | None, **save: Any) -> Any:
+    module = Seeded((0.002, 0.005))
+    callback = ModelCheckpoint(filename="{step}", **save)
+    trainer = make_trainer(size, plan, max_steps=max_steps, callbacks=[callback], enable_checkpointing=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, stream(rank), ckpt_path=ckpt)
+    told = [str(w.message) for w in caught if "Training goes on from" in str(w.message)]
+    return parameters(module), plan.summary, told, trainer.global_step
+
+
+def lockstep() -> AsyncLocalSGDStrategy:
+    return AsyncLocalSGDStrategy(
+        local_steps=10, quorum=2, pace="fixed", overlap=False, grace_period=0.0, timeout=timedelta(seconds=30)
+    )
+
+
+def in_lockstep(rank: int, size: int, folder: str, ckpt: str | None) -> Any:
+    return fit(rank, size, 60, lockstep(), ckpt, dirpath=folder, every_n_train_steps=23, save_top_k=-1)
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+    whole = results(run_processes(in_lockstep, 2, 2, str(tmp_path), None))
+    assert sorted(p.name for p in tmp_path.glob("*.ckpt")) == ["step=23.ckpt", "step=46.ckpt"]
+    for name in ("step=23.ckpt", "step=46.ckpt"):
+        again = results(run_processes(in_lockstep, 2, 2, str(tmp_path / "again"), str(tmp_path / name)))
+        for (before, summary, *_), (after, resumed, told, steps) in zip(whole, again, strict=True):
+            assert after == before
+            assert resumed.digest == summary.digest and resumed.version == summary.version == 6
+            assert resumed.local_steps == summary.local_steps == (60, 60)
+            assert steps == 60 and not told
+
+
+def unequal(rank: int, size: int, folder: str, ckpt: str | None, max_steps: int = 60) -> Any:
+    plan = AsyncLocalSGDStrategy(local_steps=5, timeout=timedelta(seconds=30))
+    return fit(rank, size, max_steps, plan, ckpt, dirpath=folder, every_n_train_steps=12, save_top_k=-1)
+
+
+def newest(folder: Path) -> Path:
+    """The last checkpoint that all workers have written."""
+    manifests = sorted(folder.glob("*.workers/*/manifest.json"), key=lambda p: p.stat().st_mtime)
+    return folder / manifests[-1].parents[1].name.removesuffix(".workers")
+
+
+def test_unequal_workers_resume_from_their_own_sides(tmp_path: Path) -> None:
+    results(run_processes(unequal, 2, 2, str(tmp_path), None))
+    last = newest(tmp_path)
+    saved = torch.load(last, weights_only=True)["async_localsgd"]
+    part = torch.load(next(last.with_name(f"{last.name}.workers").glob("*/worker-1.pt")), weights_only=True)
+    ends = results(run_processes(unequal, 2, 2, str(tmp_path / "again"), str(last)))
+    for values, summary, told, steps in ends:
+        assert not told
+        assert values == ends[0][0] and summary.digest == ends[0][1].digest
+        assert 118 <= summary.total_local_steps <= 122
+        assert summary.version > saved["state"]["global"]["version"]
+        assert steps in summary.local_steps
+    assert ends[1][1].local_steps[1] >= part["worker"]["local_steps"] > 0
+
+
+def test_another_number_of_workers_goes_on_from_the_global_state(tmp_path: Path) -> None:
+    results(run_processes(unequal, 2, 2, str(tmp_path), None))
+    last = newest(tmp_path)
+    saved = torch.load(last, weights_only=True)["async_localsgd"]
+    ends = results(run_processes(unequal, 3, 3, str(tmp_path / "again"), str(last)))
+    for values, summary, *_ in ends:
+        assert values == ends[0][0]
+        assert abs(summary.total_local_steps - 3 * (60 - saved["job_steps"])) <= 5
+        assert summary.version > saved["state"]["global"]["version"]
+    assert "was written by 2 workers, and there are 3 now" in ends[0][2][0]
+
+
+def test_a_checkpoint_after_the_last_step_holds_the_outer_state(tmp_path: Path) -> None:
+    results(run_processes(at_the_end, 2, 2, str(tmp_path), None, 30))
+    ends = results(run_processes(at_the_end, 2, 2, str(tmp_path / "again"), str(tmp_path / "last.ckpt"), 60))
+    version = torch.load(tmp_path / "last.ckpt", weights_only=True)["async_localsgd"]["state"]["global"]["version"]
+    for values, summary in ends:
+        assert values == ends[0][0]
+        assert abs(summary.total_local_steps - 60) <= 5
+        assert summary.version > version > 0
+
+
+class SaveAtTheEnd(L.Callback):
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+def at_the_end(rank: int, size: int, folder: str, ckpt: str | None, max_steps: int) -> Any:
+    plan = AsyncLocalSGDStrategy(local_steps=5, timeout=timedelta(seconds=30))
+    module = Seeded((0.002, 0.005))
+    path = f"{folder}/last.ckpt"
+    during = ModelCheckpoint(dirpath=folder, filename="last", every_n_train_steps=10, enable_version_counter=False)
+    trainer = make_trainer(
+        size, plan, max_steps=max_steps, callbacks=[during, SaveAtTheEnd(path)], enable_checkpointing=True
+    )
+    trainer.fit(module, stream(rank), ckpt_path=ckpt)
+    return parameters(module), plan.summary
+
+
+def epochs(rank: int, size: int, folder: str, ckpt: str | None) -> Any:
+    plan = AsyncLocalSGDStrategy(local_steps=5, timeout=timedelta(seconds=30))
+    module = Seeded((0.02, 0.001))  # worker 0 is the slow one: the other's epochs are over in its first checkpoint
+    save = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1)
+    trainer = make_trainer(size, plan, max_epochs=3, callbacks=[save], enable_checkpointing=True)
+    trainer.fit(module, DataLoader(regression_data(80), batch_size=4), ckpt_path=ckpt)
+    return parameters(module), plan.summary, trainer.current_epoch
+
+
+def test_a_worker_whose_epochs_were_over_in_the_checkpoint_still_takes_part(tmp_path: Path) -> None:
+    results(run_processes(epochs, 2, 2, str(tmp_path), None))
+    ends = results(run_processes(epochs, 2, 2, str(tmp_path / "again"), str(tmp_path / "epoch=0.ckpt")))
+    for values, summary, epoch in ends:
+        assert values == ends[0][0] and summary.digest == ends[0][1].digest
+        assert summary.local_steps == (30, 30)
+        assert epoch == 3
+
+
+def test_an_incomplete_checkpoint_falls_back_and_says_so(tmp_path: Path) -> None:
+    results(run_processes(unequal, 2, 2, str(tmp_path), None))
+    last = newest(tmp_path)
+    shutil.rmtree(f"{last}.workers")
+    ends = results(run_processes(unequal, 2, 2, str(tmp_path / "again"), str(last)))
+    assert "does not have every worker's side" in ends[0][2][0]
+    assert ends[0][0] == ends[1][0]
+
+
+def test_the_older_checkpoint_of_a_name_stays_until_the_newer_one_is_whole(tmp_path: Path) -> None:
+    deleted: list[str] = []
+    books = Checkpoints(deleted.append, workers=2)
+    path = str(tmp_path / "last.ckpt")
+
+    def leader_writes(checkpoint_id: str) -> None:
+        with books.write(path, checkpoint_id) as leader:
+            Path(leader).write_text(checkpoint_id)
+        assert Path(path).read_text() == checkpoint_id
+        books.part_written(checkpoint_id, 0)
+
+    leader_writes("first")
+    assert find_whole(path, "first") is None
+    write_part(path, "first", 1, {"x": torch.ones(1)})
+    books.part_written("first", 1)
+    first = find_whole(path, "first")
+    assert first is not None and first.path.read_text() == "first"
+
+    leader_writes("second")
+    books.remove("replaced.ckpt")
+    found = find_whole(path, "second")
+    assert found is not None and found.path.read_text() == "first" and deleted == []
+    write_part(path, "second", 1, {"x": torch.ones(1)})
+    books.part_written("second", 1)
+    second = find_whole(path, "second")
+    assert second is not None and second.path.read_text() == "second" and deleted == ["replaced.ckpt"]
+    assert [p.name for p in Path(f"{path}.workers").iterdir()] == ["second"]
+
+
+def mortal(rank: int, size: int, folder: str, seconds: float | None) -> Any:
+    class Killed(Seeded):
+        def on_train_start(self) -> None:
+            if seconds is not None:
+                threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    plan = AsyncLocalSGDStrategy(local_steps=5, timeout=timedelta(seconds=30))
+    save = ModelCheckpoint(dirpath=folder, filename="one", every_n_train_steps=4, save_top_k=1, save_last=True)
+    trainer = make_trainer(size, plan, max_steps=2500, callbacks=[save], enable_checkpointing=True)
+    module = Killed((0.001, 0.003))
+    trainer.fit(module, stream(rank), ckpt_path="last")
+    return parameters(module), plan.summary
+
+
+def steps_of_last_whole(path: Path) -> int:
+    whole = find_whole(str(path), torch.load(path, weights_only=True)["async_localsgd"]["id"])
+    return 0 if whole is None else int(torch.load(whole.path, weights_only=True)["async_localsgd"]["job_steps"])
+
+
+@pytest.mark.timeout(280)
+def test_a_job_killed_at_any_moment_resumes_from_its_last_whole_checkpoint(tmp_path: Path) -> None:
+    moments = random.Random(3)
+    job_steps = [0]
+    for _ in range(20):
+        outcomes = run_processes(mortal, 2, 2, str(tmp_path), moments.uniform(0.05, 0.4))
+        for outcome in outcomes:
+            assert outcome.error == "killed" or "PeerLost" in outcome.error
+        if (tmp_path / "last.ckpt").exists():
+            job_steps.append(steps_of_last_whole(tmp_path / "last.ckpt"))
+    assert len(set(job_steps)) > 5
+    assert job_steps == sorted(job_steps)
+    ends = results(run_processes(mortal, 2, 2, str(tmp_path), None))
+    for values, summary in ends:
+        assert values == ends[0][0]
+        assert abs(summary.total_local_steps - 5000) <= 5
