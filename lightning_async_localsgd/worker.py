@@ -319,6 +319,7 @@ class Worker:
             return window
         if self._settings.overlap:  # nobody waits meanwhile: worth it for what brings this worker in step with the rest
             window = max(window, max(2, self._pace.tolerance * planned) / speed)
+            window = min(window, self._settings.timeout.total_seconds() / 4)
         steps = max(1, self._enough(planned) - self._round_steps)
         if steps / speed > window or self._is_last_round(planned, self.local_steps + steps):
             return 0.0
@@ -669,6 +670,8 @@ class Worker:
 
         The fewer steps a delta leaves behind, the less is learned from parameters that are about to change.
         """
+        if self._is_last_round(planned, self.local_steps):
+            return  # what is left for the last round would be less than half of one
         longest = math.floor((1 + self._pace.tolerance) * planned)
         push = self._mailbox.take_back(longest - self._round_steps)
         if push is None:
@@ -678,8 +681,9 @@ class Worker:
         self._round_steps += push.steps
         self._round_samples += push.samples
         self._round_started -= push.seconds
-        self.shard = push.shard
+        next_shard, self.shard = self.shard, push.shard
         self._push()
+        self.shard = next_shard  # its samples may be on their way already
 
     def _check_trainable(self) -> None:
         """A parameter that was unfrozen on the way would train apart on every worker."""

@@ -257,7 +257,8 @@ class Mailbox:
         Args:
             max_steps: only if the push has at most that many steps.
         """
-        if self._push is None or self._push.steps > max_steps:
+        push = self._push  # the exchange thread may take it at any moment
+        if push is None or push.steps > max_steps:
             return None
         with self._condition:
             push, self._push = self._push, None
@@ -361,7 +362,10 @@ class Mailbox:
     def take(self) -> tuple[Live, Push | None]:
         """What the next header is to say, and the round to push with it."""
         with self._condition:
-            self._condition.wait_for(lambda: not self._extending or self._failure is not None)
+            # A training thread that fails while it extends its push aborts, and does not push any more.
+            self._condition.wait_for(
+                lambda: not self._extending or Flag.ABORT in self._flags or self._failure is not None
+            )
             push, self._push = self._push, None
             message = self._outbox.popleft() if self._outbox else None
             self._news = bool(self._outbox)

@@ -126,6 +126,7 @@ class ExchangeThread:
             progress.beat,
         )
         self._steps = list(progress.steps)
+        self._caps = progress.caps
         self._advanced = [time.monotonic()] * roster.size
         self._bell = Bell(store, mailbox.hear, self._on_store_lost)
         self._thread = threading.Thread(target=self._run, name="async-localsgd-exchange", daemon=True)
@@ -335,7 +336,8 @@ class ExchangeThread:
         for i, header in enumerate(deltas):
             with record_function("async_localsgd::exchange"):
                 self._finish(under_way[i], add and i > 0)
-                for chunk in target[beginning.numel() :].split(_CHUNK):
+                for start in range(beginning.numel(), target.numel(), _CHUNK):
+                    chunk = target[start : start + _CHUNK]
                     self._finish(self._start(header.worker, chunk, in_place=not add or i == 0), add and i > 0)
             yield header
 
@@ -395,16 +397,18 @@ class ExchangeThread:
         self._steps = [h.steps for h in headers]
         round_steps = self._pace.steps([h.speed for h in headers], self._settings.local_steps)
         under_way = self._under_way(headers)
+        final = [Flag.FINAL in h.flags for h in headers]
+        self._caps = self._budget.caps(self._steps, round_steps, under_way, final)
         tally = self._tally
         return Progress(
             version=self._state.version,
             steps=tuple(self._steps),
             speeds=tuple(h.speed for h in headers),
             round_steps=tuple(round_steps),
-            caps=self._budget.caps(self._steps, round_steps, under_way, [Flag.FINAL in h.flags for h in headers]),
+            caps=self._caps,
             exhausted=self._budget.exhausted(self._steps, under_way),
             stop=any(Flag.STOP in h.flags for h in headers),
-            over=all(Flag.FINAL in h.flags for h in headers),
+            over=all(final),
             shard_samples=tuple(tally.shard_samples),
             beat=tally.beat,
             updates=tally.updates,
@@ -416,11 +420,11 @@ class ExchangeThread:
         )
 
     def _under_way(self, headers: list[Header]) -> list[bool]:
-        """Which workers are making a step that their header does not count yet."""
-        not_training = Flag.IDLE | Flag.FINAL | Flag.PAUSED
+        """Which workers are making a step that their header does not count yet, or will after a pause."""
+        not_training = Flag.IDLE | Flag.FINAL
         if not self._settings.overlap:
             not_training |= Flag.DELTA | Flag.DROPPED
-        return [not h.flags & not_training for h in headers]
+        return [not h.flags & not_training and (self._caps is None or h.steps < self._caps[h.worker]) for h in headers]
 
     # ---- failures ---------------------------------------------------------------------------------------------------
 

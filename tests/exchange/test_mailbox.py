@@ -1,0 +1,89 @@
+"""What crosses between the two threads, and in which order."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_async_localsgd.exchange import Mailbox, Progress, Push
+from lightning_async_localsgd.exchange.header import MESSAGE_BYTES, Flag
+from lightning_async_localsgd.exchange.mailbox import Beat
+
+PROGRESS = Progress(0, (0,), (0.0,), (5,), None, False, False, False, (0,), Beat(0, ()))
+PUSH = Push(torch.zeros(1), torch.ones(1), lambda: None, 0, 5, 20, 1.0, 0, 0)
+
+
+def publish(mailbox: Mailbox, *messages: tuple[int, dict[str, Any]]) -> None:
+    mailbox.publish(PROGRESS, [], list(messages), None)
+
+
+def test_a_push_can_be_taken_back_until_the_exchange_has_it() -> None:
+    mailbox = Mailbox(PROGRESS)
+    assert mailbox.take_back(9) is None
+    mailbox.push(PUSH)
+    assert mailbox.take_back(PUSH.steps - 1) is None
+    assert mailbox.take_back(PUSH.steps) is PUSH
+    longer = replace(PUSH, steps=6)
+    mailbox.push(longer)
+    assert mailbox.take()[1] is longer
+    assert mailbox.take_back(9) is None
+
+
+def test_the_exchange_waits_for_a_push_that_is_being_extended_but_not_for_one_that_failed() -> None:
+    mailbox = Mailbox(PROGRESS)
+    mailbox.push(PUSH)
+    mailbox.take_back(9)
+    taken: list[Any] = []
+    exchange = threading.Thread(target=lambda: taken.append(mailbox.take()), daemon=True)
+    exchange.start()
+    exchange.join(0.1)
+    assert not taken
+    mailbox.abort("RuntimeError: \x1b[31mfrozen\ud800")
+    exchange.join(10)
+    live, push = taken[0]
+    assert push is None and Flag.ABORT in live.flags
+    assert live.message == {"reason": "RuntimeError:  [31mfrozen "}
+
+
+def test_one_message_rides_on_each_header_and_the_last_header_comes_after_all() -> None:
+    mailbox = Mailbox(PROGRESS)
+    mailbox.send({"n": 1})
+    mailbox.send({"n": 2})
+    mailbox.flag(Flag.FINAL)
+    first, second, third = (mailbox.take()[0] for _ in range(3))
+    assert (first.message, second.message, third.message) == ({"n": 1}, {"n": 2}, None)
+    assert [Flag.FINAL in live.flags for live in (first, second, third)] == [False, True, True]
+    with pytest.raises(ValueError, match="too long"):
+        mailbox.send({"x": "y" * MESSAGE_BYTES})
+    publish(mailbox, (1, {"n": 1}), (0, {"n": 2}))
+    assert mailbox.take_messages() == [(1, {"n": 1}), (0, {"n": 2})]
+    assert mailbox.take_messages() == []
+
+
+def test_a_cut_stops_the_exchange_until_it_is_released() -> None:
+    mailbox = Mailbox(PROGRESS)
+    mailbox.ask_for_cut({"path": "x"})
+    message = mailbox.take()[0].message
+    assert message is not None
+    publish(mailbox, (0, message))
+    assert mailbox.cut == {"path": "x"} and mailbox.take_messages() == []
+    mailbox.wait_for_cut()
+    exchange = threading.Thread(target=mailbox.wait_for_release, daemon=True)
+    exchange.start()
+    exchange.join(0.1)
+    assert exchange.is_alive()
+    mailbox.release()
+    exchange.join(10)
+    assert not exchange.is_alive()
+
+
+def test_nobody_waits_for_a_training_thread_that_has_left() -> None:
+    mailbox = Mailbox(PROGRESS)
+    mailbox.abort("gone")
+    publish(mailbox, (0, {"cut": {"path": "x"}}))
+    mailbox.wait_for_release()
+    assert mailbox.cut is None
