@@ -265,7 +265,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         self._goes_on = self._resumed is not None
         self._resumed = None
         self.worker.on_cut = self._save_part
-        self.checkpoints.workers = self.world_size
+        # Books of this run: what an earlier one that failed has left unfinished holds up nothing.
+        self.checkpoints = Checkpoints(super().remove_checkpoint, self.world_size)
         self._callback = WorkerCallback(self, trainer, scheduler_steps)
 
     @override
