@@ -34,6 +34,8 @@ class Budget:
         max_steps: local steps per worker, on average (``shared``) or exactly; None: no limit.
         workers: number of workers.
         shared: whether the workers spend ``max_steps * workers`` together, the fast ones more of it.
+        open_end: whether ``max_steps`` is only what the data is expected to last for. Nobody stops by it; what is known
+            of the end is for those who plan for it.
 
     References:
         Liu et al. 2024 (arXiv 2401.09135), Algorithm 4: a run ends when the sum of local updates reaches its budget.
@@ -42,6 +44,7 @@ class Budget:
     max_steps: int | None
     workers: int
     shared: bool = True
+    open_end: bool = False
 
     def caps(
         self,
@@ -77,7 +80,7 @@ class Budget:
 
     def exhausted(self, steps: Sequence[int], under_way: Sequence[bool] = ()) -> bool:
         """Whether a shared budget is spent, or will be by the steps that are under way."""
-        if not self.shared or self.max_steps is None:
+        if not self.shared or self.max_steps is None or self.open_end:
             return False
         return sum(steps) + sum(under_way) >= self.max_steps * self.workers
 

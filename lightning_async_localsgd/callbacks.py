@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_async_localsgd.data import Leases
+from lightning_async_localsgd.loader import OpenEnded, WorkerLoader
 from lightning_async_localsgd.membership import StaticJob, as_json, from_json
 
 if TYPE_CHECKING:
+    from lightning_async_localsgd.crew import FollowingRank
     from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
     from lightning_async_localsgd.worker import Worker
 
@@ -45,6 +49,7 @@ class WorkerCallback(pl.Callback):
         self._strategy = strategy
         self._trainer = trainer
         self._schedulers: _JobSchedulers | None = None
+        self._epochs: _JobEpochs | None = None
         self._scheduler_steps = scheduler_steps
         self._samples = 0
         self._metrics_before: dict[str, Tensor] = {}
@@ -90,7 +95,7 @@ class WorkerCallback(pl.Callback):
         Everyone then knows the metrics and, for instance, the best checkpoint. All processes must call this.
         """
         deciding = [c for c in self._users_callbacks if isinstance(c, _DECIDING)]
-        states = [as_json(c.state_dict()) for c in deciding] if self._leads else None
+        states = [as_json(c.state_dict()) for c in deciding] if self._trainer.is_global_zero else None
         metrics, states = job.broadcast([self._validated, states], patient=True)
         if self._leads:
             return
@@ -115,34 +120,49 @@ class WorkerCallback(pl.Callback):
     @property
     def _follows(self) -> bool:
         """Whether this worker leaves validation, and what is decided by it, to worker 0."""
-        return self._strategy.validate_global and not self._trainer.is_global_zero
+        return self._strategy.validate_global and self._strategy.worker_rank > 0
 
     @property
     def _callbacks(self) -> list[pl.Callback]:
         return self._trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, where mypy does not look
 
     @property
-    def _worker(self) -> Worker:
+    def _worker(self) -> Worker | FollowingRank:
         worker = self._strategy.worker
         assert worker is not None
         return worker
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        remaining = max(0, self._max_steps - self._strategy.steps_before_fit(trainer))
-        self._strategy.begin_training(None if self._max_steps == -1 else remaining)
+        self._epochs = _JobEpochs(trainer)
+        open_end = self._max_steps == -1
+        total = self._epochs.expected_steps if open_end else self._max_steps
+        before = self._strategy.steps_before_fit(trainer)
+        self._epochs.begin_training()
+        self._strategy.begin_training(None if total is None else max(0, total - before), open_end)
         self._job_max_steps.reached = self._worker.budget_spent
         self._schedulers = _JobSchedulers(trainer, self._scheduler_steps, self._follows)
         self._schedulers.advance(self._worker.job_steps)
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._epochs is not None
+        self._epochs.begin_epoch()
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._samples += _batch_size(batch)
-        if not self._strategy.take_optimizer_stepped():
-            return
-        running = self._worker.step(self._samples)
+        if self._strategy.take_optimizer_stepped():
+            self._count_step(trainer, pl_module)
+        assert self._epochs is not None
+        self._epochs.schedule_validation()
+        if self._epochs.at_the_end and self._strategy.summary is None:
+            self._finish(trainer, pl_module)  # before worker 0 validates what has come of it
+
+    def _count_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        running = self._worker.step(self._samples * self._strategy.worker_size)
         self._samples = 0
         self._announce_updates(trainer, pl_module)
         assert self._schedulers is not None
@@ -158,9 +178,9 @@ class WorkerCallback(pl.Callback):
         """Finish before the last epoch's checkpoint is written, so that it holds the final global parameters."""
         if self._running(trainer) and self._leads:
             self._send_plateaus(trainer)
-        last = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
+        assert self._epochs is not None
         stopped = trainer.should_stop and trainer.fit_loop._can_stop_early
-        if (last or stopped) and self._strategy.summary is None:
+        if (self._epochs.is_last or stopped) and self._strategy.summary is None:
             self._finish(trainer, pl_module)
 
     @override
@@ -197,7 +217,7 @@ class WorkerCallback(pl.Callback):
 
     @property
     def _leads(self) -> bool:
-        return self._strategy.validate_global and self._trainer.is_global_zero
+        return self._strategy.validate_global and self._strategy.worker_rank == 0
 
     def _send_metrics(self, metrics: Mapping[str, float]) -> None:
         """Tell the others what validation has found, as many metrics at a time as a message holds."""
@@ -233,7 +253,7 @@ class WorkerCallback(pl.Callback):
     def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._strategy.summary = self._worker.finish(stop=trainer.should_stop)
         self._job_max_steps.reached = True
-        if self._max_steps == -1:  # some worker asked all to stop
+        if self._max_steps == -1 and self._worker.stop_requested:
             trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
         self._announce_updates(trainer, pl_module)
         assert self._schedulers is not None
@@ -263,6 +283,124 @@ class _JobMaxSteps(int):
 
     def __le__(self, other: int) -> bool:
         return self.reached
+
+
+class _OpenEnd(int):
+    """``trainer.num_training_batches`` as the user sees it, but never reached: an epoch ends when its leases do.
+
+    It is what a worker gets on average. Lightning ends an epoch when as many batches have been made.
+    """
+
+    __hash__ = int.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    def __le__(self, other: int) -> bool:
+        return False
+
+
+class _JobEpochs:
+    """Has Lightning's loop go through epochs that all workers share, where the loaders lease their batches.
+
+    Args:
+        trainer: whose loop.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
+        self._loop = trainer.fit_loop
+        self._interval: float | None = None  # batches per worker between two validations
+        self._validated_at = 0.0
+
+    @property
+    def expected_steps(self) -> int | None:
+        """Steps of the job in all epochs, as schedules are planned with; None where that is not known."""
+        try:
+            steps = self._trainer.estimated_stepping_batches
+        except MisconfigurationException:  # accumulation that changes on the way
+            return None
+        return int(steps) if 0 < steps < sys.maxsize and self._leased else None
+
+    def begin_training(self) -> None:
+        """Begin with the first epoch, or go on in the one of the checkpoint."""
+        if not self._open_end():
+            return
+        self._loop._load_combined_loader_states()  # Lightning does not, if the module asked for the number of steps
+        if self._trainer.current_epoch == 0 or self._loop.restarting or self._loop.is_resuming:  # else it does so later
+            assert self._loop._combined_loader is not None and self._loop._data_fetcher is not None
+            for loader in self._loop._combined_loader.flattened:
+                _set_sampler_epoch(loader, self._loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+            iter(self._loop._data_fetcher)
+        self._validated_at = self._made()
+        if self._interval is not None and self._loop.epoch_loop.batch_progress.is_last_batch:
+            self._trainer.val_check_batch = 1  # the checkpoint may have been written before or in this validation
+
+    def begin_epoch(self) -> None:
+        """Begin with an epoch; its loaders may be new."""
+        self._open_end()
+        if self._trainer.check_val_every_n_epoch is not None:
+            self._validated_at = 0.0
+
+    def _open_end(self) -> bool:
+        """Have an epoch end with its leases, if that is not so yet; returns whether there are leases."""
+        loaders, fetcher = self._loop._combined_loader, self._loop._data_fetcher
+        assert loaders is not None and fetcher is not None
+        leases = [loader.division for loader in self._leased if isinstance(loader.division, Leases)]
+        if leases and not isinstance(fetcher._combined_loader, OpenEnded):
+            limit = self._trainer.limit_train_batches
+            if isinstance(limit, int) or limit < 1.0:
+                for division in leases:
+                    division.limit = int(self._loop.max_batches) * division.workers
+            self._loop.max_batches = _OpenEnd(self._loop.max_batches)
+            fetcher.setup(OpenEnded(loaders))  # type: ignore[arg-type]
+            if isinstance(self._trainer.val_check_batch, int):
+                self._interval = self._trainer.val_check_batch
+                self._trainer.val_check_batch = sys.maxsize
+        return bool(leases)
+
+    @property
+    def _leased(self) -> list[WorkerLoader]:
+        loaders = self._loop._combined_loader
+        assert loaders is not None
+        return [
+            loader
+            for loader in loaders.flattened
+            if isinstance(loader, WorkerLoader) and isinstance(loader.division, Leases)
+        ]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether there is no epoch after this one."""
+        epochs = self._trainer.max_epochs
+        return epochs not in (None, -1) and self._trainer.current_epoch + 1 >= epochs
+
+    @property
+    def at_the_end(self) -> bool:
+        """Whether this was the last batch of the last epoch."""
+        return self.is_last and self._loop.epoch_loop._num_ready_batches_reached()
+
+    def schedule_validation(self) -> None:
+        """Have Lightning validate now if the job has made ``val_check_interval`` of an epoch since the last time.
+
+        This worker's own batches would tell little: of a shared epoch it may make few, or most.
+        """
+        if self._interval is None:
+            return
+        made = self._made()
+        due = made // self._interval > self._validated_at // self._interval
+        self._trainer.val_check_batch = 1 if due else sys.maxsize
+        self._validated_at = made
+
+    def _made(self) -> float:
+        """Batches per worker that the job has made in this epoch, or in all if validation is counted across epochs."""
+        of_epoch = int(self._loop.max_batches)
+        if self._loop.epoch_loop.batch_progress.is_last_batch:
+            in_epoch: float = of_epoch
+        else:  # leases are drawn ahead: an epoch is over with the last batch
+            in_epoch = min(max(loader.position for loader in self._leased) * of_epoch, of_epoch - 0.5)
+        across = self._trainer.check_val_every_n_epoch is None
+        return in_epoch + (of_epoch * self._trainer.current_epoch if across else 0)
 
 
 class _JobSchedulers:

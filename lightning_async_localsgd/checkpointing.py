@@ -67,7 +67,7 @@ def read_part(folder: Path, worker: int, weights_only: bool | None = None) -> di
             f"{path} is not there, though worker 0 finds the checkpoint whole. All workers must see the folder of the "
             "checkpoint: copy `name.ckpt.workers` to this host, or share the folder."
         )
-    part: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=weights_only is not False)
+    part: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=weights_only is not False, mmap=True)
     return part
 
 

@@ -71,13 +71,13 @@ class Settings:
                 f"take place. Pass at most {workers}."
             )
 
-    def shares_budget(self, workers: int) -> bool:
-        """Whether fast workers make more of the job's steps.
+    def lockstep(self, workers: int) -> bool:
+        """Whether every worker's delta, of H steps each, is in every outer update, so that all make as many steps."""
+        return self.quorum == workers and isinstance(make_pace(self.pace), FixedPace)
 
-        In lockstep, with every worker's delta in every outer update and H steps each, all make exactly as many.
-        """
-        lockstep = self.quorum == workers and isinstance(make_pace(self.pace), FixedPace)
-        return self.budget == "shared" and not lockstep
+    def shares_budget(self, workers: int) -> bool:
+        """Whether fast workers make more of the job's steps."""
+        return self.budget == "shared" and not self.lockstep(workers)
 
     def credentials(self) -> dict[str, Any]:
         """What must be equal on all workers, as JSON values."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.data import _update_dataloader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.distributed import PrefixStore, Store
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
@@ -36,7 +38,9 @@ from lightning_async_localsgd.checkpointing import (
     write_part,
 )
 from lightning_async_localsgd.codecs import Codec
-from lightning_async_localsgd.data import ShardSampler
+from lightning_async_localsgd.crew import Crew, FollowingRank, LeadingWorker
+from lightning_async_localsgd.data import Division, Leases, Shards, SharedTickets, StridedTickets, merge_positions
+from lightning_async_localsgd.loader import WorkerLoader
 from lightning_async_localsgd.membership import StaticJob, join_job
 from lightning_async_localsgd.outer import OuterOptimizerFactory
 from lightning_async_localsgd.pace import Pace
@@ -76,7 +80,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             parameters. False: wait for them, as in the paper.
         budget: ``"shared"``: all workers together make ``max_steps`` times workers local steps, the fast ones more of
             them. ``"per_worker"``: each worker makes ``max_steps``.
-        worker_size: consecutive ranks that form one worker; 1 is the only size so far.
+        worker_size: n consecutive ranks form one worker, which trains as under DDP (with the further arguments of this
+            strategy): its batch is n times as large. Its first rank takes part in the exchange.
         codec: how deltas are written on the wire: ``"fp32"``, ``"bf16"`` or a codec object.
         outer_device: where the global state lives: ``"cpu"`` or a device of the worker.
         timeout: how long a worker may take to answer before the others give up with an error that names it.
@@ -111,8 +116,9 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         **kwargs: Any,
     ) -> None:
         super().__init__(timeout=timeout, **kwargs)
-        if worker_size != 1:
-            raise ValueError(f"`worker_size={worker_size}` is not supported: each worker is one device. Leave it at 1.")
+        if worker_size < 1:
+            raise ValueError(f"`worker_size` must be at least 1, got {worker_size}.")
+        self.worker_size = worker_size
         self.settings = Settings(
             local_steps=local_steps,
             outer_optimizer=outer_optimizer,
@@ -127,7 +133,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         )
         self.validate_global = validate_global
         self.checkpoints = Checkpoints(super().remove_checkpoint)
-        self.worker: Worker | None = None
+        self.worker: Worker | FollowingRank | None = None
         """This process' worker, during ``fit``."""
         self.summary: RunSummary | None = None
         """The last finished run in numbers."""
@@ -140,8 +146,24 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         self._saved_tensors: dict[str, Tensor] = {}  # what the checkpoint that is being written holds
         self._resumed: dict[str, Any] | None = None  # what `fit` is to go on from
         self._out_of_step = False  # workers train, each at its own pace
+        self._divisions: list[Division] = []  # of the training loaders of this fit
 
     # ---- the process world ------------------------------------------------------------------------------------------
+
+    @property
+    def workers(self) -> int:
+        """Number of workers."""
+        return self.world_size // self.worker_size
+
+    @property
+    def worker_rank(self) -> int:
+        """The worker that this process belongs to."""
+        return self.global_rank // self.worker_size
+
+    @property
+    def device_rank(self) -> int:
+        """Rank of this process within its worker."""
+        return self.global_rank % self.worker_size
 
     @property
     def _fitting(self) -> bool:
@@ -150,10 +172,18 @@ class AsyncLocalSGDStrategy(DDPStrategy):
 
     @override
     def setup_distributed(self) -> None:
-        """Meet the other processes. In ``fit`` there is no default process group, so that nothing can block on them."""
+        """Meet the other processes. In ``fit`` the default process group, if any, spans this process' worker only.
+
+        So nothing that the module or Lightning calls can block on another worker.
+        """
         reset_seed()
         self.set_world_ranks()
-        self.settings.check_workers(self.world_size)
+        if self.world_size % self.worker_size != 0:
+            raise ValueError(
+                f"{self.world_size} processes do not make workers of `worker_size={self.worker_size}`. Start a "
+                "multiple of it, or choose another size."
+            )
+        self.settings.check_workers(self.workers)
         if dist.is_initialized():
             raise MisconfigurationException(
                 "A default process group exists already, and metrics would be reduced over it while workers are out of "
@@ -165,27 +195,36 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         self._job = join_job(self.global_rank, self.world_size, self.settings.timeout)
         store = self._job.next_stage()
         if not self._fitting:
-            self._process_group_backend = self._get_process_group_backend()
-            dist.init_process_group(
-                self._process_group_backend,
-                store=store,
-                rank=self.global_rank,
-                world_size=self.world_size,
-                timeout=self.settings.timeout,
-                device_id=self.root_device if self.root_device.type == "cuda" else None,
-            )
+            self._init_process_group(store, self.global_rank, self.world_size)
+        elif self.worker_size > 1:
+            own_store = PrefixStore(f"worker{self.worker_rank}", store)
+            self._init_process_group(own_store, self.device_rank, self.worker_size)
+
+    def _init_process_group(self, store: Store, rank: int, size: int) -> None:
+        self._process_group_backend = self._get_process_group_backend()
+        dist.init_process_group(
+            self._process_group_backend,
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=self.settings.timeout,
+            device_id=self.root_device if self.root_device.type == "cuda" else None,
+        )
 
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """In ``fit`` Lightning leaves every loader whole; :meth:`process_dataloader` shards the one for training."""
-        if self._fitting:
+        """In ``fit`` the devices of a worker share validation data; :meth:`process_dataloader` divides the rest."""
+        if not self._fitting:
+            return super().distributed_sampler_kwargs
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.training:
             return {"num_replicas": 1, "rank": 0}
-        return super().distributed_sampler_kwargs
+        return {"num_replicas": self.worker_size, "rank": self.device_rank}
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        """Put shard sampling under the user's map-style training loader."""
+        """Have the user's map-style training loader read this worker's part of the data."""
         if not self._fitting or not isinstance(dataloader, DataLoader):
             return dataloader
         assert self.lightning_module is not None
@@ -195,14 +234,34 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         overfitting = trainer.overfit_batches > 0  # type: ignore[attr-defined]
         if not trainer.training or overfitting:
             return dataloader
-        # Lightning has just put a sampler over all of the data under it, unless the user asked for their own.
+        # Lightning has just put a sampler over all of the data under a copy of it, unless the user asked for their own.
         if not isinstance(sampler, DistributedSampler) or sampler.num_replicas != 1:
             return dataloader
-        shards = ShardSampler(sampler, self.world_size, self.global_rank, self._current_shard)
-        return _update_dataloader(dataloader, shards)
+        _auto_add_worker_init_fn(dataloader, self.global_rank)
+        division = self._divide(trainer)
+        self._divisions.append(division)
+        ahead = partial(_fetched_ahead, trainer)
+        return WorkerLoader(dataloader, division, sampler.seed, ahead, self.device_rank, self.worker_size)
 
-    def _current_shard(self) -> int:
-        return self.worker.shard if self.worker is not None else self.global_rank
+    def _divide(self, trainer: pl.Trainer) -> Division:
+        """How the batches of a loader are divided: by leases where epochs are counted, else by Eq. 2."""
+        workers, worker = self.workers, self.worker_rank
+        if trainer.max_epochs in (None, -1):
+            return Shards(worker, workers, lambda: self.worker.shard if self.worker is not None else worker)
+        assert self._job is not None
+        store = PrefixStore(f"loader{len(self._divisions)}", self._job.store)
+        if self.settings.lockstep(workers):
+            return Leases(StridedTickets(worker, workers), workers, store)
+        tickets = SharedTickets(
+            store,
+            worker,
+            workers,
+            lambda: self.worker.share if self.worker is not None else 1 / workers,
+            self.device_rank,
+            self.worker_size,
+            self.settings.timeout,
+        )
+        return Leases(tickets, workers, store)
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
@@ -223,7 +282,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        return decision if self._fitting else super().reduce_boolean_decision(decision, all)
+        return super().reduce_boolean_decision(decision, all) if dist.is_initialized() else decision
 
     @property
     def _meeting(self) -> bool:
@@ -246,38 +305,52 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             return
         assert self._job is not None and self.lightning_module is not None
         self.summary = None
-        self.worker = Worker(
-            self.lightning_module,
-            self.optimizers,
-            self._job.store,
-            self.global_rank,
-            self.world_size,
-            self.settings,
-            {"lightning_async_localsgd": __version__, "max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs},
-        )
-        scheduler_steps = 0
-        if self._resumed is not None:
+        self.worker = self._make_worker(trainer)
+        scheduler_steps = 0 if self._resumed is None else self._resumed.get("scheduler_steps", 0)
+        if self._resumed is not None and isinstance(self.worker, Worker):
             same_workers = "worker" in self._resumed
             self.worker.load_global_state_dict(self._resumed["state"], same_workers)
             if same_workers:
                 self.worker.load_local_state_dict(self._resumed["worker"])
-                scheduler_steps = self._resumed["scheduler_steps"]
         self._goes_on = self._resumed is not None
         self._resumed = None
-        self.worker.on_cut = self._save_part
         # Books of this run: what an earlier one that failed has left unfinished holds up nothing.
-        self.checkpoints = Checkpoints(super().remove_checkpoint, self.world_size)
+        self.checkpoints = Checkpoints(super().remove_checkpoint, self.workers)
         self._callback = WorkerCallback(self, trainer, scheduler_steps)
+
+    def _make_worker(self, trainer: pl.Trainer) -> Worker | FollowingRank:
+        assert self._job is not None and self.lightning_module is not None
+        crew = None
+        if self.worker_size > 1:
+            store = PrefixStore(f"worker{self.worker_rank}", self._job.store)
+            assert dist.group.WORLD is not None
+            crew = Crew(store, self.device_rank, self.worker_size, dist.group.WORLD, self.settings.timeout)
+            if self.device_rank > 0:
+                return FollowingRank(crew, self.lightning_module, self.optimizers, self.worker_rank)
+        worker = (partial(LeadingWorker, crew) if crew is not None else Worker)(
+            self.lightning_module,
+            self.optimizers,
+            self._job.store,
+            self.worker_rank,
+            self.workers,
+            self.settings,
+            {"lightning_async_localsgd": __version__, "max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs}
+            | {"worker_size": self.worker_size},
+        )
+        worker.on_cut = self._save_part
+        return worker
 
     @override
     def configure_ddp(self) -> None:
         """A worker of one device needs no DDP."""
+        if self.worker_size > 1:
+            super().configure_ddp()
 
-    def begin_training(self, max_steps: int | None) -> None:
+    def begin_training(self, max_steps: int | None, open_end: bool) -> None:
         """Start the worker; from here on processes are out of step."""
         assert self.worker is not None
         self._out_of_step = True
-        self.worker.start(max_steps)
+        self.worker.start(max_steps, open_end)
 
     @override
     def optimizer_step(
@@ -315,7 +388,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What checkpoints hold: during ``fit`` the global parameters, not this worker's own."""
         state = super().lightning_module_state_dict()
-        if self.worker is None or not self._out_of_step:
+        if not isinstance(self.worker, Worker) or not self._out_of_step:
             return state
         assert self.lightning_module is not None
         self._saved_tensors = self.worker.global_tensors()
@@ -330,14 +403,18 @@ class AsyncLocalSGDStrategy(DDPStrategy):
 
         The checkpoint's ``global_step`` is worker 0's own; the job's count of steps is beside it.
         """
-        checkpoint[KEY] = {"job_steps": self.job_steps, "workers": self.world_size}
-        if self.worker is None or not self._out_of_step or not self.is_global_zero:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
-            return
+        checkpoint[KEY] = {"job_steps": self.job_steps, "workers": self.workers}
         alone = self.summary is not None or self._failed  # at the end of the run, or of a worker, nobody is left to ask
         resumable = "optimizer_states" in checkpoint
+        with_others = resumable and not alone and _is_local(filepath)
+        if self.worker is None or not self._out_of_step or not self.is_global_zero:
+            if isinstance(self.worker, FollowingRank) and self._out_of_step and self.worker_rank == 0 and with_others:
+                self.worker.follow()
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        assert isinstance(self.worker, Worker)
         with self.worker.paused():
-            if resumable and not alone and _is_local(filepath):
+            if with_others:
                 self._save_with_others(checkpoint, os.path.abspath(filepath))
                 return
             if resumable:
@@ -347,7 +424,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
                 self.checkpoints.forget(os.path.abspath(filepath))
 
     def _save_with_others(self, checkpoint: dict[str, Any], path: str) -> None:
-        assert self.worker is not None and self._callback is not None
+        assert isinstance(self.worker, Worker) and self._callback is not None
         checkpoint_id = new_id()
         with self.worker.cut({"id": checkpoint_id, "path": path}):
             for name, tensor in self.worker.global_tensors().items():  # an update may have come since they were taken
@@ -368,13 +445,14 @@ class AsyncLocalSGDStrategy(DDPStrategy):
 
     def _save_part(self, what: dict[str, Any]) -> None:
         """This worker's side of the checkpoint that worker 0 writes."""
-        assert self.worker is not None and self.lightning_module is not None and self._callback is not None
+        assert isinstance(self.worker, Worker)
+        assert self.lightning_module is not None and self._callback is not None
         part = {"worker": self.worker.local_state_dict(), "scheduler_steps": self._callback.scheduler_steps}
         trainer = self.lightning_module.trainer
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         precision = type(trainer.precision_plugin).__qualname__
         own = {key: checkpoint[key] for key in (*PART_KEYS, precision) if key in checkpoint}
-        write_part(what["path"], what["id"], self.global_rank, part | {"checkpoint": own})
+        write_part(what["path"], what["id"], self.worker_rank, part | {"checkpoint": own})
         self.worker.send({"saved": what["id"]})
 
     @override
@@ -408,23 +486,26 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             )
             checkpoint = super().load_checkpoint(leader, weights_only)
         entry = checkpoint[KEY]
+        if leader:
+            self._merge_positions(checkpoint, Path(folder))
         if "id" not in entry:
             reason = "was written when the other workers had left"
         elif not leader:
             reason = "does not have every worker's side"
-        elif entry["workers"] != self.world_size:
-            reason = f"was written by {entry['workers']} workers, and there are {self.world_size} now"
+        elif entry["workers"] != self.workers:
+            reason = f"was written by {entry['workers']} workers, and there are {self.workers} now"
         else:
             self._resumed = entry
             self._steps_before_fit = entry["steps_before_fit"]  # the worker's own counts of that fit go on
-            if self.global_rank > 0:
-                part = read_part(Path(folder), self.global_rank, weights_only)
+            if self.worker_rank > 0:
+                part = read_part(Path(folder), self.worker_rank, weights_only)
                 own = part.pop("checkpoint")
                 # What watches worker 0's metrics goes on as on worker 0.
                 own["lr_schedulers"] = [
                     theirs if "num_bad_epochs" in theirs else ours
                     for theirs, ours in zip(checkpoint["lr_schedulers"], own["lr_schedulers"], strict=True)
                 ]
+                _set_positions(own["loops"], _positions(checkpoint["loops"]))
                 checkpoint |= own
                 self._resumed = entry | part
             return checkpoint
@@ -435,6 +516,20 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         self._resumed = {"state": entry["state"]}
         self._steps_before_fit = entry["job_steps"]
         return checkpoint
+
+    def _merge_positions(self, checkpoint: dict[str, Any], folder: Path) -> None:
+        """Have the training loaders leave out what any worker has trained on."""
+        workers = checkpoint[KEY]["workers"]
+        saved = [checkpoint, *(read_part(folder, worker)["checkpoint"] for worker in range(1, workers))]
+        positions = [_positions(s["loops"]) for s in saved]
+        if workers == self.workers:
+            own = self.worker_rank
+        else:  # all go on as the one that was furthest behind, so that nobody has left an epoch that is not over
+            own = min(range(workers), key=lambda w: _epochs_over(saved[w]["loops"]))
+            checkpoint |= {key: saved[own][key] for key in ("loops", "lr_schedulers")}
+        if len({len(p) for p in positions}) == 1:
+            merged = [merge_positions(states, own) for states in zip(*positions, strict=True)]
+            _set_positions(checkpoint["loops"], merged)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -467,11 +562,35 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         self._job = None
         self._out_of_step = False
         self._saved_tensors = {}
+        for division in self._divisions:
+            division.close()
+        self._divisions = []
         self._failed = False
         self._optimizer_stepped = False
         if dist.is_initialized():
             dist.destroy_process_group()
         super().teardown()
+
+
+def _positions(loops: dict[str, Any]) -> list[dict[str, Any]]:
+    """Where a worker's training loaders are, in its loops' state."""
+    positions: list[dict[str, Any]] = loops["fit_loop"]["state_dict"].get("combined_loader", [])
+    return positions
+
+
+def _epochs_over(loops: dict[str, Any]) -> tuple[int, bool]:
+    """Epochs that are over for a worker, and whether the current one is as well."""
+    over = any(position.get("over") is not None for position in _positions(loops))
+    return loops["fit_loop"]["epoch_progress"]["current"]["processed"], over
+
+
+def _set_positions(loops: dict[str, Any], positions: list[dict[str, Any]]) -> None:
+    loops["fit_loop"]["state_dict"]["combined_loader"] = positions
+
+
+def _fetched_ahead(trainer: pl.Trainer) -> int:
+    """Batches that Lightning's loop holds and has not trained yet."""
+    return len(getattr(trainer.fit_loop._data_fetcher, "batches", ()))
 
 
 def _is_local(path: Any) -> bool:

@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,7 +36,7 @@ from lightning_async_localsgd.outer import GlobalState
 from lightning_async_localsgd.pace import make_pace
 from lightning_async_localsgd.settings import Settings
 
-__all__ = ["RunSummary", "Worker"]
+__all__ = ["RunSummary", "Worker", "forget_non_finite_state"]
 
 _SAVED_PROGRESS = (
     "steps",
@@ -162,6 +162,7 @@ class Worker:
         self._beat = Beat(0, ())
         self._job_steps = 0
         self._max_steps: int | None = None
+        self._open_end = False
         self._shared_budget = settings.shares_budget(size)
         self._shard_generator = torch.Generator().manual_seed(rank)
         self._pauses = 0
@@ -205,15 +206,17 @@ class Worker:
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
-    def start(self, max_steps: int | None = None) -> None:
+    def start(self, max_steps: int | None = None, open_end: bool = False) -> None:
         """Start the exchange thread and the first round.
 
         Args:
             max_steps: local steps per worker; with ``budget="shared"`` all workers together make ``max_steps * size``,
                 the fast ones more of it. None: until :meth:`step` is no longer called.
+            open_end: ``max_steps`` is only what is expected, of epochs for instance: :meth:`step` does not end the run.
         """
         self._max_steps = max_steps
-        budget = Budget(max_steps, self.size, self._shared_budget)
+        self._open_end = open_end
+        budget = Budget(max_steps, self.size, self._shared_budget, open_end)
         steps, round_steps = self._progress.steps, self._progress.round_steps
         progress = replace(
             self._progress,
@@ -330,7 +333,7 @@ class Worker:
         progress = self._mailbox.progress
         if progress.stop or progress.exhausted:
             return False
-        if progress.caps is None or self.local_steps < progress.caps[self.rank]:
+        if self._open_end or progress.caps is None or self.local_steps < progress.caps[self.rank]:
             return True
         if not self._shared_budget:
             return False
@@ -340,6 +343,8 @@ class Worker:
     def budget_spent(self) -> bool:
         """Whether no step is left for this worker, as of the latest exchange: in a run that goes on, at its start."""
         progress = self._mailbox.progress
+        if self._open_end:
+            return False
         at_cap = progress.caps is not None and self.local_steps >= progress.caps[self.rank]
         return progress.exhausted or (at_cap and not self._shared_budget)
 
@@ -454,6 +459,12 @@ class Worker:
     def speeds(self) -> tuple[float, ...]:
         """Local steps per second of each worker, as of the latest exchange; 0 while unknown."""
         return self._mailbox.progress.speeds
+
+    @property
+    def share(self) -> float:
+        """This worker's share of the pace of all, as of the latest exchange."""
+        round_steps = self._mailbox.progress.round_steps if self._exchange is not None else self._progress.round_steps
+        return round_steps[self.rank] / sum(round_steps)
 
     def measure_updates(self) -> None:
         """From now on compute every outer update's ``norm`` and ``alignment``, on the exchange thread."""
@@ -723,7 +734,7 @@ class Worker:
                     stacklevel=2,
                 )
                 torch._foreach_copy_(self._own_tensors, self._layout.views(adoption.base), True)
-                self._forget_non_finite_state()
+                forget_non_finite_state(self._optimizers)
                 self._round_steps = self._round_samples = 0
             elif self._round_steps == 0:
                 torch._foreach_copy_(self._own_tensors, self._layout.views(adoption.base), True)
@@ -742,12 +753,13 @@ class Worker:
     def _copy_to_module(self, flat: Tensor) -> None:
         torch._foreach_copy_(self._layout.tensors(self._module), self._layout.views(flat), True)
 
-    def _forget_non_finite_state(self) -> None:
-        """Inner optimizers that have seen a non-finite gradient would turn the fresh parameters non-finite at once."""
-        for optimizer in self._optimizers:
-            for parameter, state in list(optimizer.state.items()):
-                if not all(bool(torch.isfinite(v).all()) for v in state.values() if isinstance(v, Tensor)):
-                    del optimizer.state[parameter]
+
+def forget_non_finite_state(optimizers: Iterable[Optimizer]) -> None:
+    """Inner optimizers that have seen a non-finite gradient would turn fresh parameters non-finite at once."""
+    for optimizer in optimizers:
+        for parameter, state in list(optimizer.state.items()):
+            if not all(bool(torch.isfinite(v).all()) for v in state.values() if isinstance(v, Tensor)):
+                del optimizer.state[parameter]
 
 
 def _nothing() -> None:

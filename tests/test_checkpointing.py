@@ -144,8 +144,10 @@ def epochs(rank: int, size: int, folder: str, ckpt: str | None) -> Any:
     plan = AsyncLocalSGDStrategy(local_steps=5, timeout=timedelta(seconds=30))
     module = Seeded((0.02, 0.001))  # worker 0 is the slow one: the other's epochs are over in its first checkpoint
     save = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1)
-    trainer = make_trainer(size, plan, max_epochs=3, callbacks=[save], enable_checkpointing=True)
-    trainer.fit(module, DataLoader(regression_data(80), batch_size=4), ckpt_path=ckpt)
+    trainer = make_trainer(
+        size, plan, max_epochs=3, callbacks=[save], enable_checkpointing=True, use_distributed_sampler=False
+    )
+    trainer.fit(module, DataLoader(regression_data(40), batch_size=4), ckpt_path=ckpt)
     return parameters(module), plan.summary, trainer.current_epoch
 
 
@@ -207,7 +209,7 @@ def mortal(rank: int, size: int, folder: str, seconds: float | None) -> Any:
     trainer = make_trainer(size, plan, max_steps=2500, callbacks=[save], enable_checkpointing=True)
     module = Killed((0.001, 0.003))
     trainer.fit(module, stream(rank), ckpt_path="last")
-    return parameters(module), plan.summary
+    return parameters(module), plan.job_steps
 
 
 def steps_of_last_whole(path: Path) -> int:
@@ -228,6 +230,6 @@ def test_a_job_killed_at_any_moment_resumes_from_its_last_whole_checkpoint(tmp_p
     assert len(set(job_steps)) > 5
     assert job_steps == sorted(job_steps)
     ends = results(run_processes(mortal, 2, 2, str(tmp_path), None))
-    for values, summary in ends:
+    for values, steps in ends:
         assert values == ends[0][0]
-        assert abs(summary.total_local_steps - 5000) <= 5
+        assert steps == 2500

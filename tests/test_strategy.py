@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
-from lightning_async_localsgd.data import ShardSampler
+from lightning_async_localsgd.loader import WorkerLoader
 from tests.modules import SPEEDS, Batches, Record, Regression, make_net, make_trainer, regression_data, stream
 from tests.processes import results, run_processes
 
@@ -218,12 +218,12 @@ def test_a_worker_that_runs_out_of_data_leaves_its_steps_to_the_others() -> None
 
 def epochs(rank: int, size: int) -> Any:
     plan, module = strategy(), Regression([0.001, 0.004])
-    trainer = make_trainer(size, plan, max_epochs=2)
-    trainer.fit(module, DataLoader(regression_data(64), batch_size=4, shuffle=True))
+    trainer = make_trainer(size, plan, max_epochs=2, use_distributed_sampler=False)
+    trainer.fit(module, DataLoader(regression_data(32), batch_size=4, shuffle=True))
     return plan.summary, len(module.seen), trainer.current_epoch, parameters(module)
 
 
-def test_epochs_are_a_workers_own_passes_and_nobody_leaves_early() -> None:
+def test_epochs_over_loaders_of_the_users_are_each_workers_own_and_nobody_leaves_early() -> None:
     ends = results(run_processes(epochs, 2, 2))
     assert ends[0][0].digest == ends[1][0].digest and ends[0][3] == ends[1][3]
     for summary, seen, epoch, _ in ends:
@@ -254,10 +254,12 @@ def test_should_stop_in_one_worker_ends_all() -> None:
 
 def sharded(rank: int, size: int, use_distributed_sampler: bool) -> Any:
     module = Regression([0.002])
-    trainer = make_trainer(size, strategy(), max_epochs=1, use_distributed_sampler=use_distributed_sampler)
+    trainer = make_trainer(
+        size, strategy(budget="per_worker"), max_steps=12, use_distributed_sampler=use_distributed_sampler
+    )
     trainer.fit(module, DataLoader(regression_data(96), batch_size=4, shuffle=True, num_workers=0))
     loader = trainer.train_dataloader
-    return module.seen, isinstance(loader.sampler, ShardSampler), len(loader)
+    return module.seen, isinstance(loader, WorkerLoader), len(loader)
 
 
 def test_shard_sampling_is_put_under_a_map_style_loader() -> None:
@@ -277,7 +279,7 @@ def batch_sampled(rank: int, size: int) -> Any:
     data = regression_data(96)
     module = Regression([0.002])
     loader = DataLoader(data, batch_sampler=Blocks(SequentialSampler(data), batch_size=4, drop_last=False))
-    make_trainer(size, strategy(), max_epochs=1).fit(module, loader)
+    make_trainer(size, strategy(budget="per_worker"), max_steps=12).fit(module, loader)
     return module.seen
 
 
@@ -289,7 +291,7 @@ def test_shard_sampling_is_put_under_a_batch_sampler() -> None:
 
 def test_a_loader_that_the_user_shards_is_left_alone() -> None:
     for seen, is_sharded, length in results(run_processes(sharded, 2, 2, False)):
-        assert not is_sharded and length == 24 and sorted(seen) == list(range(96))
+        assert not is_sharded and length == 24 and len(set(seen)) == 48
 
 
 class PartlyFrozen(Regression):

@@ -1,0 +1,312 @@
+"""A worker of several devices: its first rank takes part in the exchange, the others follow it step by step.
+
+Within a worker the ranks train as under DDP: one averaged gradient, so equal parameters after every step. What the
+exchange changes, it changes on the first rank, which gives it to the others at the end of the same step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroup, ProcessGroupGloo, Store
+from torch.optim import Optimizer
+
+from lightning_async_localsgd import errors
+from lightning_async_localsgd.errors import AsyncLocalSGDError, PeerLostError
+from lightning_async_localsgd.exchange import Adoption, OuterUpdate
+from lightning_async_localsgd.exchange.header import Message
+from lightning_async_localsgd.layout import Layout
+from lightning_async_localsgd.worker import RunSummary, Worker, forget_non_finite_state
+
+__all__ = ["Crew", "FollowingRank", "LeadingWorker"]
+
+
+class Crew:
+    """How the first rank of a worker tells the others what to do, and gives them tensors.
+
+    Args:
+        store: a part of the job's store, this worker's own.
+        rank: rank of this process within the worker.
+        size: processes of the worker.
+        devices: the process group of the worker in which its devices exchange tensors.
+        timeout: how long workers wait for each other. Within the worker it is twice that: the others wait for the first
+            rank while that waits for other workers.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int, devices: ProcessGroup, timeout: timedelta) -> None:
+        self.rank = rank
+        self._control: Any = ProcessGroupGloo(PrefixStore("crew", store), rank, size, 2 * timeout)
+        self._devices = devices
+
+    def tell(self, word: Mapping[str, Any]) -> None:
+        """The first rank's part of :meth:`hear`."""
+        text = torch.frombuffer(bytearray(json.dumps(word).encode()), dtype=torch.uint8)
+        self._broadcast(self._control, torch.tensor([len(text)]))
+        self._broadcast(self._control, text)
+
+    def hear(self) -> dict[str, Any]:
+        """What the first rank tells.
+
+        Raises:
+            AsyncLocalSGDError: what has become of it.
+        """
+        length = torch.zeros(1, dtype=torch.int64)
+        self._broadcast(self._control, length)
+        text = torch.empty(int(length), dtype=torch.uint8)
+        self._broadcast(self._control, text)
+        word: dict[str, Any] = json.loads(bytes(text.numpy()))
+        if "error" in word:
+            kind, reason = word["error"]
+            raise getattr(errors, kind, AsyncLocalSGDError)(reason)
+        return word
+
+    @torch.no_grad()
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """Give the first rank's values to all."""
+        for tensor in tensors:
+            self._broadcast(self._devices, tensor.detach())
+
+    def _broadcast(self, group: Any, tensor: Tensor) -> None:
+        options = BroadcastOptions()
+        options.rootRank = 0
+        wire = tensor.contiguous()
+        try:
+            group.broadcast([wire], options).wait()
+        except RuntimeError as error:
+            raise PeerLostError(
+                "A process of this worker has died or does not answer. Look for the cause in the logs of its ranks, "
+                "then start the job again."
+            ) from error
+        if wire is not tensor:
+            tensor.copy_(wire)
+
+    def close(self) -> None:
+        """Give up the connections."""
+        self._control = None
+
+
+class LeadingWorker(Worker):
+    """The first rank of a worker: a :class:`Worker` whose crew follows.
+
+    Args:
+        crew: the crew.
+        *args: as for :class:`Worker`.
+        **kwargs: as for :class:`Worker`.
+    """
+
+    def __init__(self, crew: Crew, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._crew = crew
+        self._changed = self._restarted = False
+        self._updates: list[OuterUpdate] = []
+        self._messages: list[tuple[int, Message]] = []
+
+    def start(self, max_steps: int | None = None, open_end: bool = False) -> None:
+        """See :meth:`Worker.start`."""
+        with self._leading():
+            super().start(max_steps, open_end)
+            self._changed = True
+        self._crew.share(self._layout.others(self._module))
+
+    def step(self, samples: int = 0) -> bool:
+        """See :meth:`Worker.step`."""
+        with self._leading() as word:
+            word["running"] = running = super().step(samples)
+        return running
+
+    def finish(self, stop: bool = False) -> RunSummary:
+        """See :meth:`Worker.finish`."""
+        with self._leading() as word:
+            summary = super().finish(stop)
+            word["digest"] = summary.digest
+            self._changed = True
+        self._crew.share(self._layout.others(self._module))
+        self._crew.close()
+        return summary
+
+    def abort(self, error: BaseException) -> None:
+        """See :meth:`Worker.abort`."""
+        super().abort(error)
+        self._crew.close()
+
+    def lend_global(self) -> None:
+        """See :meth:`Worker.lend_global`."""
+        super().lend_global()
+        self._crew.share(self._layout.tensors(self._module))
+
+    @contextmanager
+    def cut(self, what: Message) -> Iterator[None]:
+        """See :meth:`Worker.cut`; the other ranks call :meth:`FollowingRank.follow`."""
+        with ExitStack() as stack:
+            with self._leading():
+                stack.enter_context(super().cut(what))
+            yield
+
+    def take_updates(self) -> list[OuterUpdate]:
+        """See :meth:`Worker.take_updates`."""
+        updates, self._updates = self._updates, []
+        return updates
+
+    def take_messages(self) -> list[tuple[int, Message]]:
+        """See :meth:`Worker.take_messages`."""
+        messages, self._messages = self._messages, []
+        return messages
+
+    def _adopt(self, adoption: Adoption) -> None:
+        super()._adopt(adoption)
+        self._changed = True
+        self._restarted |= adoption.restart
+
+    @contextmanager
+    def _leading(self) -> Iterator[dict[str, Any]]:
+        """Have the others do what the body has done, or fail as it has failed; it may add to what they are told."""
+        word: dict[str, Any] = {}
+        try:
+            yield word
+        except BaseException as error:
+            with suppress(PeerLostError):
+                self._crew.tell({"error": [type(error).__name__, str(error)]})
+            raise
+        updates, messages = super().take_updates(), super().take_messages()
+        self._updates += updates
+        self._messages += messages
+        self._crew.tell(
+            word
+            | {
+                "changed": self._changed,
+                "restarted": self._restarted,
+                "job_steps": self.job_steps,
+                "budget_spent": self.budget_spent,
+                "stop_requested": self.stop_requested,
+                "shard": self.shard,
+                "share": self.share,
+                "speeds": self.speeds,
+                "summary": asdict(self.summary()),
+                "updates": updates,
+                "messages": messages,
+            }
+        )
+        if self._changed:
+            self._crew.share(self._own_tensors)
+        self._changed = self._restarted = False
+
+
+class FollowingRank:
+    """Another rank of a worker: has the face of a :class:`Worker`, and does what the first rank does.
+
+    Args:
+        crew: the crew.
+        module: the module to train, on its device.
+        optimizers: its inner optimizers.
+        rank: the worker.
+    """
+
+    def __init__(self, crew: Crew, module: nn.Module, optimizers: Sequence[Optimizer], rank: int) -> None:
+        self.rank = rank
+        self.shard = rank
+        self.share = 1.0
+        self.job_steps = 0
+        self.budget_spent = False
+        self.stop_requested = False
+        self.speeds: tuple[float, ...] = ()
+        self._crew = crew
+        self._module = module
+        self._optimizers = optimizers
+        self._layout = Layout(module)
+        self._summary: RunSummary | None = None
+        self._updates: list[OuterUpdate] = []
+        self._messages: list[tuple[int, Message]] = []
+        self._own: list[Tensor] | None = None
+
+    def start(self, max_steps: int | None = None, open_end: bool = False) -> None:
+        """See :meth:`Worker.start`."""
+        self.follow()
+        self._crew.share(self._layout.others(self._module))
+
+    def step(self, samples: int = 0) -> bool:
+        """See :meth:`Worker.step`."""
+        running: bool = self.follow()["running"]
+        return running
+
+    def finish(self, stop: bool = False) -> RunSummary:
+        """See :meth:`Worker.finish`."""
+        digest = self.follow()["digest"]
+        self._crew.share(self._layout.others(self._module))
+        self._crew.close()
+        return replace(self.summary(), digest=digest)
+
+    def follow(self) -> dict[str, Any]:
+        """Do what the first rank has done; returns what it has told.
+
+        Raises:
+            AsyncLocalSGDError: if it has failed.
+        """
+        word = self._crew.hear()
+        for name in ("shard", "share", "job_steps", "budget_spent", "stop_requested"):
+            setattr(self, name, word[name])
+        self.speeds = tuple(word["speeds"])
+        summary: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in word["summary"].items()}
+        self._summary = RunSummary(**summary)
+        self._updates += [OuterUpdate(*update) for update in word["updates"]]
+        self._messages += [(sender, message) for sender, message in word["messages"]]
+        if word["changed"]:
+            self._crew.share(self._own if self._own is not None else self._layout.tensors(self._module))
+        if word["restarted"]:
+            forget_non_finite_state(self._optimizers)
+        return word
+
+    def abort(self, error: BaseException) -> None:
+        """Leave; the first rank notices."""
+        self._crew.close()
+
+    def lend_global(self) -> None:
+        """See :meth:`Worker.lend_global`."""
+        tensors = self._layout.tensors(self._module)
+        self._own = [tensor.clone() for tensor in tensors]
+        self._crew.share(tensors)
+
+    @torch.no_grad()
+    def take_back_own(self) -> None:
+        """See :meth:`Worker.take_back_own`."""
+        assert self._own is not None
+        torch._foreach_copy_(self._layout.tensors(self._module), self._own)
+        self._own = None
+
+    def summary(self) -> RunSummary:
+        """See :meth:`Worker.summary`."""
+        assert self._summary is not None
+        return self._summary
+
+    def take_updates(self) -> list[OuterUpdate]:
+        """See :meth:`Worker.take_updates`."""
+        updates, self._updates = self._updates, []
+        return updates
+
+    def take_messages(self) -> list[tuple[int, Message]]:
+        """See :meth:`Worker.take_messages`."""
+        messages, self._messages = self._messages, []
+        return messages
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The first rank's speed counts."""
+        yield
+
+    def pause(self) -> None:
+        """The first rank's speed counts."""
+
+    def resume(self) -> None:
+        """The first rank's speed counts."""
+
+    def send(self, message: Message) -> None:
+        """The first rank sends it."""
+
+    def measure_updates(self) -> None:
+        """The first rank asks for it."""

@@ -1,0 +1,185 @@
+"""The training loader of one worker: the user's own loader, over the part of each pass that falls to the worker."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import DataLoader, Sampler
+
+from lightning_async_localsgd.data import Division, Pass
+
+__all__ = ["OpenEnded", "WorkerLoader"]
+
+_COMPARED = 256  # batches of a pass that workers compare
+
+
+class WorkerLoader:
+    """A map-style loader of which this worker gets its part of each pass, and which knows its position.
+
+    Everything else of the loader (collation, its own processes, its attributes) stays as it is.
+
+    Args:
+        loader: the loader. Its batch sampler is replaced: it must not be used otherwise.
+        division: divides the batches among the workers.
+        seed: seed of the order of the samples, for samplers that draw it from global generators.
+        ahead: tells how many batches have been fetched from this loader that are not trained yet.
+        device: rank of this process within its worker.
+        devices: processes of the worker; each gets one batch of a unit.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        division: Division,
+        seed: int,
+        ahead: Callable[[], int],
+        device: int = 0,
+        devices: int = 1,
+    ) -> None:
+        self.division = division
+        self._loader = loader
+        self._ahead = ahead
+        self._fetched: deque[tuple[Pass, int]] = deque()
+        source = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+        self.sampler = _WorkerBatches(source, division, seed, device, devices)
+        # DataLoader refuses to have its sampler exchanged, for an iterator may be at work: here there is none yet.
+        vars(loader)["batch_sampler" if loader.batch_sampler is not None else "sampler"] = self.sampler
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._settle(self._ahead())
+        return self._batches()
+
+    def _batches(self) -> Iterator[Any]:
+        """Nothing is drawn before the first batch is asked for: Lightning makes iterators that it does not use."""
+        self._fetched.clear()
+        for batch in self._loader:
+            self._fetched.append(self.sampler.drawn.popleft())
+            yield batch
+            self._settle(2)  # at most one ahead, and the one that is being trained
+
+    def _settle(self, ahead: int) -> None:
+        """Note that all batches but the last ``ahead`` have been trained."""
+        while len(self._fetched) > ahead:
+            self.division.trained(*self._fetched.popleft())
+
+    @property
+    def position(self) -> float:
+        """How much of the current epoch has been drawn by all workers, from 0 to 1, if it is shared by all."""
+        return self.sampler.position
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this worker has trained on."""
+        self._settle(self._ahead())
+        return self.division.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.division.load_state_dict(state_dict)
+
+
+class _WorkerBatches(Sampler[Any]):
+    """Those batches of ``source`` that fall to this worker.
+
+    Begun again within an epoch, it goes on where it was; after the end of its pass with the next pass of the epoch.
+    """
+
+    def __init__(self, source: Any, division: Division, seed: int, device: int, devices: int) -> None:
+        self.source = source
+        self.drawn: deque[tuple[Pass, int]] = deque()
+        """What was drawn, by pass and unit, and has not been fetched yet."""
+        self._division = division
+        self._seed = seed
+        self._device = device
+        self._devices = devices
+        self._pass: Pass = (0, 0)
+        self._over = False
+        self._total = 0
+
+    @property
+    def batch_size(self) -> int | None:
+        """That of the user's batch sampler, which Lightning and others read."""
+        return getattr(self.source, "batch_size", None)
+
+    @property
+    def drop_last(self) -> bool:
+        """As :attr:`batch_size`."""
+        return getattr(self.source, "drop_last", False)
+
+    @property
+    def position(self) -> float:
+        position: float = self._division.position(self._total)  # type: ignore[attr-defined]
+        return position
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin with an epoch; samplers that shuffle by it are told."""
+        self._pass, self._over = (epoch, 0), False
+        for source in (self.source, getattr(self.source, "sampler", None)):
+            set_epoch = getattr(source, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return self._division.length(self._units(len(self.source)))
+
+    def _units(self, batches: int) -> int:
+        return -(-batches // self._devices)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.drawn.clear()
+        if self._over:
+            self._pass, self._over = (self._pass[0], self._pass[1] + 1), False
+        name = self._pass
+        batches = self._draw_order(name)
+        self._total = self._units(len(batches))
+        empty = True
+        for unit in self._division.units(name, self._total):
+            empty = False
+            self.drawn.append((name, unit))
+            # Where the last unit has too few batches, devices begin again with the first: all need one.
+            yield batches[(unit * self._devices + self._device) % len(batches)]
+        self._over = True
+        if empty and name[1] > 0 and batches:
+            yield from self  # others have used up this pass already
+
+    def _draw_order(self, name: Pass) -> list[Any]:
+        """All batches of a pass, in an order that all workers have in common."""
+        with isolate_rng(include_cuda=False):
+            seed = (self._seed + name[0]) % 2**32
+            torch.default_generator.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
+            batches = list(self.source)
+        compared = batches[:: max(1, len(batches) // _COMPARED)]
+        self._division.check_order(name, f"{len(batches)} {zlib.crc32(repr(compared).encode())}")
+        return batches
+
+
+class OpenEnded:
+    """Loaders as Lightning's loop goes through them, without a length: the end of an epoch comes when it comes.
+
+    Args:
+        loaders: the loaders, which have a length themselves (how many batches a worker gets on average).
+    """
+
+    def __init__(self, loaders: CombinedLoader) -> None:
+        self.loaders = loaders
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loaders, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loaders)
