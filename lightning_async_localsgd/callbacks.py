@@ -243,6 +243,8 @@ class WorkerCallback(pl.Callback):
                 self._strategy.checkpoints.part_written(message["saved"], sender)
             if sender == self._worker.rank:
                 continue
+            if "also" in message:
+                self._strategy.save_part_again(*message["also"])
             trainer.callback_metrics.update({k: torch.tensor(v) for k, v in message.get("metrics", {}).items()})
             assert self._schedulers is not None
             self._schedulers.step_plateaus(message.get("plateaus", []))

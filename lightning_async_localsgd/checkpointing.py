@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["KEY", "PART_KEYS", "Checkpoints", "Whole", "find_whole", "new_id", "read_part", "write_part"]
+__all__ = ["KEY", "PART_KEYS", "Checkpoints", "Whole", "find_whole", "link_part", "new_id", "read_part", "write_part"]
 
 KEY = "async_localsgd"
 """Where this library's entry is in a Lightning checkpoint."""
@@ -47,6 +47,15 @@ def write_part(path: str, checkpoint_id: str, worker: int, part: Mapping[str, An
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f"worker-{worker}.tmp"
     torch.save(dict(part), aside)
+    os.replace(aside, _part(folder, worker))
+
+
+def link_part(path: str, checkpoint_id: str, other_path: str, other_id: str, worker: int) -> None:
+    """Make one worker's side of a checkpoint that of another one as well."""
+    folder = _folder(other_path) / other_id
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f"worker-{worker}.tmp"
+    _link(_part(_folder(path) / checkpoint_id, worker), aside)
     os.replace(aside, _part(folder, worker))
 
 
@@ -128,10 +137,7 @@ class Checkpoints:
         folder.mkdir(parents=True, exist_ok=True)
         yield str(folder / _LEADER)
         aside = folder / "link.tmp"
-        try:
-            os.link(folder / _LEADER, aside)
-        except OSError:  # a file system without links
-            shutil.copyfile(folder / _LEADER, aside)
+        _link(folder / _LEADER, aside)
         os.replace(aside, path)
         # From now on the older one of this name is wanted only until this one is whole.
         self._unfinished[checkpoint_id] = _Unfinished(path, set(range(self.workers)))
@@ -168,6 +174,13 @@ class Checkpoints:
             path = self._to_remove.pop()
             self.delete(path)
             shutil.rmtree(_folder(path), ignore_errors=True)
+
+
+def _link(file: Path, link: Path) -> None:
+    try:
+        os.link(file, link)
+    except OSError:  # a file system without links
+        shutil.copyfile(file, link)
 
 
 def _folder(path: str) -> Path:

@@ -33,6 +33,7 @@ from lightning_async_localsgd.checkpointing import (
     PART_KEYS,
     Checkpoints,
     find_whole,
+    link_part,
     new_id,
     read_part,
     write_part,
@@ -144,6 +145,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         self._failed = False
         self._goes_on = False  # this fit has begun from a checkpoint
         self._saved_tensors: dict[str, Tensor] = {}  # what the checkpoint that is being written holds
+        self._moment: dict[str, Any] | None = None  # what the checkpoints since the last step hold
         self._resumed: dict[str, Any] | None = None  # what `fit` is to go on from
         self._out_of_step = False  # workers train, each at its own pace
         self._divisions: list[Division] = []  # of the training loaders of this fit
@@ -382,6 +384,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
     def take_optimizer_stepped(self) -> bool:
         """Whether an optimizer has stepped since the last call: then the batch was a local step."""
         stepped, self._optimizer_stepped = self._optimizer_stepped, False
+        if stepped:
+            self._moment = None
         return stepped
 
     @override
@@ -424,24 +428,39 @@ class AsyncLocalSGDStrategy(DDPStrategy):
                 self.checkpoints.forget(os.path.abspath(filepath))
 
     def _save_with_others(self, checkpoint: dict[str, Any], path: str) -> None:
-        assert isinstance(self.worker, Worker) and self._callback is not None
+        assert isinstance(self.worker, Worker)
         checkpoint_id = new_id()
-        with self.worker.cut({"id": checkpoint_id, "path": path}):
-            for name, tensor in self.worker.global_tensors().items():  # an update may have come since they were taken
-                self._saved_tensors[name].copy_(tensor)
-            checkpoint[KEY] |= {
-                "id": checkpoint_id,
-                "job_steps": self.job_steps,
-                "steps_before_fit": self._steps_before_fit or 0,
-                "state": self.worker.global_state_dict(),
-                "worker": self.worker.local_state_dict(),
-                "scheduler_steps": self._callback.scheduler_steps,
-            }
+        where = {"id": checkpoint_id, "path": path}
+        if self._moment is None:
+            with self.worker.cut(where):
+                self._moment = self._take_moment() | {"where": where}
+        else:  # the others have written this moment already, or are about to: they link what they write
+            self.worker.send({"also": [self._moment["where"], where]})
+        for name, tensor in self._moment["tensors"].items():  # an update may have come since they were taken
+            self._saved_tensors[name].copy_(tensor)
+        checkpoint[KEY] |= self._moment["entry"] | {"id": checkpoint_id}
         io = self.checkpoint_io  # all is to be written when this returns, also with one that writes in the background
         io = io.checkpoint_io if isinstance(io, AsyncCheckpointIO) and io.checkpoint_io is not None else io
         with self.checkpoints.write(path, checkpoint_id) as leader:
             io.save_checkpoint(checkpoint, leader)
         self.checkpoints.part_written(checkpoint_id, 0)
+
+    def _take_moment(self) -> dict[str, Any]:
+        assert isinstance(self.worker, Worker) and self._callback is not None
+        entry = {
+            "job_steps": self.job_steps,
+            "steps_before_fit": self._steps_before_fit or 0,
+            "state": self.worker.global_state_dict(),
+            "worker": self.worker.local_state_dict(),
+            "scheduler_steps": self._callback.scheduler_steps,
+        }
+        return {"entry": entry, "tensors": self.worker.global_tensors()}
+
+    def save_part_again(self, before: dict[str, Any], again: dict[str, Any]) -> None:
+        """Make this worker's side of one checkpoint that of another one as well, which worker 0 has just written."""
+        if isinstance(self.worker, Worker):
+            link_part(before["path"], before["id"], again["path"], again["id"], self.worker_rank)
+            self.worker.send({"saved": again["id"]})
 
     def _save_part(self, what: dict[str, Any]) -> None:
         """This worker's side of the checkpoint that worker 0 writes."""
@@ -562,6 +581,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         self._job = None
         self._out_of_step = False
         self._saved_tensors = {}
+        self._moment = None
         for division in self._divisions:
             division.close()
         self._divisions = []

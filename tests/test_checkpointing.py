@@ -98,6 +98,22 @@ def test_unequal_workers_resume_from_their_own_sides(tmp_path: Path) -> None:
     assert ends[1][1].local_steps[1] >= part["worker"]["local_steps"] > 0
 
 
+def twice(rank: int, size: int, folder: str, ckpt: str | None) -> Any:
+    plan = AsyncLocalSGDStrategy(local_steps=5, timeout=timedelta(seconds=30))
+    return fit(rank, size, 40, plan, ckpt, dirpath=folder, every_n_train_steps=12, save_top_k=-1, save_last=True)
+
+
+def test_a_second_checkpoint_of_a_moment_asks_nobody_again(tmp_path: Path) -> None:
+    results(run_processes(twice, 2, 2, str(tmp_path), None))
+    (part,) = (tmp_path / "last.ckpt.workers").glob("*/worker-1.pt")
+    assert any(part.samefile(other) for other in tmp_path.glob("step=*.workers/*/worker-1.pt"))
+    before, last = (torch.load(p, weights_only=True) for p in (newest(tmp_path), tmp_path / "last.ckpt"))
+    assert before["async_localsgd"]["job_steps"] == last["async_localsgd"]["job_steps"]
+    assert all(torch.equal(tensor, before["state_dict"][name]) for name, tensor in last["state_dict"].items())
+    ends = results(run_processes(twice, 2, 2, str(tmp_path / "again"), str(tmp_path / "last.ckpt")))
+    assert not ends[0][2] and ends[0][0] == ends[1][0]
+
+
 def test_another_number_of_workers_goes_on_from_the_global_state(tmp_path: Path) -> None:
     results(run_processes(unequal, 2, 2, str(tmp_path), None))
     last = newest(tmp_path)
