@@ -167,7 +167,7 @@ class WorkerCallback(pl.Callback):
         self._announce_updates(trainer, pl_module)
         assert self._schedulers is not None
         self._schedulers.advance(self._worker.job_steps)
-        self._heed(trainer)
+        self.heed()
         if not running:
             if self._worker.stop_requested:  # Lightning is to end as it does after early stopping, validation included
                 trainer.should_stop = True
@@ -197,6 +197,7 @@ class WorkerCallback(pl.Callback):
         self._metrics_before = dict(trainer.callback_metrics)
         if self._running(trainer):
             self._worker.pause()
+            self._strategy.forget_moment()
             if self._leads:
                 self._worker.lend_global()
 
@@ -236,7 +237,7 @@ class WorkerCallback(pl.Callback):
         if any(value is not None for value in values):
             self._worker.send({"plateaus": values})
 
-    def _heed(self, trainer: pl.Trainer) -> None:
+    def heed(self) -> None:
         """Do what worker 0's messages say."""
         for sender, message in self._worker.take_messages():
             if "saved" in message and self._trainer.is_global_zero:
@@ -245,7 +246,8 @@ class WorkerCallback(pl.Callback):
                 continue
             if "also" in message:
                 self._strategy.save_part_again(*message["also"])
-            trainer.callback_metrics.update({k: torch.tensor(v) for k, v in message.get("metrics", {}).items()})
+            metrics = message.get("metrics", {})
+            self._trainer.callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})
             assert self._schedulers is not None
             self._schedulers.step_plateaus(message.get("plateaus", []))
 
@@ -260,7 +262,7 @@ class WorkerCallback(pl.Callback):
         self._announce_updates(trainer, pl_module)
         assert self._schedulers is not None
         self._schedulers.advance(self._worker.job_steps)
-        self._heed(trainer)
+        self.heed()
 
     def _announce_updates(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Call ``on_outer_update(trainer, pl_module, update)`` of every callback that has it."""
@@ -288,18 +290,20 @@ class _JobMaxSteps(int):
 
 
 class _OpenEnd(int):
-    """``trainer.num_training_batches`` as the user sees it, but never reached: an epoch ends when its leases do.
+    """``trainer.num_training_batches`` as the user sees it, reached when an epoch's leases are used up.
 
-    It is what a worker gets on average. Lightning ends an epoch when as many batches have been made.
+    It is what a worker gets on average. Lightning compares its count of batches with it; so do users.
     """
 
+    progress: Any
+    """Lightning's count of batches, which knows whether this is the last one."""
     __hash__ = int.__hash__
 
     def __eq__(self, other: object) -> bool:
-        return False
+        return bool(other) and self.progress.is_last_batch
 
     def __le__(self, other: int) -> bool:
-        return False
+        return bool(self.progress.is_last_batch)
 
 
 class _JobEpochs:
@@ -328,7 +332,7 @@ class _JobEpochs:
         """Begin with the first epoch, or go on in the one of the checkpoint."""
         if not self._open_end():
             return
-        self._loop._load_combined_loader_states()  # Lightning does not, if the module asked for the number of steps
+        self._load_positions()
         if self._trainer.current_epoch == 0 or self._loop.restarting or self._loop.is_resuming:  # else it does so later
             assert self._loop._combined_loader is not None and self._loop._data_fetcher is not None
             for loader in self._loop._combined_loader.flattened:
@@ -337,6 +341,12 @@ class _JobEpochs:
         self._validated_at = self._made()
         if self._interval is not None and self._loop.epoch_loop.batch_progress.is_last_batch:
             self._trainer.val_check_batch = 1  # the checkpoint may have been written before or in this validation
+
+    def _load_positions(self) -> None:
+        """Lightning does so only within an epoch, and not if the module has asked for the number of steps."""
+        states, self._loop._combined_loader_states_to_load = self._loop._combined_loader_states_to_load, []
+        for loader, state in zip(self._leased, states, strict=False):
+            loader.load_state_dict(state)
 
     def begin_epoch(self) -> None:
         """Begin with an epoch; its loaders may be new."""
@@ -348,18 +358,30 @@ class _JobEpochs:
         """Have an epoch end with its leases, if that is not so yet; returns whether there are leases."""
         loaders, fetcher = self._loop._combined_loader, self._loop._data_fetcher
         assert loaders is not None and fetcher is not None
-        leases = [loader.division for loader in self._leased if isinstance(loader.division, Leases)]
-        if leases and not isinstance(fetcher._combined_loader, OpenEnded):
-            limit = self._trainer.limit_train_batches
+        leased = self._leased
+        if not leased or isinstance(fetcher._combined_loader, OpenEnded):
+            return bool(leased)
+        if len(leased) < len(loaders.flattened):
+            raise MisconfigurationException(
+                "With `max_epochs` the batches of map-style training loaders are shared out to all workers, and beside "
+                "them there is a loader that is each worker's own (an iterable one, or with a sampler of yours). Train "
+                "by `max_steps`, with `max_epochs=-1`; or pass `Trainer(use_distributed_sampler=False)` and divide the "
+                "data by `trainer.global_rank` yourself."
+            )
+        fetcher.setup(OpenEnded(loaders))  # type: ignore[arg-type]
+        if self._loop.max_batches == float("inf"):  # a batch sampler without a length
+            return True
+        limit = self._trainer.limit_train_batches
+        for loader in leased:
+            assert isinstance(loader.division, Leases)
             if isinstance(limit, int) or limit < 1.0:
-                for division in leases:
-                    division.limit = int(self._loop.max_batches) * division.workers
-            self._loop.max_batches = _OpenEnd(self._loop.max_batches)
-            fetcher.setup(OpenEnded(loaders))  # type: ignore[arg-type]
-            if isinstance(self._trainer.val_check_batch, int):
-                self._interval = self._trainer.val_check_batch
-                self._trainer.val_check_batch = sys.maxsize
-        return bool(leases)
+                loader.division.limit = int(self._loop.max_batches) * loader.division.workers
+        self._loop.max_batches = _OpenEnd(self._loop.max_batches)
+        self._loop.max_batches.progress = self._loop.epoch_loop.batch_progress
+        if isinstance(self._trainer.val_check_batch, int):
+            self._interval = self._trainer.val_check_batch
+            self._trainer.val_check_batch = sys.maxsize
+        return True
 
     @property
     def _leased(self) -> list[WorkerLoader]:

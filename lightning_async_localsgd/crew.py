@@ -19,13 +19,15 @@ from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroup, Proce
 from torch.optim import Optimizer
 
 from lightning_async_localsgd import errors
-from lightning_async_localsgd.errors import AsyncLocalSGDError, PeerLostError
+from lightning_async_localsgd.errors import PeerAbortedError, PeerLostError
 from lightning_async_localsgd.exchange import Adoption, OuterUpdate
 from lightning_async_localsgd.exchange.header import Message
 from lightning_async_localsgd.layout import Layout
 from lightning_async_localsgd.worker import RunSummary, Worker, forget_non_finite_state
 
 __all__ = ["Crew", "FollowingRank", "LeadingWorker"]
+
+_A_DAY = timedelta(days=1)
 
 
 class Crew:
@@ -36,13 +38,12 @@ class Crew:
         rank: rank of this process within the worker.
         size: processes of the worker.
         devices: the process group of the worker in which its devices exchange tensors.
-        timeout: how long workers wait for each other. Within the worker it is twice that: the others wait for the first
-            rank while that waits for other workers.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, devices: ProcessGroup, timeout: timedelta) -> None:
+    def __init__(self, store: Store, rank: int, size: int, devices: ProcessGroup) -> None:
         self.rank = rank
-        self._control: Any = ProcessGroupGloo(PrefixStore("crew", store), rank, size, 2 * timeout)
+        # The others wait as long as the first rank waits for other workers, who watch it. That it dies is noticed.
+        self._control: Any = ProcessGroupGloo(PrefixStore("crew", store), rank, size, _A_DAY)
         self._devices = devices
 
     def tell(self, word: Mapping[str, Any]) -> None:
@@ -64,7 +65,9 @@ class Crew:
         word: dict[str, Any] = json.loads(bytes(text.numpy()))
         if "error" in word:
             kind, reason = word["error"]
-            raise getattr(errors, kind, AsyncLocalSGDError)(reason)
+            if hasattr(errors, kind):
+                raise getattr(errors, kind)(reason)
+            raise PeerAbortedError(f"The first rank of this worker stopped: {kind}: {reason}")
         return word
 
     @torch.no_grad()
@@ -81,8 +84,8 @@ class Crew:
             group.broadcast([wire], options).wait()
         except RuntimeError as error:
             raise PeerLostError(
-                "A process of this worker has died or does not answer. Look for the cause in the logs of its ranks, "
-                "then start the job again."
+                "A process of this worker has died. Look for the cause in the logs of its ranks, then start the job "
+                "again."
             ) from error
         if wire is not tensor:
             tensor.copy_(wire)
@@ -107,6 +110,7 @@ class LeadingWorker(Worker):
         self._changed = self._restarted = False
         self._updates: list[OuterUpdate] = []
         self._messages: list[tuple[int, Message]] = []
+        self._untold: dict[str, list[Any]] = {"updates": [], "messages": []}  # what the others have not heard of yet
 
     def start(self, max_steps: int | None = None, open_end: bool = False) -> None:
         """See :meth:`Worker.start`."""
@@ -151,13 +155,23 @@ class LeadingWorker(Worker):
 
     def take_updates(self) -> list[OuterUpdate]:
         """See :meth:`Worker.take_updates`."""
+        self._collect()
         updates, self._updates = self._updates, []
         return updates
 
     def take_messages(self) -> list[tuple[int, Message]]:
         """See :meth:`Worker.take_messages`."""
+        self._collect()
         messages, self._messages = self._messages, []
         return messages
+
+    def _collect(self) -> None:
+        """Take what has come: for this rank, and for the others."""
+        updates, messages = super().take_updates(), super().take_messages()
+        self._updates += updates
+        self._messages += messages
+        self._untold["updates"] += updates
+        self._untold["messages"] += messages
 
     def _adopt(self, adoption: Adoption) -> None:
         super()._adopt(adoption)
@@ -174,11 +188,10 @@ class LeadingWorker(Worker):
             with suppress(PeerLostError):
                 self._crew.tell({"error": [type(error).__name__, str(error)]})
             raise
-        updates, messages = super().take_updates(), super().take_messages()
-        self._updates += updates
-        self._messages += messages
+        self._collect()
         self._crew.tell(
             word
+            | self._untold
             | {
                 "changed": self._changed,
                 "restarted": self._restarted,
@@ -189,10 +202,9 @@ class LeadingWorker(Worker):
                 "share": self.share,
                 "speeds": self.speeds,
                 "summary": asdict(self.summary()),
-                "updates": updates,
-                "messages": messages,
             }
         )
+        self._untold = {"updates": [], "messages": []}
         if self._changed:
             self._crew.share(self._own_tensors)
         self._changed = self._restarted = False

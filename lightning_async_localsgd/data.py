@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -69,7 +70,8 @@ class Division(ABC):
     """Divides the units of each pass over the data among the workers, and knows which ones this worker has made.
 
     What is drawn is trained later (loaders draw ahead), or never (the job dies, or a loader begins anew). So
-    :meth:`units` gives what was drawn in vain again, and a checkpoint holds what was trained.
+    :meth:`units` gives what was drawn in vain again, and a checkpoint holds what was trained. One object serves all
+    loaders that come one after the other in the same place.
     """
 
     @abstractmethod
@@ -164,23 +166,23 @@ class Shards(Division):
 
 
 class Tickets(Protocol):
-    """Numbers the units of each pass, so that every number comes once, to one of the workers."""
+    """Who gets which unit of an epoch, so that each goes to one of the workers."""
 
     drawn: int
-    """How many numbers all workers together have drawn of the current pass, as far as this one knows."""
+    """How many units all workers together have drawn of the current epoch, as far as this one knows."""
 
-    def draw(self, name: Pass, total: int, fresh: bool) -> Iterator[int]:
-        """This worker's numbers below ``total``; ``fresh``: nobody has trained on any unit of the pass before."""
+    def draw(self, epoch: int, left: Sequence[int], comers: Sequence[int]) -> Iterator[int]:
+        """This worker's units among those that are ``left``; ``comers`` are the workers that draw of them."""
 
-    def oldest(self, epoch: int) -> int:
-        """The epoch of the worker that is furthest behind; this one begins with ``epoch``."""
+    def forget(self, epoch: int) -> None:
+        """Nobody will draw of earlier epochs any more."""
 
     def close(self) -> None:
         """Let go of threads and connections."""
 
 
 class StridedTickets:
-    """Every k-th number for each of k workers, for those who make their steps in lockstep.
+    """Every k-th unit for each of k workers, for those who make their steps in lockstep.
 
     Args:
         worker: this worker.
@@ -192,34 +194,34 @@ class StridedTickets:
         self._worker = worker
         self._workers = workers
 
-    def draw(self, name: Pass, total: int, fresh: bool) -> Iterator[int]:
-        """This worker's numbers."""
-        for number in range(self._worker, total, self._workers):
-            self.drawn = min(total, number - self._worker + self._workers)
-            yield number
+    def draw(self, epoch: int, left: Sequence[int], comers: Sequence[int]) -> Iterator[int]:
+        """This worker's units."""
+        self.drawn = 0
+        for unit in left:
+            if unit % self._workers == self._worker:
+                self.drawn = min(len(left), self.drawn + self._workers)
+                yield unit
 
-    def oldest(self, epoch: int) -> int:
-        """In lockstep nobody is more than an epoch behind."""
-        return epoch - 1
+    def forget(self, epoch: int) -> None:
+        """There is nothing to forget."""
 
     def close(self) -> None:
         """There is nothing to let go of."""
 
 
 class SharedTickets:
-    """Leases of numbers from a counter in the job's store: as many at a time as suit the worker's pace.
+    """Leases of units from a counter in the job's store: as many at a time as suit the worker's pace.
 
-    A lease is half of the worker's share of what is left, so leases shrink towards the end of a pass and all workers
+    A lease is half of the worker's share of what is left, so leases shrink towards the end of an epoch and all workers
     get there together (guided self-scheduling). The next lease is taken, on a thread of its own, when the worker begins
-    with one: nobody waits for the network. The first k numbers of a fresh pass belong to the k workers, so that nobody,
-    however slow, finds an epoch over before its first batch.
+    with one: nobody waits for it. The first units belong to the workers, one to each, so that nobody, however slow,
+    finds an epoch over before its first batch.
 
     In a worker of several devices the first takes the leases and the others find them in the store.
 
     Args:
         store: a part of the job's store, this loader's own.
         worker: this worker.
-        workers: k.
         share: this worker's share of the pace of all, in (0, 1].
         device: rank of this process within its worker.
         devices: processes of the worker.
@@ -233,7 +235,6 @@ class SharedTickets:
         self,
         store: Store,
         worker: int,
-        workers: int,
         share: Callable[[], float],
         device: int = 0,
         devices: int = 1,
@@ -241,160 +242,196 @@ class SharedTickets:
     ) -> None:
         self.drawn = 0
         self._store = store
-        self._ahead_store: Store = store.clone()  # type: ignore[attr-defined]
+        self._ahead_store: Store = store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
         self._ahead = ThreadPoolExecutor(1, "async-localsgd-leases")
         self._worker = worker
-        self._workers = workers
         self._share = share
         self._device = device
         self._devices = devices
         self._timeout = timeout
-        self._leased: dict[Pass, int] = {}  # leases of this worker in each pass
+        self._leases: dict[int, int] = {}  # how many this worker has taken of each epoch
 
-    def draw(self, name: Pass, total: int, fresh: bool) -> Iterator[int]:
-        """This worker's numbers, one lease after the other."""
-        reserved = min(self._workers, total) if fresh else 0
-        self.drawn = reserved
-        lease = self._ahead.submit(self._lease, name, self._size(total - reserved))
-        if self._worker < reserved:
-            yield self._worker
+    def draw(self, epoch: int, left: Sequence[int], comers: Sequence[int]) -> Iterator[int]:
+        """This worker's units, one lease after the other."""
+        kept = min(len(comers), len(left))
+        place = comers.index(self._worker) if self._worker in comers else kept
+        self.drawn = kept
+        take_lease = self._begin_lease(epoch, len(left) - kept)
+        if place < kept:
+            yield left[place]
         while True:
-            try:
-                start, end = lease.result()
-            except RuntimeError as error:
-                raise PeerLostError(
-                    "The job's store, which leases out the batches of an epoch, does not answer: its host, worker 0 or "
-                    "the launcher beside it, has died. Look for the cause in its log, then start the job again."
-                ) from error
-            start, end = start + reserved, min(end + reserved, total)
-            self.drawn = min(end, total)
-            if start >= total:
+            start, end = (kept + number for number in take_lease())
+            self.drawn = min(end, len(left))
+            if start >= len(left):
                 return
-            lease = self._ahead.submit(self._lease, name, self._size(total - end))
-            yield from range(start, end)
+            take_lease = self._begin_lease(epoch, len(left) - self.drawn)
+            yield from left[start : self.drawn]
 
-    def _size(self, left: int) -> int:
-        return max(1, min(_MOST_AT_ONCE, int(left * self._share() / 2)))
-
-    def _lease(self, name: Pass, size: int) -> tuple[int, int]:
-        self._leased[name] = self._leased.get(name, 0) + 1
-        relay = f"{_key(name)}/{self._worker}/{self._leased[name]}"
+    def _begin_lease(self, epoch: int, left: int) -> Callable[[], tuple[int, int]]:
+        """Begin to take a lease; returns what waits for it. It is a range of numbers."""
+        self._leases[epoch] = self._leases.get(epoch, 0) + 1
+        relay = f"{epoch}/{self._worker}/{self._leases[epoch]}"
         if self._device > 0:
-            self._ahead_store.wait([relay], self._timeout)
-            first, last = self._ahead_store.get(relay).decode().split()
-            return int(first), int(last)
-        end: int = self._ahead_store.add(f"{_key(name)}/drawn", size)
+            return partial(self._hear, relay)
+        size = max(1, min(_MOST_AT_ONCE, int(left * self._share() / 2)))
+        lease = self._ahead.submit(self._lease, f"{epoch}/drawn", size, relay)
+        return partial(_result, lease)
+
+    def _lease(self, counter: str, size: int, relay: str) -> tuple[int, int]:
+        end: int = self._ahead_store.add(counter, size)
         if self._devices > 1:
             self._ahead_store.set(relay, f"{end - size} {end}")
         return end - size, end
 
-    def oldest(self, epoch: int) -> int:
-        """Tell the others, and forget what nobody asks for any more."""
-        self._store.set(f"at/{self._worker}", str(epoch))
-        others = [key for w in range(self._workers) if self._store.check([key := f"at/{w}"])]
-        oldest = min((int(e) for e in self._store.multi_get(others)), default=0) if len(others) == self._workers else 0
-        if self._device == 0:
-            for name in [name for name in list(self._leased) if name[0] < oldest]:
-                for lease in range(1, self._leased.pop(name) + 1 if self._devices > 1 else 1):
-                    self._store.delete_key(f"{_key(name)}/{self._worker}/{lease}")
-                if self._worker == 0:
-                    self._store.delete_key(f"{_key(name)}/drawn")
-        return oldest
+    def _hear(self, relay: str) -> tuple[int, int]:
+        self._store.wait([relay], self._timeout)
+        start, end = self._store.get(relay).decode().split()
+        return int(start), int(end)
+
+    def forget(self, epoch: int) -> None:
+        """Delete what the store holds of earlier epochs, but for the last, which other devices may still look up."""
+        for old in [e for e in self._leases if e < epoch - 1]:
+            leases = self._leases.pop(old)
+            if self._device == 0 and self._devices > 1:
+                for lease in range(1, leases + 1):
+                    self._store.delete_key(f"{old}/{self._worker}/{lease}")
+            if self._device == 0 and self._worker == 0:
+                self._store.delete_key(f"{old}/drawn")
 
     def close(self) -> None:
         """End the thread."""
         self._ahead.shutdown(wait=False, cancel_futures=True)
 
 
+def _result(lease: Future[tuple[int, int]]) -> tuple[int, int]:
+    try:
+        return lease.result()
+    except RuntimeError as error:
+        raise PeerLostError(
+            "The job's store, which leases out the batches of an epoch, does not answer: its host, worker 0 or the "
+            "launcher beside it, has died. Look for the cause in its log, then start the job again."
+        ) from error
+
+
 class Leases(Division):
-    """Workers draw units as they need them, so that each unit of a pass is drawn exactly once whatever their speeds.
+    """Workers draw units as they need them, so that each unit of an epoch is drawn exactly once whatever their speeds.
+
+    Further passes within an epoch are a worker's own, and through all of the data.
 
     Args:
         tickets: who gets which unit.
+        worker: this worker.
         workers: number of workers.
         store: a part of the job's store, this loader's own.
     """
 
-    def __init__(self, tickets: Tickets, workers: int, store: Store) -> None:
-        self.tickets = tickets
+    def __init__(self, tickets: Tickets, worker: int, workers: int, store: Store) -> None:
         self.limit: int | None = None
-        """At most that many units make a pass."""
+        """At most that many units make an epoch."""
         self.workers = workers
+        self._tickets = tickets
+        self._worker = worker
         self._store = store
-        self._compared: list[Pass] = []
-        self._drawing: tuple[Pass, Iterator[int]] | None = None
-        self._drawn: list[int] = []  # of that pass, not trained yet
-        self._over: Pass | None = None
-        self._trained: dict[Pass, Tensor] = {}
-        self._before: dict[Pass, Tensor] = {}  # by all workers, in what this run goes on from
+        self._pass: Pass | None = None
+        self._drawing: Iterator[int] = iter(())
+        self._drawn: list[int] = []  # not trained yet
+        self._over: int | None = None  # the last epoch of which this worker has nothing more to draw
+        self._left = 0
+        self._trained: dict[int, Tensor] = {}  # by this worker, by epoch
+        self._before: dict[int, Tensor] = {}  # by all workers, in what this run goes on from
+        self._over_before: list[int | None] = [None] * workers
 
     def length(self, total: int) -> int:
         """A worker's part, if all were equal."""
         return -(-total // self.workers)
 
     def position(self, total: int) -> float:
-        """How much of the current pass is drawn, from 0 to 1."""
-        return self.tickets.drawn / max(1, self._limited(total))
+        """How much of the current epoch is drawn, from 0 to 1."""
+        total = max(1, self._limited(total))
+        return 1 - (self._left - self._tickets.drawn) / total
 
     def _limited(self, total: int) -> int:
         return total if self.limit is None else min(total, self.limit)
 
     def units(self, name: Pass, total: int) -> Iterator[int]:
-        """What was drawn in vain, then leases until the pass is over."""
-        if self._drawing is None or self._drawing[0] != name:
-            self._begin(name, self._limited(total))
-        assert self._drawing is not None
+        """What was drawn in vain, then leases until the epoch is over."""
+        epoch, earlier = name
+        if name != self._pass:
+            self._pass, self._drawn = name, []
+            if earlier == 0:
+                self._drawing = self._begin(epoch, self._limited(total))
+            else:
+                first = total * self._worker // self.workers
+                self._drawing = iter([*range(first, total), *range(first)])
         yield from list(self._drawn)
-        for unit in self._drawing[1]:
+        for unit in self._drawing:
             self._drawn.append(unit)
             yield unit
-        self._over = name
+        if earlier == 0:
+            self._over = epoch
 
-    def _begin(self, name: Pass, total: int) -> None:
-        oldest = self.tickets.oldest(name[0])
-        for masks in (self._trained, self._before):
-            for old in [n for n in masks if n[0] < oldest]:
-                del masks[old]
-        for old in [n for n in self._compared if n[0] < oldest]:
-            self._compared.remove(old)
-            self._store.delete_key(f"order/{_key(old)}")
-        before = self._before.get(name)
+    def _begin(self, epoch: int, total: int) -> Iterator[int]:
+        self._forget(epoch)
+        before = self._before.get(epoch)
         if before is not None and len(before) != total:
             warnings.warn(
                 f"The checkpoint knows {len(before)} batches of this epoch, and there are {total} now: which of them "
                 "were trained cannot be told, and the epoch begins anew.",
                 stacklevel=2,
             )
-            before = None
-        self._trained.setdefault(name, torch.zeros(total, dtype=torch.bool))
-        # Where this worker's part was over when the checkpoint was written, it is so now.
-        numbers: Iterable[int] = self.tickets.draw(name, total, before is None) if name != self._over else ()
-        self._drawing = name, (number for number in numbers if before is None or not before[number])
-        self._drawn = []
+            del self._before[epoch]
+        self._trained.setdefault(epoch, torch.zeros(total, dtype=torch.bool))
+        left: Sequence[int] = range(total)
+        if epoch in self._before:
+            left = self._before[epoch].logical_not().nonzero().flatten().tolist()
+        self._left = len(left)
+        # Whose part was over when the checkpoint was written, for it is so now.
+        comers = [worker for worker, over in enumerate(self._over_before) if over is None or over < epoch]
+        return self._tickets.draw(epoch, left, comers) if self._worker in comers else iter(())
+
+    def _forget(self, epoch: int) -> None:
+        """Tell the others that this worker begins with an epoch, and forget those that all are through with."""
+        at = [f"at/{worker}" for worker in range(self.workers)]
+        self._store.set(at[self._worker], str(epoch))
+        if not self._store.check(at):
+            return
+        oldest = min(int(other) for other in self._store.multi_get(at))
+        for masks in (self._trained, self._before):
+            for old in [e for e in masks if e < oldest]:
+                del masks[old]
+                self._store.delete_key(f"order/{old}")
+        self._tickets.forget(oldest)
 
     def trained(self, name: Pass, unit: int) -> None:
         """Mark the unit."""
-        self._trained[name][unit] = True
-        if self._drawing is not None and self._drawing[0] == name:
+        epoch, earlier = name
+        if earlier == 0 and epoch in self._trained:
+            self._trained[epoch][unit] = True
+        if name == self._pass:
             self._drawn.remove(unit)
 
     def state_dict(self) -> dict[str, Any]:
-        """What this worker has trained on, by pass, and what all had before."""
-        masks = {name: mask.clone() for name, mask in self._trained.items()}
-        for name, before in self._before.items():
-            masks[name] = masks[name] | before if name in masks and len(masks[name]) == len(before) else before
-        over = self._over if self._drawing is not None and self._over == self._drawing[0] and not self._drawn else None
-        return {"trained": {_key(name): mask for name, mask in masks.items()}, "over": over}
+        """What this worker has trained on, by epoch, and what all had before."""
+        masks = dict(self._before)
+        for epoch, mask in self._trained.items():
+            masks[epoch] = masks[epoch] | mask if epoch in masks else mask.clone()
+        over = self._over
+        if over is not None and self._pass == (over, 0) and self._drawn:
+            over -= 1  # drawn ahead: it will be over when that is trained
+        return {"trained": masks, "over": [over]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Leave out what was trained."""
-        self._before = {_pass(key): mask for key, mask in state_dict.get("trained", {}).items()}
-        self._over = tuple(state_dict["over"]) if state_dict.get("over") is not None else None
+        if "trained" not in state_dict:
+            return
+        self._before = dict(state_dict["trained"])
+        over = state_dict["over"]
+        if len(over) == self.workers:
+            self._over_before, self._over = list(over), over[self._worker]
 
     def check_order(self, name: Pass, fingerprint: str) -> None:
         """Compare with the worker that came first, through the job's store."""
-        self._compared.append(name)
-        if self._store.compare_set(f"order/{_key(name)}", "", fingerprint).decode() != fingerprint:
+        if name[1] == 0 and self._store.compare_set(f"order/{name[0]}", "", fingerprint).decode() != fingerprint:
             raise ValueError(
                 "The training data is in another order on this worker than on the others, and not every sample would "
                 "be seen once per epoch. Give your sampler the same seed everywhere; or pass "
@@ -403,7 +440,7 @@ class Leases(Division):
 
     def close(self) -> None:
         """End the tickets."""
-        self.tickets.close()
+        self._tickets.close()
 
 
 def merge_positions(states: Sequence[Mapping[str, Any]], own: int) -> dict[str, Any]:
@@ -414,16 +451,9 @@ def merge_positions(states: Sequence[Mapping[str, Any]], own: int) -> dict[str, 
         own: the worker in whose place it goes on.
     """
     merged = dict(states[own])
-    trained: dict[str, Tensor] = {}
-    for key, mask in [item for state in states for item in state.get("trained", {}).items()]:
-        trained[key] = trained[key] | mask if key in trained and len(trained[key]) == len(mask) else mask
-    return merged | {"trained": trained} if "trained" in merged else merged
-
-
-def _key(name: Pass) -> str:
-    return f"{name[0]}.{name[1]}"
-
-
-def _pass(key: str) -> Pass:
-    epoch, earlier = key.split(".")
-    return int(epoch), int(earlier)
+    if not all("trained" in state for state in states):
+        return merged
+    trained: dict[int, Tensor] = {}
+    for epoch, mask in [item for state in states for item in state["trained"].items()]:
+        trained[epoch] = trained[epoch] | mask if epoch in trained and len(trained[epoch]) == len(mask) else mask
+    return merged | {"trained": trained, "over": [over for state in states for over in state["over"]]}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.distributed import _DatasetSamplerWrapper
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, Sampler
@@ -70,10 +71,11 @@ class WorkerLoader:
             self._fetched.append(self.sampler.drawn.popleft())
             yield batch
             self._settle(2)  # at most one ahead, and the one that is being trained
+        self.sampler.end_pass()
 
     def _settle(self, ahead: int) -> None:
         """Note that all batches but the last ``ahead`` have been trained."""
-        while len(self._fetched) > ahead:
+        while len(self._fetched) > (0 if self.sampler.at_the_end else ahead):
             self.division.trained(*self._fetched.popleft())
 
     @property
@@ -94,7 +96,7 @@ class WorkerLoader:
 class _WorkerBatches(Sampler[Any]):
     """Those batches of ``source`` that fall to this worker.
 
-    Begun again within an epoch, it goes on where it was; after the end of its pass with the next pass of the epoch.
+    Begun again within an epoch, it goes on where it was; after the end of a pass with the next pass of the epoch.
     """
 
     def __init__(self, source: Any, division: Division, seed: int, device: int, devices: int) -> None:
@@ -105,8 +107,9 @@ class _WorkerBatches(Sampler[Any]):
         self._seed = seed
         self._device = device
         self._devices = devices
-        self._pass: Pass = (0, 0)
-        self._over = False
+        self._pass: Pass = (-1, 0)
+        self.at_the_end = False
+        """Whether the last batch of the pass has been fetched."""
         self._total = 0
 
     @property
@@ -125,12 +128,18 @@ class _WorkerBatches(Sampler[Any]):
         return position
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin with an epoch; samplers that shuffle by it are told."""
-        self._pass, self._over = (epoch, 0), False
+        """Begin with an epoch, or go on with it; samplers that shuffle by it are told."""
+        if epoch != self._pass[0]:
+            self._pass = epoch, 0
+        self.at_the_end = False
         for source in (self.source, getattr(self.source, "sampler", None)):
             set_epoch = getattr(source, "set_epoch", None)
             if set_epoch is not None:
                 set_epoch(epoch)
+
+    def end_pass(self) -> None:
+        """The last batch has been fetched: who begins again wants another pass."""
+        self.at_the_end = True
 
     def __len__(self) -> int:
         return self._division.length(self._units(len(self.source)))
@@ -140,32 +149,42 @@ class _WorkerBatches(Sampler[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         self.drawn.clear()
-        if self._over:
-            self._pass, self._over = (self._pass[0], self._pass[1] + 1), False
+        if self.at_the_end:
+            self._pass, self.at_the_end = (self._pass[0], self._pass[1] + 1), False
         name = self._pass
         batches = self._draw_order(name)
         self._total = self._units(len(batches))
-        empty = True
         for unit in self._division.units(name, self._total):
-            empty = False
             self.drawn.append((name, unit))
             # Where the last unit has too few batches, devices begin again with the first: all need one.
             yield batches[(unit * self._devices + self._device) % len(batches)]
-        self._over = True
-        if empty and name[1] > 0 and batches:
-            yield from self  # others have used up this pass already
 
     def _draw_order(self, name: Pass) -> list[Any]:
         """All batches of a pass, in an order that all workers have in common."""
+        generators = list(_generators(self.source))
+        states = [generator.get_state() for generator in generators]
         with isolate_rng(include_cuda=False):
             seed = (self._seed + name[0]) % 2**32
-            torch.default_generator.manual_seed(seed)
+            for generator in (torch.default_generator, *generators):
+                generator.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed)
             batches = list(self.source)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
         compared = batches[:: max(1, len(batches) // _COMPARED)]
         self._division.check_order(name, f"{len(batches)} {zlib.crc32(repr(compared).encode())}")
         return batches
+
+
+def _generators(sampler: Any) -> Iterator[torch.Generator]:
+    """The generators of a sampler and of those under it, the user's own and those that Lightning wraps them in."""
+    if isinstance(getattr(sampler, "generator", None), torch.Generator):
+        yield sampler.generator
+    for name in ("sampler", "_sampler", "dataset"):
+        inner = getattr(sampler, name, None)
+        if isinstance(inner, (Sampler, _DatasetSamplerWrapper)):
+            yield from _generators(inner)
 
 
 class OpenEnded:

@@ -20,8 +20,10 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.distributed import PrefixStore, Store
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
@@ -40,7 +42,15 @@ from lightning_async_localsgd.checkpointing import (
 )
 from lightning_async_localsgd.codecs import Codec
 from lightning_async_localsgd.crew import Crew, FollowingRank, LeadingWorker
-from lightning_async_localsgd.data import Division, Leases, Shards, SharedTickets, StridedTickets, merge_positions
+from lightning_async_localsgd.data import (
+    Division,
+    Leases,
+    Shards,
+    SharedTickets,
+    StridedTickets,
+    Tickets,
+    merge_positions,
+)
 from lightning_async_localsgd.loader import WorkerLoader
 from lightning_async_localsgd.membership import StaticJob, join_job
 from lightning_async_localsgd.outer import OuterOptimizerFactory
@@ -148,7 +158,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         self._moment: dict[str, Any] | None = None  # what the checkpoints since the last step hold
         self._resumed: dict[str, Any] | None = None  # what `fit` is to go on from
         self._out_of_step = False  # workers train, each at its own pace
-        self._divisions: list[Division] = []  # of the training loaders of this fit
+        self._divisions: list[Division] = []  # of the training loaders of this fit, by place
+        self._dividing: tuple[Any, int] | None = None
 
     # ---- the process world ------------------------------------------------------------------------------------------
 
@@ -239,31 +250,41 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         # Lightning has just put a sampler over all of the data under a copy of it, unless the user asked for their own.
         if not isinstance(sampler, DistributedSampler) or sampler.num_replicas != 1:
             return dataloader
+        if dataloader.num_workers > 0 and not getattr(dataloader, "in_order", True):
+            raise MisconfigurationException(
+                "With `DataLoader(in_order=False)` nobody knows which batches were trained. Leave it at True; or pass "
+                "`Trainer(use_distributed_sampler=False)` and divide the data by `trainer.global_rank` yourself."
+            )
         _auto_add_worker_init_fn(dataloader, self.global_rank)
-        division = self._divide(trainer)
-        self._divisions.append(division)
+        division = self._division(trainer)
         ahead = partial(_fetched_ahead, trainer)
         return WorkerLoader(dataloader, division, sampler.seed, ahead, self.device_rank, self.worker_size)
 
-    def _divide(self, trainer: pl.Trainer) -> Division:
-        """How the batches of a loader are divided: by leases where epochs are counted, else by Eq. 2."""
+    def _division(self, trainer: pl.Trainer) -> Division:
+        """How the batches of the loader that is being set up are divided: the first one, the second one, ..."""
+        loaders = trainer.fit_loop._combined_loader  # those before, if they are set up again
+        if self._dividing is None or self._dividing[0] is not loaders:
+            self._dividing = loaders, 0
+        place = self._dividing[1]
+        self._dividing = loaders, place + 1
+        if place == len(self._divisions):
+            self._divisions.append(self._divide(trainer, place))
+        return self._divisions[place]
+
+    def _divide(self, trainer: pl.Trainer, place: int) -> Division:
+        """By leases where epochs are counted, else by Eq. 2."""
         workers, worker = self.workers, self.worker_rank
-        if trainer.max_epochs in (None, -1):
+        # A step that fetches its batches itself would learn too late that there is no more.
+        fetches = is_param_in_hook_signature(trainer.lightning_module.training_step, "dataloader_iter", explicit=True)
+        if trainer.max_epochs in (None, -1) or fetches:
             return Shards(worker, workers, lambda: self.worker.shard if self.worker is not None else worker)
         assert self._job is not None
-        store = PrefixStore(f"loader{len(self._divisions)}", self._job.store)
-        if self.settings.lockstep(workers):
-            return Leases(StridedTickets(worker, workers), workers, store)
-        tickets = SharedTickets(
-            store,
-            worker,
-            workers,
-            lambda: self.worker.share if self.worker is not None else 1 / workers,
-            self.device_rank,
-            self.worker_size,
-            self.settings.timeout,
-        )
-        return Leases(tickets, workers, store)
+        store = PrefixStore(f"loader{place}", self._job.store)
+        tickets: Tickets = StridedTickets(worker, workers)
+        if not self.settings.lockstep(workers):
+            share = lambda: self.worker.share if self.worker is not None else 1 / workers  # noqa: E731
+            tickets = SharedTickets(store, worker, share, self.device_rank, self.worker_size, self.settings.timeout)
+        return Leases(tickets, worker, workers, store)
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
@@ -307,6 +328,11 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             return
         assert self._job is not None and self.lightning_module is not None
         self.summary = None
+        if any(isinstance(optimizer, ZeroRedundancyOptimizer) for optimizer in self.optimizers):
+            raise MisconfigurationException(
+                "`ZeroRedundancyOptimizer` gathers its state in a collective call, which checkpoints of workers that "
+                "are out of step cannot make. Use the optimizer that it wraps."
+            )
         self.worker = self._make_worker(trainer)
         scheduler_steps = 0 if self._resumed is None else self._resumed.get("scheduler_steps", 0)
         if self._resumed is not None and isinstance(self.worker, Worker):
@@ -326,7 +352,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         if self.worker_size > 1:
             store = PrefixStore(f"worker{self.worker_rank}", self._job.store)
             assert dist.group.WORLD is not None
-            crew = Crew(store, self.device_rank, self.worker_size, dist.group.WORLD, self.settings.timeout)
+            crew = Crew(store, self.device_rank, self.worker_size, dist.group.WORLD)
             if self.device_rank > 0:
                 return FollowingRank(crew, self.lightning_module, self.optimizers, self.worker_rank)
         worker = (partial(LeadingWorker, crew) if crew is not None else Worker)(
@@ -340,7 +366,12 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             | {"worker_size": self.worker_size},
         )
         worker.on_cut = self._save_part
+        worker.on_progress = self._heed
         return worker
+
+    def _heed(self) -> None:
+        if self._callback is not None:
+            self._callback.heed()
 
     @override
     def configure_ddp(self) -> None:
@@ -385,8 +416,12 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         """Whether an optimizer has stepped since the last call: then the batch was a local step."""
         stepped, self._optimizer_stepped = self._optimizer_stepped, False
         if stepped:
-            self._moment = None
+            self.forget_moment()
         return stepped
+
+    def forget_moment(self) -> None:
+        """A checkpoint that is written from now on is of another moment than the last one."""
+        self._moment = None
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -412,8 +447,10 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         resumable = "optimizer_states" in checkpoint
         with_others = resumable and not alone and _is_local(filepath)
         if self.worker is None or not self._out_of_step or not self.is_global_zero:
-            if isinstance(self.worker, FollowingRank) and self._out_of_step and self.worker_rank == 0 and with_others:
+            takes_part = self._out_of_step and self.worker_rank == 0 and with_others and self._moment is None
+            if isinstance(self.worker, FollowingRank) and takes_part:
                 self.worker.follow()
+                self._moment = {}
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         assert isinstance(self.worker, Worker)
@@ -506,7 +543,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             checkpoint = super().load_checkpoint(leader, weights_only)
         entry = checkpoint[KEY]
         if leader:
-            self._merge_positions(checkpoint, Path(folder))
+            self._merge_positions(checkpoint, Path(folder), weights_only)
         if "id" not in entry:
             reason = "was written when the other workers had left"
         elif not leader:
@@ -536,19 +573,23 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         self._steps_before_fit = entry["job_steps"]
         return checkpoint
 
-    def _merge_positions(self, checkpoint: dict[str, Any], folder: Path) -> None:
+    def _merge_positions(self, checkpoint: dict[str, Any], folder: Path, weights_only: bool | None) -> None:
         """Have the training loaders leave out what any worker has trained on."""
         workers = checkpoint[KEY]["workers"]
-        saved = [checkpoint, *(read_part(folder, worker)["checkpoint"] for worker in range(1, workers))]
-        positions = [_positions(s["loops"]) for s in saved]
-        if workers == self.workers:
-            own = self.worker_rank
-        else:  # all go on as the one that was furthest behind, so that nobody has left an epoch that is not over
-            own = min(range(workers), key=lambda w: _epochs_over(saved[w]["loops"]))
-            checkpoint |= {key: saved[own][key] for key in ("loops", "lr_schedulers")}
-        if len({len(p) for p in positions}) == 1:
-            merged = [merge_positions(states, own) for states in zip(*positions, strict=True)]
-            _set_positions(checkpoint["loops"], merged)
+        shared = any("trained" in position for position in _positions(checkpoint["loops"]))
+        if not shared and workers == self.workers:
+            return
+        parts = [read_part(folder, worker, weights_only)["checkpoint"] for worker in range(1, workers)]
+        sides = [{key: side[key] for key in ("loops", "lr_schedulers")} for side in (checkpoint, *parts)]
+        of_all = [_positions(side["loops"]) for side in sides]
+        own = self.worker_rank
+        if workers != self.workers:  # all go on as the one that was furthest behind: nobody has left an epoch too early
+            own = min(range(workers), key=lambda worker: _epochs_over(sides[worker]["loops"]))
+            checkpoint |= sides[own]
+        merged = of_all[own]
+        if len({len(positions) for positions in of_all}) == 1:
+            merged = [merge_positions(states, own) for states in zip(*of_all, strict=True)]
+        _set_positions(checkpoint["loops"], merged)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -584,7 +625,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         self._moment = None
         for division in self._divisions:
             division.close()
-        self._divisions = []
+        self._divisions, self._dividing = [], None
         self._failed = False
         self._optimizer_stepped = False
         if dist.is_initialized():
@@ -598,10 +639,11 @@ def _positions(loops: dict[str, Any]) -> list[dict[str, Any]]:
     return positions
 
 
-def _epochs_over(loops: dict[str, Any]) -> tuple[int, bool]:
-    """Epochs that are over for a worker, and whether the current one is as well."""
-    over = any(position.get("over") is not None for position in _positions(loops))
-    return loops["fit_loop"]["epoch_progress"]["current"]["processed"], over
+def _epochs_over(loops: dict[str, Any]) -> tuple[int, int]:
+    """Epochs that are over for a worker, in its loop and in its leases."""
+    over = [position["over"][0] for position in _positions(loops) if "over" in position]
+    in_leases = min((epoch if epoch is not None else -1 for epoch in over), default=-1)
+    return loops["fit_loop"]["epoch_progress"]["current"]["processed"], in_leases
 
 
 def _set_positions(loops: dict[str, Any], positions: list[dict[str, Any]]) -> None:

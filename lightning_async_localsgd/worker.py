@@ -184,6 +184,8 @@ class Worker:
         self._resumed_round: Mapping[str, Any] | None = None
         self.on_cut: Callable[[Message], None] | None = None
         """Called on the training thread when the exchange stands still for a checkpoint; see :meth:`cut`."""
+        self.on_progress: Callable[[], None] | None = None
+        """Called on the training thread after each turn that it waits for: there may be messages to heed."""
         self._exchange: ExchangeThread | None = None
         self._stopwatch = _Stopwatch(settings.local_steps)
 
@@ -372,6 +374,8 @@ class Worker:
         progress = self._mailbox.wait_for_progress(than)
         self._adopt_if_ready()
         self._cut_if_asked()
+        if self.on_progress is not None:
+            self.on_progress()
         return progress
 
     def finish(self, stop: bool = False) -> RunSummary:

@@ -148,7 +148,7 @@ def epochs(rank: int, size: int, folder: str, ckpt: str | None) -> Any:
         def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: Any) -> None:
             notes.append(list(pl_module.own))
 
-    save = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=6, save_top_k=-1)
+    save = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=6, save_top_k=-1, save_last=True)
     trainer = make_trainer(size, plan, max_epochs=2, callbacks=[save, Note()], enable_checkpointing=True)
     trainer.fit(module, DataLoader(regression_data(80), batch_size=4, shuffle=True), ckpt_path=ckpt)
     return module.own, notes, plan.summary, parameters(module)

@@ -84,9 +84,7 @@ class Job:
 
     def __init__(self, workers: int, store: Store | None = None) -> None:
         store = store if store is not None else HashStore()
-        self.workers = [
-            Leases(SharedTickets(store, w, workers, lambda: 1 / workers), workers, store) for w in range(workers)
-        ]
+        self.workers = [Leases(SharedTickets(store, w, lambda: 1 / workers), w, workers, store) for w in range(workers)]
         self.iterators: list[Iterator[int]] = []
 
     def begin(self, name: Pass, total: int) -> None:
@@ -153,7 +151,7 @@ def test_a_resumed_epoch_leaves_out_what_any_worker_has_trained(seed: int, worke
     assert sorted(unit for _, unit in before + after) == list(range(total))
     again.begin((5, 0), total)
     assert len(again.train((5, 0), randomness.choices(range(workers), k=1000), total)) == total
-    assert merge_positions([worker.state_dict() for worker in again.workers], 0)["trained"]["5.0"].all()
+    assert merge_positions([worker.state_dict() for worker in again.workers], 0)["trained"][5].all()
     again.close()
 
 
@@ -171,12 +169,12 @@ def test_what_was_drawn_in_vain_comes_again() -> None:
 
 def test_lockstep_gives_the_same_units_in_every_run() -> None:
     store = HashStore()
-    workers = [Leases(StridedTickets(w, 2), 2, store) for w in range(2)]
+    workers = [Leases(StridedTickets(w, 2), w, 2, store) for w in range(2)]
     assert [list(w.units((0, 0), 5)) for w in workers] == [[0, 2, 4], [1, 3]]
     for worker, unit in ((0, 0), (0, 2), (1, 1)):
         workers[worker].trained((0, 0), unit)
     states = [w.state_dict() for w in workers]
-    resumed = [Leases(StridedTickets(w, 2), 2, store) for w in range(2)]
+    resumed = [Leases(StridedTickets(w, 2), w, 2, store) for w in range(2)]
     for rank, worker in enumerate(resumed):
         worker.load_state_dict(merge_positions(states, rank))
     assert [list(w.units((0, 0), 5)) for w in resumed] == [[4], [3]]
@@ -184,10 +182,37 @@ def test_lockstep_gives_the_same_units_in_every_run() -> None:
 
 def test_devices_of_a_worker_share_its_leases() -> None:
     store = HashStore()
-    devices = [Leases(SharedTickets(store, 0, 1, lambda: 1.0, d, 2), 1, store) for d in range(2)]
+    devices = [Leases(SharedTickets(store, 0, lambda: 1.0, d, 2), 0, 1, store) for d in range(2)]
     assert list(devices[0].units((0, 0), 20)) == list(devices[1].units((0, 0), 20)) == list(range(20))
     for device in devices:
         device.close()
+
+
+def test_further_passes_within_an_epoch_are_a_workers_own() -> None:
+    job = Job(3)
+    for earlier in (1, 2):
+        job.begin((0, earlier), 7)
+        assert [sorted(units) for units in job.iterators] == [list(range(7))] * 3
+    assert len({next(worker.units((1, 1), 7)) for worker in job.workers}) == 3
+    job.close()
+
+
+def test_who_was_through_with_an_epoch_leaves_what_is_left_to_the_others() -> None:
+    job = Job(2)
+    job.begin((0, 0), 20)
+    slow = next(job.iterators[1])
+    for unit in job.iterators[0]:
+        job.workers[0].trained((0, 0), unit)
+    states = [worker.state_dict() for worker in job.workers]
+    job.close()
+    again = Job(2)
+    for rank, worker in enumerate(again.workers):
+        worker.load_state_dict(merge_positions(states, rank))
+    again.begin((0, 0), 20)
+    assert list(again.iterators[0]) == []
+    left = list(again.iterators[1])
+    assert slow in left and left == sorted(left)
+    again.close()
 
 
 def test_another_order_is_refused() -> None:

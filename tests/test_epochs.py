@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler, TensorDataset
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
-from tests.modules import Regression, make_trainer, regression_data
+from tests.modules import Regression, make_trainer, regression_data, stream
 from tests.processes import results, run_processes
 
 SAMPLES = 102
@@ -211,6 +211,36 @@ def test_several_loaders_are_shared_too(mode: str) -> None:
             assert max(short.values()) > 1
 
 
+class Fetching(Watched):
+    """Fetches its batches itself."""
+
+    def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
+        batch, batch_idx, _ = next(dataloader_iter)
+        return super().training_step(batch, batch_idx)
+
+
+def fetching(rank: int, size: int) -> Any:
+    module = Fetching((0.002, 0.01))
+    trainer = make_trainer(size, strategy(), max_epochs=2)
+    trainer.fit(module, LOADERS["shuffled"](), DataLoader(regression_data(8), batch_size=4))
+    return len(module.trained), trainer.current_epoch, "val_loss" in trainer.callback_metrics
+
+
+def test_a_step_that_fetches_its_batches_reads_shards() -> None:
+    for seen, epoch, validated in results(run_processes(fetching, 2, 2)):
+        assert epoch == 2 and validated and 2 * 48 <= seen <= 2 * 52
+
+
+def mixed(rank: int, size: int) -> None:
+    loaders = {"map": LOADERS["shuffled"](), "stream": stream(rank)}
+    make_trainer(size, strategy(), max_epochs=1).fit(Watched((0.0, 0.0)), loaders)
+
+
+def test_a_loader_of_ones_own_beside_a_shared_one_is_refused() -> None:
+    for outcome in run_processes(mixed, 2, 2):
+        assert "Train by `max_steps`" in outcome.error
+
+
 def split_by_node(rank: int, size: int) -> Any:
     import datasets
     from datasets.distributed import split_dataset_by_node
@@ -252,10 +282,17 @@ class NoteAtSave(L.Callback):
 
 
 def save_and_resume(
-    rank: int, size: int, folder: str, ckpt: str | None, options: dict[str, Any], loader: str = "shuffled"
+    rank: int,
+    size: int,
+    folder: str,
+    ckpt: str | None,
+    options: dict[str, Any],
+    loader: str = "shuffled",
+    pauses: Sequence[float] = (0.004, 0.012, 0.008),
+    every: int | None = 9,
 ) -> Any:
-    module, plan, note = Watched((0.004, 0.012, 0.008)), strategy(**options), NoteAtSave()
-    save = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=9, save_top_k=-1)
+    module, plan, note = Watched(pauses), strategy(**options), NoteAtSave()
+    save = ModelCheckpoint(dirpath=folder, filename="{epoch}-{step}", every_n_train_steps=every, save_top_k=-1)
     trainer = make_trainer(size, plan, max_epochs=2, callbacks=[save, note], enable_checkpointing=True)
     trainer.fit(module, LOADERS[loader](), ckpt_path=ckpt)
     values = nn.utils.parameters_to_vector(module.parameters()).tolist()
@@ -282,10 +319,22 @@ def test_a_resumed_epoch_repeats_no_sample(tmp_path: Path, loader: str, workers:
         assert set(epochs) == {0, 1}
 
 
+@pytest.mark.parametrize("pauses", [(0.004, 0.02), (0.02, 0.004)])
+def test_a_checkpoint_at_the_end_of_an_epoch_repeats_no_sample(tmp_path: Path, pauses: tuple[float, float]) -> None:
+    first = results(run_processes(save_and_resume, 2, 2, str(tmp_path), None, {}, "shuffled", pauses, None))
+    checkpoint = next(path for path in whole(tmp_path) if path.name.startswith("epoch=0"))
+    before = [(notes[0],) for _, notes, *_ in first]
+    ends = results(
+        run_processes(save_and_resume, 2, 2, f"{tmp_path}/again", str(checkpoint), {}, "shuffled", pauses, None)
+    )
+    for samples in together([*before, *ends]).values():
+        assert sorted(samples) == list(range(SAMPLES))
+
+
 def test_in_lockstep_a_resumed_epoch_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
     lockstep = {"quorum": 2, "pace": "fixed", "overlap": False, "grace_period": 0.0}
     first = results(run_processes(save_and_resume, 2, 2, str(tmp_path), None, lockstep))
-    for name in ("step=9.ckpt", "step=18.ckpt"):
+    for name in ("epoch=0-step=9.ckpt", "epoch=1-step=18.ckpt"):
         again = results(run_processes(save_and_resume, 2, 2, str(tmp_path / "again"), str(tmp_path / name), lockstep))
         for (trained, _, values, digest), (after, _, resumed, again_digest) in zip(first, again, strict=True):
             assert resumed == values and again_digest == digest
