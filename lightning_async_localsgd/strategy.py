@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -13,6 +14,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
@@ -23,6 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_async_localsgd.callbacks import WorkerCallback
@@ -37,6 +40,7 @@ from lightning_async_localsgd.checkpointing import (
 )
 from lightning_async_localsgd.codecs import Codec
 from lightning_async_localsgd.data import ShardSampler
+from lightning_async_localsgd.final_module import FinalModule
 from lightning_async_localsgd.membership import StaticJob, join_job
 from lightning_async_localsgd.outer import OuterOptimizerFactory
 from lightning_async_localsgd.pace import Pace
@@ -82,6 +86,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         timeout: how long a worker may take to answer before the others give up with an error that names it.
         validate_global: in ``fit`` worker 0 alone validates, the global parameters on the whole validation set, while
             the others train on; they are told the metrics. False: each worker validates its own parameters.
+        exchange_frozen: exchange frozen parameters too, at the cost of trainable ones, so that they can be unfrozen
+            during ``fit``. None: if the trainer has a callback that does so, a Lightning ``BaseFinetuning``.
         **kwargs: further arguments of Lightning's ``DDPStrategy``, such as ``cluster_environment``,
             ``checkpoint_io`` or ``process_group_backend`` (of the group used outside ``fit``).
 
@@ -108,6 +114,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         outer_device: str | torch.device = "cpu",
         timeout: timedelta = timedelta(minutes=10),
         validate_global: bool = True,
+        exchange_frozen: bool | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(timeout=timeout, **kwargs)
@@ -124,6 +131,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             codec=codec,
             outer_device=outer_device,
             timeout=timeout,
+            exchange_frozen=exchange_frozen,
         )
         self.validate_global = validate_global
         self.checkpoints = Checkpoints(super().remove_checkpoint)
@@ -134,6 +142,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         self._job: StaticJob | None = None
         self._callback: WorkerCallback | None = None
         self._optimizer_stepped = False
+        self._step_hooks: list[RemovableHandle] = []
         self._steps_before_fit: int | None = None
         self._failed = False
         self._goes_on = False  # this fit has begun from a checkpoint
@@ -245,6 +254,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         assert self._job is not None and self.lightning_module is not None
+        _check_callbacks(trainer, self.lightning_module)
         self.summary = None
         self.worker = Worker(
             self.lightning_module,
@@ -252,7 +262,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             self._job.store,
             self.global_rank,
             self.world_size,
-            self.settings,
+            replace(self.settings, exchange_frozen=self._unfreezes(trainer)),
             {"lightning_async_localsgd": __version__, "max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs},
         )
         scheduler_steps = 0
@@ -265,9 +275,16 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         self._goes_on = self._resumed is not None
         self._resumed = None
         self.worker.on_cut = self._save_part
+        self._watch_optimizers()
         # Books of this run: what an earlier one that failed has left unfinished holds up nothing.
         self.checkpoints = Checkpoints(super().remove_checkpoint, self.world_size)
         self._callback = WorkerCallback(self, trainer, scheduler_steps)
+
+    def _unfreezes(self, trainer: pl.Trainer) -> bool:
+        """Whether parameters that are frozen now may be trained later in this ``fit``."""
+        if self.settings.exchange_frozen is not None:
+            return self.settings.exchange_frozen
+        return any(isinstance(c, BaseFinetuning) for c in trainer.callbacks)  # type: ignore[attr-defined]
 
     @override
     def configure_ddp(self) -> None:
@@ -277,7 +294,19 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         """Start the worker; from here on processes are out of step."""
         assert self.worker is not None
         self._out_of_step = True
+        self._optimizer_stepped = False  # the learning-rate finder has made steps of its own
         self.worker.start(max_steps)
+
+    def _watch_optimizers(self) -> None:
+        """Notice every step of the inner optimizers, but not one that a gradient scaler has skipped."""
+
+        def stepped(optimizer: Optimizer, *_: Any) -> None:
+            # A fused optimizer is stepped in any case, and told by the scaler whether to leave the parameters alone.
+            skipped = getattr(optimizer, "found_inf", None)
+            if skipped is None or not skipped.item():
+                self._optimizer_stepped = True
+
+        self._step_hooks = [o.register_step_post_hook(stepped) for o in self.optimizers if _has_step_hooks(o)]
 
     @override
     def optimizer_step(
@@ -288,8 +317,16 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         **kwargs: Any,
     ) -> Any:
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self._optimizer_stepped = True
+        if not _has_step_hooks(optimizer):
+            self._optimizer_stepped = True
         return output
+
+    @override
+    def on_validation_end(self) -> None:
+        """Lightning calls this after the hooks of that name of all callbacks and of the module."""
+        super().on_validation_end()
+        if self._callback is not None:
+            self._callback.after_validation()
 
     def steps_before_fit(self, trainer: pl.Trainer) -> int:
         """Steps of the job before this ``fit``: in an earlier one, or as the checkpoint says.
@@ -315,8 +352,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What checkpoints hold: during ``fit`` the global parameters, not this worker's own."""
         state = super().lightning_module_state_dict()
-        if self.worker is None or not self._out_of_step:
-            return state
+        if self.worker is None or not self._out_of_step or self.summary is not None:
+            return state  # after the last step the module's own: the global ones, or what callbacks have made of them
         assert self.lightning_module is not None
         self._saved_tensors = self.worker.global_tensors()
         for shared, aliases in _aliases(self.lightning_module).items():
@@ -387,6 +424,11 @@ class AsyncLocalSGDStrategy(DDPStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        if self._out_of_step:
+            raise MisconfigurationException(
+                "A checkpoint cannot be loaded while workers train. The learning-rate finder does so: run it at the "
+                "start of `fit` alone, in `on_fit_start`, or with `Tuner(trainer).lr_find(model)` before."
+            )
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         if not self._fitting:
             return checkpoint
@@ -449,9 +491,16 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         if self._goes_on and not self._out_of_step and not self._failed:
             # Its epochs were over in the checkpoint, so that Lightning did not train at all: the others need it still.
             callback.take_part()
-        if self.summary is not None and self.validate_global:
-            assert self._job is not None
+        if self.summary is None:
+            return
+        assert self._job is not None and self.worker is not None and self.lightning_module is not None
+        if self.validate_global:
             callback.share_decisions(self._job)
+        final_module = FinalModule(self._job, self.worker.holds_global)
+        if self._failed:
+            final_module.give_up()
+        else:
+            final_module.attach(self.lightning_module.trainer)
 
     @override
     def teardown(self) -> None:
@@ -463,6 +512,9 @@ class AsyncLocalSGDStrategy(DDPStrategy):
                 self._callback = None
         if self._out_of_step:
             self._steps_before_fit = self.job_steps
+        for hook in self._step_hooks:
+            hook.remove()
+        self._step_hooks = []
         self.worker = None
         self._job = None
         self._out_of_step = False
@@ -477,6 +529,21 @@ class AsyncLocalSGDStrategy(DDPStrategy):
 def _is_local(path: Any) -> bool:
     """Whether the other workers' sides can be written beside it."""
     return "://" not in str(path)
+
+
+def _check_callbacks(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Refuse what a callback would do while workers train and could not do alike on all."""
+    averages = any(isinstance(c, StochasticWeightAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
+    if averages and trainer.max_epochs != -1 and StochasticWeightAveraging.pl_module_contains_batch_norm(module):
+        raise MisconfigurationException(
+            "`StochasticWeightAveraging` makes an epoch without training for the statistics of BatchNorm layers, when "
+            "the run is over here. Use the callback `WeightAveraging`, which averages them too."
+        )
+
+
+def _has_step_hooks(optimizer: Optimizer) -> bool:
+    """Whether torch has prepared ``step`` to call hooks; a wrapper that skips ``Optimizer.__init__`` has none."""
+    return getattr(type(optimizer).step, "hooked", False)
 
 
 def _aliases(module: torch.nn.Module) -> dict[str, list[str]]:

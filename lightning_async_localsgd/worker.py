@@ -128,8 +128,8 @@ class Worker:
         self.rank = rank
         self.size = size
         self._pace = make_pace(settings.pace)
-        self._layout = Layout(module)
-        self._trainable = {slot.name for slot in self._layout.parameter_slots}
+        self._layout = Layout(module, frozen=bool(settings.exchange_frozen))
+        self._exchanged = {slot.name for slot in self._layout.parameter_slots}
         self._state = GlobalState(
             self._layout, settings.outer_optimizer, size, settings.quorum, torch.device(settings.outer_device)
         )
@@ -497,6 +497,16 @@ class Worker:
             flat = self._state.flat.to("cpu", copy=True)
         return {slot.name: view for slot, view in zip(self._layout.slots, self._layout.views(flat), strict=True)}
 
+    def holds_global(self) -> bool:
+        """Whether the module's parameters and buffers are the global ones of now, as its precision can hold them."""
+        try:
+            own = self._layout.tensors(self._module)
+        except RuntimeError:  # some have gone
+            return False
+        with self._mailbox.global_state():
+            shared = self._layout.views(self._state.flat)
+            return all(torch.equal(t, v.to(t.device, t.dtype)) for t, v in zip(own, shared, strict=True))
+
     @torch.no_grad()
     def lend_global(self) -> None:
         """Put the global parameters and buffers of now into the module, until :meth:`take_back_own`."""
@@ -688,10 +698,11 @@ class Worker:
     def _check_trainable(self) -> None:
         """A parameter that was unfrozen on the way would train apart on every worker."""
         for name, parameter in self._module.named_parameters():
-            if parameter.requires_grad and name not in self._trainable:
+            if parameter.requires_grad and name not in self._exchanged:
                 raise RuntimeError(
-                    f"Parameter {name!r} was frozen when training started and is trainable now: it is not exchanged. "
-                    "Unfreeze it before `fit`, or call `fit` again for each stage of fine-tuning."
+                    f"Parameter {name!r} was frozen (or not there) when training started and is trainable now: it is "
+                    "not exchanged. Pass `exchange_frozen=True`, so that frozen parameters can be unfrozen at any "
+                    "time, or call `fit` again for each stage of fine-tuning."
                 )
 
     def _synchronize(self) -> None:
