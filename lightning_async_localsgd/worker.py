@@ -656,9 +656,10 @@ class Worker:
     def _push(self, flags: Flag = Flag.NONE) -> None:
         """Hand the local parameters of now to the exchange thread; training may go on at once."""
         assert self._base is not None and self._snapshot is not None
+        tensors = self._layout.tensors(self._module)
         self._check_trainable()
         with record_function("async_localsgd::push"):
-            torch._foreach_copy_(self._layout.views(self._snapshot), self._layout.tensors(self._module), True)
+            torch._foreach_copy_(self._layout.views(self._snapshot), tensors, True)
             push = Push(
                 base=self._base,
                 snapshot=self._snapshot,
