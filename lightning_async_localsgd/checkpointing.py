@@ -30,7 +30,7 @@ __all__ = ["KEY", "PART_KEYS", "Checkpoints", "Whole", "find_whole", "new_id", "
 
 KEY = "async_localsgd"
 """Where this library's entry is in a Lightning checkpoint."""
-PART_KEYS = ("optimizer_states", "lr_schedulers", "loops")
+PART_KEYS = ("optimizer_states", "lr_schedulers", "loops", "callbacks")
 """What of a Lightning checkpoint is each worker's own, beside its precision plugin's state."""
 _MANIFEST = "manifest.json"
 _LEADER = "leader.ckpt"

@@ -467,6 +467,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
                     theirs if "num_bad_epochs" in theirs else ours
                     for theirs, ours in zip(checkpoint["lr_schedulers"], own["lr_schedulers"], strict=True)
                 ]
+                # What only worker 0 runs, and decides by, is in its side alone.
+                own["callbacks"] = checkpoint["callbacks"] | own.get("callbacks", {})
                 checkpoint |= own
                 self._resumed = entry | part
             return checkpoint
