@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,23 +18,24 @@ from lightning_async_localsgd.membership import StaticJob
 
 __all__ = ["FinalModule"]
 
+_WORD = 8  # bytes
+
 
 class FinalModule(pl.Callback):
-    """Gives every process the module that worker 0 has ended with, if that is not the global one any more.
+    """Gives every process the parameters and buffers that worker 0 has ended with, where they differ.
 
-    Callbacks that average weights (EMA, SWA) write their average into the module when training ends, and each worker
-    has averaged parameters of its own. The strategy attaches this one at the end of ``fit``; it acts in its
-    ``teardown``, after all ``on_fit_end``, and leaves the trainer. Where nothing was changed, one short message is all
-    it costs.
+    After the last outer update all modules are alike. Then callbacks that average weights (EMA, SWA) may write their
+    average into the module, on each worker that of its own parameters; or an average that is kept in the module is
+    brought up to date once more. The strategy attaches this callback at the end of ``fit``; it acts in its
+    ``teardown``, after all ``on_fit_end``, and leaves the trainer. Where modules are alike, a checksum of each tensor
+    is all that it costs.
 
     Args:
         job: the processes.
-        holds_global: whether worker 0's module still holds the global parameters; called on worker 0 alone.
     """
 
-    def __init__(self, job: StaticJob, holds_global: Callable[[], bool]) -> None:
+    def __init__(self, job: StaticJob) -> None:
         self._job = job
-        self._holds_global = holds_global
 
     def attach(self, trainer: pl.Trainer) -> None:
         """Act at the end of this ``fit``."""
@@ -41,27 +43,36 @@ class FinalModule(pl.Callback):
 
     def give_up(self) -> None:
         """This process has failed: nobody is to wait for it."""
-        self._say(self._job.rank, None if self._job.rank == 0 else ["it has failed"])
+        self._hear(self._job.rank, None)
 
-    def _say(self, rank: int, value: list[str] | None) -> Any:
-        """What process ``rank`` says, on every process: worker 0 its tensors if they go to all, the others problems."""
-        return self._job.broadcast(value, rank, patient=True, key=f"final_module/{rank}")
+    def _hear(self, rank: int, checksums: dict[str, int] | None) -> dict[str, int] | None:
+        """The checksums of process ``rank``, once it has come to the end; None if it has failed."""
+        heard: dict[str, int] | None = self._job.broadcast(checksums, rank, patient=True, key=f"final_module/{rank}")
+        return heard
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._leave(trainer)
-        changed = list(_describe(pl_module)) if self._job.rank == 0 and not self._holds_global() else None
-        theirs = self._say(0, changed)
-        if theirs is None:
-            return
-        differences = sorted({*_describe(pl_module)} ^ {*theirs})
-        for rank in range(1, self._job.size):
-            if problem := self._say(rank, differences):
-                raise RuntimeError(
-                    "A callback has changed the module of worker 0 at the end of `fit` (to an average of weights?), "
-                    f"and process {rank} cannot take it over: {', '.join(problem)}. Change the module alike everywhere."
-                )
-        self._copy_from_leader(pl_module)
+        tensors = _named_tensors(pl_module)
+        checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
+        heard = [self._hear(self._job.rank, checksums), *(self._hear(r, None) for r in self._others)]
+        everyones = [c for c in heard if c is not None]
+        if len(everyones) < len(heard):
+            return  # the job has failed: no process can count on the others
+        common = set(checksums).intersection(*everyones)
+        if odd := sorted(set().union(*everyones) - common):
+            warnings.warn(
+                f"Processes end with modules of different tensors: {', '.join(odd)} are not on all of them, or in "
+                "another shape. Worker 0 has the module to go on with.",
+                stacklevel=2,
+            )
+        differing = [n for n in sorted(common) if any(other[n] != checksums[n] for other in everyones)]
+        if differing:
+            self._copy_from_leader([tensors[name] for name in differing])
+
+    @property
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self._job.size) if rank != self._job.rank]
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -73,35 +84,42 @@ class FinalModule(pl.Callback):
         _set_callbacks(trainer, [c for c in _callbacks(trainer) if c is not self])
 
     @torch.no_grad()
-    def _copy_from_leader(self, module: nn.Module) -> None:
-        """All parameters and buffers, one after the other, so that memory does not grow with the model."""
+    def _copy_from_leader(self, tensors: Sequence[Tensor]) -> None:
+        """One after the other, so that memory does not grow with the model."""
         try:
             group: Any = ProcessGroupGloo(
                 PrefixStore("final_module", self._job.store), self._job.rank, self._job.size, self._job.timeout
             )
             options = dist.BroadcastOptions()
             options.rootRank = options.rootTensor = 0
-            for _, tensor in _tensors(module):
-                wire = tensor.detach().to("cpu").contiguous().view(-1)
-                group.broadcast([wire.view(torch.uint8)], options).wait()
-                tensor.copy_(wire.view(tensor.shape))
+            for tensor in tensors:
+                wire = _bytes(tensor)
+                group.broadcast([wire], options).wait()
+                tensor.copy_(wire.view(tensor.dtype).view(tensor.shape))
         except RuntimeError as error:
             raise PeerLostError(
-                "A process was lost while all were given the final module of worker 0, which a callback has changed "
-                f"(an average of weights?): {error}. Look for the cause in the other processes' logs. The last "
-                "checkpoint is whole.",
+                "A process was lost while all took over the module that worker 0 has ended with (a callback has "
+                f"changed it, to an average of weights?): {error}. Look for the cause in the other processes' logs."
             ) from error
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.numel() > 0:
-            yield name, tensor
+def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, type and shape, which must agree to send them."""
+    named = (*module.named_parameters(), *module.named_buffers())
+    return {f"{name}: {str(t.dtype).removeprefix('torch.')}{list(t.shape)}": t for name, t in named if t.numel() > 0}
 
 
-def _describe(module: nn.Module) -> Iterator[str]:
-    for name, tensor in _tensors(module):
-        yield f"{name}: {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
+
+
+def _checksum(tensor: Tensor) -> int:
+    """Sum of the bits, as 64-bit integers."""
+    data = _bytes(tensor)
+    if data.storage_offset() % _WORD:  # a part of a larger tensor, between two words
+        data = data.clone()
+    words = data.numel() // _WORD * _WORD
+    return int(data[:words].view(torch.int64).sum()) + int(data[words:].sum())
 
 
 def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:

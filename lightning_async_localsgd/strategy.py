@@ -495,10 +495,10 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             callback.take_part()
         if self.summary is None:
             return
-        assert self._job is not None and self.worker is not None and self.lightning_module is not None
+        assert self._job is not None and self.lightning_module is not None
         if self.validate_global:
             callback.share_decisions(self._job)
-        final_module = FinalModule(self._job, self.worker.holds_global)
+        final_module = FinalModule(self._job)
         if self._failed:
             final_module.give_up()
         else:

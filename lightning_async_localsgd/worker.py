@@ -497,16 +497,6 @@ class Worker:
             flat = self._state.flat.to("cpu", copy=True)
         return {slot.name: view for slot, view in zip(self._layout.slots, self._layout.views(flat), strict=True)}
 
-    def holds_global(self) -> bool:
-        """Whether the module's parameters and buffers are the global ones of now, as its precision can hold them."""
-        try:
-            own = self._layout.tensors(self._module)
-        except RuntimeError:  # some have gone
-            return False
-        with self._mailbox.global_state():
-            shared = self._layout.views(self._state.flat)
-            return all(torch.equal(t, v.to(t.device, t.dtype)) for t, v in zip(own, shared, strict=True))
-
     @torch.no_grad()
     def lend_global(self) -> None:
         """Put the global parameters and buffers of now into the module, until :meth:`take_back_own`."""
