@@ -142,9 +142,9 @@ def test_the_average_of_worker_0_is_validated_and_is_everyones_in_the_end(kind: 
     leader, other = results(run_processes(averaging, 2, 2, kind))
     assert leader["end"] == other["end"] == leader["average"] != other["average"]
     assert leader["digest"] == other["digest"]
-    assert len(leader["validated"]) >= 4 and not other["validated"]
+    assert len(leader["validated"]) >= 2 and not other["validated"]
     assert leader["validated"] == leader["averages"]
-    assert len(leader["kept"]) > 30 and all(leader["kept"])
+    assert len(leader["kept"]) > 10 and all(leader["kept"])
     assert leader["callbacks"] == other["callbacks"]
 
 

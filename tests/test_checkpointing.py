@@ -160,7 +160,7 @@ def test_a_worker_whose_epochs_were_over_in_the_checkpoint_still_takes_part(tmp_
 
 class Backboned(Regression):
     def __init__(self) -> None:
-        super().__init__((0.001, 0.02))
+        super().__init__((0.001, 0.1))
         self.backbone = nn.Linear(FEATURES, FEATURES)
 
     def loss(self, batch: Any) -> Tensor:
