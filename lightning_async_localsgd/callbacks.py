@@ -210,10 +210,14 @@ class WorkerCallback(pl.Callback):
             k: float(v) for k, v in trainer.callback_metrics.items() if k not in before or not torch.equal(v, before[k])
         }
         self._validated.update(new)
-        if self._running(trainer):
+        if self._running(trainer) and self._leads:
+            self._send_metrics(new)
+
+    def after_validation(self) -> None:
+        """After all ``on_validation_end``: others may have put weights of their own into the module until then."""
+        if self._running(self._trainer):
             if self._leads:
                 self._worker.take_back_own()
-                self._send_metrics(new)
             self._worker.resume()
 
     @property

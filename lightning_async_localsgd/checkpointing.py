@@ -4,7 +4,7 @@ A checkpoint is the ordinary Lightning file ``name.ckpt`` with the global model,
 under ``"async_localsgd"``, the outer state and shared progress. Beside it, in ``name.ckpt.workers/<id>/``::
 
     leader.ckpt     the Lightning file (name.ckpt is a hard link to it): it outlives an overwritten name.ckpt
-    worker-1.pt     inner optimizer, schedulers, loops and unpushed progress of worker 1
+    worker-1.pt     inner optimizer, schedulers, loops, callbacks and unpushed progress of worker 1
     ...
     manifest.json   written last: with it the checkpoint is whole
 
@@ -30,7 +30,7 @@ __all__ = ["KEY", "PART_KEYS", "Checkpoints", "Whole", "find_whole", "link_part"
 
 KEY = "async_localsgd"
 """Where this library's entry is in a Lightning checkpoint."""
-PART_KEYS = ("optimizer_states", "lr_schedulers", "loops")
+PART_KEYS = ("optimizer_states", "lr_schedulers", "loops", "callbacks")
 """What of a Lightning checkpoint is each worker's own, beside its precision plugin's state."""
 _MANIFEST = "manifest.json"
 _LEADER = "leader.ckpt"

@@ -218,9 +218,12 @@ class FollowingRank:
         module: the module to train, on its device.
         optimizers: its inner optimizers.
         rank: the worker.
+        frozen: whether frozen parameters are exchanged as well.
     """
 
-    def __init__(self, crew: Crew, module: nn.Module, optimizers: Sequence[Optimizer], rank: int) -> None:
+    def __init__(
+        self, crew: Crew, module: nn.Module, optimizers: Sequence[Optimizer], rank: int, frozen: bool = False
+    ) -> None:
         self.rank = rank
         self.shard = rank
         self.share = 1.0
@@ -231,7 +234,7 @@ class FollowingRank:
         self._crew = crew
         self._module = module
         self._optimizers = optimizers
-        self._layout = Layout(module)
+        self._layout = Layout(module, frozen)
         self._summary: RunSummary | None = None
         self._updates: list[OuterUpdate] = []
         self._messages: list[tuple[int, Message]] = []

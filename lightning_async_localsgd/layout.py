@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 __all__ = ["Layout", "Slot"]
 
@@ -37,15 +38,21 @@ class Layout:
 
     Args:
         module: the module to share.
+        frozen: whether frozen parameters have a place among the trainable ones, so that they can be unfrozen later; not
+            those that hold integers or infinite elements, which nobody trains.
 
     Raises:
-        ValueError: if the module has no trainable parameter, or one that is not a dense floating-point tensor.
+        ValueError: if the module has no trainable parameter, or one that is not a dense floating-point tensor, or any
+            parameter or buffer that is not initialized yet.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        parameters = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    def __init__(self, module: nn.Module, frozen: bool = False) -> None:
+        _check_initialized(module)
+        parameters = [
+            (name, p) for name, p in module.named_parameters() if p.requires_grad or (frozen and _could_train(p))
+        ]
         buffers = [(name, b) for name, b in module.named_buffers() if _is_statistic(b)]
-        if not parameters:
+        if not any(p.requires_grad for _, p in parameters):
             raise ValueError(
                 f"{type(module).__name__} has no trainable parameters, so there is nothing to exchange. Set "
                 "`requires_grad=True` on the parameters to train before `fit`."
@@ -72,7 +79,13 @@ class Layout:
     def tensors(self, module: nn.Module) -> list[Tensor]:
         """The tensors of ``module`` (the one this layout was made of, or a like one) in the order of the slots."""
         named = dict(module.named_parameters()) | dict(module.named_buffers())
-        return [named[slot.name].detach() for slot in self.slots]
+        try:
+            return [named[slot.name].detach() for slot in self.slots]
+        except KeyError as error:
+            raise RuntimeError(
+                f"{error} was a parameter or buffer of {type(module).__name__} when training started and is not any "
+                "more (pruning and parametrizations rename what they act on). Change the module before `fit`."
+            ) from None
 
     def empty(self, device: torch.device | str = "cpu", pin_memory: bool = False) -> Tensor:
         """A flat fp32 vector of zeros, shape ``(numel,)``. The gaps between tensors stay zero for good."""
@@ -92,6 +105,19 @@ class Layout:
         """One line per tensor, to compare the models of two workers."""
         for slot in self.slots:
             yield f"{slot.name}: {slot.dtype}{list(slot.shape)}"
+
+
+def _check_initialized(module: nn.Module) -> None:
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(
+                f"{name!r} of {type(module).__name__} is lazy and not initialized yet, so workers cannot share it. Run "
+                "a batch through the module in `configure_model` (or before `fit`), where its optimizers find it too."
+            )
+
+
+def _could_train(parameter: Tensor) -> bool:
+    return parameter.layout is torch.strided and _is_statistic(parameter)
 
 
 def _is_statistic(buffer: Tensor) -> bool:

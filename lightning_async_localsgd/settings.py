@@ -34,6 +34,7 @@ class Settings:
     codec: str | Codec = "fp32"
     outer_device: str | torch.device = "cpu"
     timeout: timedelta = field(default=timedelta(minutes=10))
+    exchange_frozen: bool | None = None
 
     def __post_init__(self) -> None:
         if self.local_steps < 1:
@@ -91,6 +92,7 @@ class Settings:
             "budget": self.budget,
             "codec": make_codec(self.codec).name,
             "outer_device": torch.device(self.outer_device).type,  # kinds of devices may round differently
+            "exchange_frozen": bool(self.exchange_frozen),
         }
 
 

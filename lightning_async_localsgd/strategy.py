@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from itertools import chain
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
@@ -27,6 +29,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_async_localsgd.callbacks import WorkerCallback
@@ -51,6 +54,7 @@ from lightning_async_localsgd.data import (
     Tickets,
     merge_positions,
 )
+from lightning_async_localsgd.final_module import FinalModule
 from lightning_async_localsgd.loader import WorkerLoader
 from lightning_async_localsgd.membership import StaticJob, join_job
 from lightning_async_localsgd.outer import OuterOptimizerFactory
@@ -98,6 +102,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         timeout: how long a worker may take to answer before the others give up with an error that names it.
         validate_global: in ``fit`` worker 0 alone validates, the global parameters on the whole validation set, while
             the others train on; they are told the metrics. False: each worker validates its own parameters.
+        exchange_frozen: exchange frozen parameters too, at the cost of trainable ones, so that they can be unfrozen
+            during ``fit``. None: if the trainer has a callback that does so, a Lightning ``BaseFinetuning``.
         **kwargs: further arguments of Lightning's ``DDPStrategy``, such as ``cluster_environment``,
             ``checkpoint_io`` or ``process_group_backend`` (of the group used outside ``fit``).
 
@@ -124,6 +130,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         outer_device: str | torch.device = "cpu",
         timeout: timedelta = timedelta(minutes=10),
         validate_global: bool = True,
+        exchange_frozen: bool | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(timeout=timeout, **kwargs)
@@ -141,6 +148,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             codec=codec,
             outer_device=outer_device,
             timeout=timeout,
+            exchange_frozen=exchange_frozen,
         )
         self.validate_global = validate_global
         self.checkpoints = Checkpoints(super().remove_checkpoint)
@@ -151,6 +159,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         self._job: StaticJob | None = None
         self._callback: WorkerCallback | None = None
         self._optimizer_stepped = False
+        self._step_hooks: list[RemovableHandle] = []
         self._steps_before_fit: int | None = None
         self._failed = False
         self._goes_on = False  # this fit has begun from a checkpoint
@@ -327,6 +336,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         assert self._job is not None and self.lightning_module is not None
+        _check_callbacks(trainer, self.lightning_module)
         self.summary = None
         if any(isinstance(optimizer, ZeroRedundancyOptimizer) for optimizer in self.optimizers):
             raise MisconfigurationException(
@@ -342,26 +352,28 @@ class AsyncLocalSGDStrategy(DDPStrategy):
                 self.worker.load_local_state_dict(self._resumed["worker"])
         self._goes_on = self._resumed is not None
         self._resumed = None
+        self._watch_optimizers()
         # Books of this run: what an earlier one that failed has left unfinished holds up nothing.
         self.checkpoints = Checkpoints(super().remove_checkpoint, self.workers)
         self._callback = WorkerCallback(self, trainer, scheduler_steps)
 
     def _make_worker(self, trainer: pl.Trainer) -> Worker | FollowingRank:
         assert self._job is not None and self.lightning_module is not None
+        frozen = self._unfreezes(trainer)
         crew = None
         if self.worker_size > 1:
             store = PrefixStore(f"worker{self.worker_rank}", self._job.store)
             assert dist.group.WORLD is not None
             crew = Crew(store, self.device_rank, self.worker_size, dist.group.WORLD)
             if self.device_rank > 0:
-                return FollowingRank(crew, self.lightning_module, self.optimizers, self.worker_rank)
+                return FollowingRank(crew, self.lightning_module, self.optimizers, self.worker_rank, frozen)
         worker = (partial(LeadingWorker, crew) if crew is not None else Worker)(
             self.lightning_module,
             self.optimizers,
             self._job.store,
             self.worker_rank,
             self.workers,
-            self.settings,
+            replace(self.settings, exchange_frozen=frozen),
             {"lightning_async_localsgd": __version__, "max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs}
             | {"worker_size": self.worker_size},
         )
@@ -373,6 +385,12 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         if self._callback is not None:
             self._callback.heed()
 
+    def _unfreezes(self, trainer: pl.Trainer) -> bool:
+        """Whether parameters that are frozen now may be trained later in this ``fit``."""
+        if self.settings.exchange_frozen is not None:
+            return self.settings.exchange_frozen
+        return any(isinstance(c, BaseFinetuning) for c in trainer.callbacks)  # type: ignore[attr-defined]
+
     @override
     def configure_ddp(self) -> None:
         """A worker of one device needs no DDP."""
@@ -383,7 +401,19 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         """Start the worker; from here on processes are out of step."""
         assert self.worker is not None
         self._out_of_step = True
+        self._optimizer_stepped = False  # the learning-rate finder has made steps of its own
         self.worker.start(max_steps, open_end)
+
+    def _watch_optimizers(self) -> None:
+        """Notice every step of the inner optimizers, but not one that a gradient scaler has skipped."""
+
+        def stepped(optimizer: Optimizer, *_: Any) -> None:
+            # A fused optimizer is stepped in any case, and told by the scaler whether to leave the parameters alone.
+            skipped = getattr(optimizer, "found_inf", None)
+            if skipped is None or not skipped.item():
+                self._optimizer_stepped = True
+
+        self._step_hooks = [o.register_step_post_hook(stepped) for o in self.optimizers if _has_step_hooks(o)]
 
     @override
     def optimizer_step(
@@ -394,8 +424,16 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         **kwargs: Any,
     ) -> Any:
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self._optimizer_stepped = True
+        if not _has_step_hooks(optimizer):
+            self._optimizer_stepped = True
         return output
+
+    @override
+    def on_validation_end(self) -> None:
+        """Lightning calls this after the hooks of that name of all callbacks and of the module."""
+        super().on_validation_end()
+        if self._callback is not None:
+            self._callback.after_validation()
 
     def steps_before_fit(self, trainer: pl.Trainer) -> int:
         """Steps of the job before this ``fit``: in an earlier one, or as the checkpoint says.
@@ -427,8 +465,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What checkpoints hold: during ``fit`` the global parameters, not this worker's own."""
         state = super().lightning_module_state_dict()
-        if not isinstance(self.worker, Worker) or not self._out_of_step:
-            return state
+        if not isinstance(self.worker, Worker) or not self._out_of_step or self.summary is not None:
+            return state  # after the last step the module's own: the global ones, or what callbacks have made of them
         assert self.lightning_module is not None
         self._saved_tensors = self.worker.global_tensors()
         for shared, aliases in _aliases(self.lightning_module).items():
@@ -521,6 +559,11 @@ class AsyncLocalSGDStrategy(DDPStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        if self._out_of_step:
+            raise MisconfigurationException(
+                "A checkpoint cannot be loaded while workers train. The learning-rate finder does so: run it at the "
+                "start of `fit` alone, in `on_fit_start`, or with `Tuner(trainer).lr_find(model)` before."
+            )
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         if not self._fitting:
             return checkpoint
@@ -562,6 +605,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
                     for theirs, ours in zip(checkpoint["lr_schedulers"], own["lr_schedulers"], strict=True)
                 ]
                 _set_positions(own["loops"], _positions(checkpoint["loops"]))
+                # What only worker 0 runs, and decides by, is in its side alone.
+                own["callbacks"] = checkpoint["callbacks"] | own.get("callbacks", {})
                 checkpoint |= own
                 self._resumed = entry | part
             return checkpoint
@@ -604,9 +649,16 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         if self._goes_on and not self._out_of_step and not self._failed:
             # Its epochs were over in the checkpoint, so that Lightning did not train at all: the others need it still.
             callback.take_part()
-        if self.summary is not None and self.validate_global:
-            assert self._job is not None
+        if self.summary is None:
+            return
+        assert self._job is not None and self.lightning_module is not None
+        if self.validate_global:
             callback.share_decisions(self._job)
+        final_module = FinalModule(self._job)
+        if self._failed:
+            final_module.give_up()
+        else:
+            final_module.attach(self.lightning_module.trainer)
 
     @override
     def teardown(self) -> None:
@@ -618,6 +670,9 @@ class AsyncLocalSGDStrategy(DDPStrategy):
                 self._callback = None
         if self._out_of_step:
             self._steps_before_fit = self.job_steps
+        for hook in self._step_hooks:
+            hook.remove()
+        self._step_hooks = []
         self.worker = None
         self._job = None
         self._out_of_step = False
@@ -658,6 +713,21 @@ def _fetched_ahead(trainer: pl.Trainer) -> int:
 def _is_local(path: Any) -> bool:
     """Whether the other workers' sides can be written beside it."""
     return "://" not in str(path)
+
+
+def _check_callbacks(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Refuse what a callback would do while workers train and could not do alike on all."""
+    averages = any(isinstance(c, StochasticWeightAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
+    if averages and trainer.max_epochs != -1 and StochasticWeightAveraging.pl_module_contains_batch_norm(module):
+        raise MisconfigurationException(
+            "`StochasticWeightAveraging` makes an epoch without training for the statistics of BatchNorm layers, when "
+            "the run is over here. Use the callback `WeightAveraging`, which averages them too."
+        )
+
+
+def _has_step_hooks(optimizer: Optimizer) -> bool:
+    """Whether torch has prepared ``step`` to call hooks; a wrapper that skips ``Optimizer.__init__`` has none."""
+    return getattr(type(optimizer).step, "hooked", False)
 
 
 def _aliases(module: torch.nn.Module) -> dict[str, list[str]]:

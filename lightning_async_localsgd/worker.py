@@ -128,8 +128,8 @@ class Worker:
         self.rank = rank
         self.size = size
         self._pace = make_pace(settings.pace)
-        self._layout = Layout(module)
-        self._trainable = {slot.name for slot in self._layout.parameter_slots}
+        self._layout = Layout(module, frozen=bool(settings.exchange_frozen))
+        self._exchanged = {slot.name for slot in self._layout.parameter_slots}
         self._state = GlobalState(
             self._layout, settings.outer_optimizer, size, settings.quorum, torch.device(settings.outer_device)
         )
@@ -661,9 +661,10 @@ class Worker:
     def _push(self, flags: Flag = Flag.NONE) -> None:
         """Hand the local parameters of now to the exchange thread; training may go on at once."""
         assert self._base is not None and self._snapshot is not None
+        tensors = self._layout.tensors(self._module)
         self._check_trainable()
         with record_function("async_localsgd::push"):
-            torch._foreach_copy_(self._layout.views(self._snapshot), self._layout.tensors(self._module), True)
+            torch._foreach_copy_(self._layout.views(self._snapshot), tensors, True)
             push = Push(
                 base=self._base,
                 snapshot=self._snapshot,
@@ -703,10 +704,11 @@ class Worker:
     def _check_trainable(self) -> None:
         """A parameter that was unfrozen on the way would train apart on every worker."""
         for name, parameter in self._module.named_parameters():
-            if parameter.requires_grad and name not in self._trainable:
+            if parameter.requires_grad and name not in self._exchanged:
                 raise RuntimeError(
-                    f"Parameter {name!r} was frozen when training started and is trainable now: it is not exchanged. "
-                    "Unfreeze it before `fit`, or call `fit` again for each stage of fine-tuning."
+                    f"Parameter {name!r} was frozen (or not there) when training started and is trainable now: it is "
+                    "not exchanged. Pass `exchange_frozen=True`, so that frozen parameters can be unfrozen at any "
+                    "time, or call `fit` again for each stage of fine-tuning."
                 )
 
     def _synchronize(self) -> None:

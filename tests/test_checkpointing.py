@@ -15,7 +15,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -174,6 +174,43 @@ def test_a_worker_whose_epochs_were_over_in_the_checkpoint_still_takes_part(tmp_
         assert values == ends[0][0] and summary.digest == ends[0][1].digest
         assert summary.local_steps == (30, 30)
         assert epoch == 3
+
+
+class Backboned(Regression):
+    def __init__(self) -> None:
+        super().__init__((0.001, 0.1))
+        self.backbone = nn.Linear(FEATURES, FEATURES)
+
+    def loss(self, batch: Any) -> Tensor:
+        return nn.functional.mse_loss(self.net(self.backbone(batch[0])), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+
+def finetuning(rank: int, size: int, folder: str, ckpt: str | None, max_steps: int) -> Any:
+    plan = AsyncLocalSGDStrategy(local_steps=5, timeout=timedelta(seconds=30))
+    module = Backboned()
+    thaw = BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=1e-2)
+    save = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=10, save_top_k=-1)
+    trainer = make_trainer(size, plan, max_steps=max_steps, callbacks=[thaw, save], enable_checkpointing=True)
+    trainer.fit(module, DataLoader(regression_data(64), batch_size=4), ckpt_path=ckpt)
+    return parameters(module), plan.summary
+
+
+def test_workers_that_have_unfrozen_different_layers_resume_each_with_its_own(tmp_path: Path) -> None:
+    results(run_processes(finetuning, 2, 2, str(tmp_path), None, 20))
+    path = tmp_path / "step=10.ckpt"  # worker 0 is in its second epoch, worker 1 in its first
+    part = torch.load(next(tmp_path.glob("step=10.ckpt.workers/*/worker-1.pt")), weights_only=True)
+    groups = [
+        len(state["optimizer_states"][0]["param_groups"])
+        for state in (torch.load(path, weights_only=True), part["checkpoint"])
+    ]
+    assert groups == [2, 1]
+    ends = results(run_processes(finetuning, 2, 2, str(tmp_path / "again"), str(path), 60))
+    for values, summary in ends:
+        assert values == ends[0][0]
+        assert abs(summary.total_local_steps - 120) <= 5
 
 
 def test_an_incomplete_checkpoint_falls_back_and_says_so(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from lightning_async_localsgd.layout import Layout
 
@@ -59,3 +60,35 @@ def test_complex_parameters_are_refused_by_name() -> None:
     module.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
     with pytest.raises(ValueError, match="'phase'"):
         Layout(module)
+
+
+def test_frozen_parameters_have_a_place_where_they_may_be_unfrozen() -> None:
+    module = Tied()
+    module.mask = nn.Parameter(torch.full((3,), -torch.inf), requires_grad=False)
+    module.codes = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    layout = Layout(module, frozen=True)
+    names = [slot.name for slot in layout.parameter_slots]
+    assert names == [
+        "first.weight",
+        "frozen.weight",
+        "frozen.bias",
+        "norm.weight",
+        "norm.bias",
+        "last.bias",
+    ]
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        Layout(nn.Linear(2, 2).requires_grad_(False), frozen=True)
+
+
+def test_lazy_parameters_are_refused_with_the_way_out() -> None:
+    for lazy in (nn.LazyLinear(2), nn.LazyBatchNorm1d()):
+        with pytest.raises(ValueError, match=r"weight' of Sequential is lazy.*`configure_model`"):
+            Layout(nn.Sequential(nn.Linear(2, 2), lazy))
+
+
+def test_a_tensor_that_has_gone_since_is_named() -> None:
+    module = nn.Sequential(nn.Linear(2, 2))
+    layout = Layout(module)
+    prune.identity(module[0], "weight")
+    with pytest.raises(RuntimeError, match=r"'0\.weight' was a parameter .* before `fit`"):
+        layout.tensors(module)

@@ -45,6 +45,8 @@ def test_credentials_are_the_same_text_in_every_process_and_tell_settings_apart(
     assert one == Settings(outer_optimizer=partial(torch.optim.SGD, lr=0.7)).credentials()
     assert one["outer_optimizer"] == "torch.optim.sgd.SGD(lr=0.7)"
     assert one != Settings(outer_optimizer=partial(torch.optim.SGD, lr=0.6)).credentials()
+    assert Settings().credentials() == Settings(exchange_frozen=False).credentials()
+    assert Settings().credentials() != Settings(exchange_frozen=True).credentials()
     assert " at 0x" not in str(Settings(pace=DelayedPace()).credentials())
 
 

@@ -57,18 +57,19 @@ class StaticJob:
         self.store.set(f"{key}/{self.rank}", "1")
         wait_for(self.store, {r: f"{key}/{r}" for r in range(self.size)}, self.timeout)
 
-    def broadcast(self, value: Any, root: int = 0, patient: bool = False) -> Any:
+    def broadcast(self, value: Any, root: int = 0, patient: bool = False, key: str | None = None) -> Any:
         """Worker ``root``'s ``value`` on every process.
 
         Args:
             value: what JSON can say; of worker ``root`` alone.
             root: the worker that knows.
             patient: wait as long as it takes, while the store lives.
+            key: what the message is called in this stage; None: by its number, so that all must come to it alike.
 
         Raises:
             TypeError: if ``value`` is not made of what JSON can say. Nothing is pickled.
         """
-        key = self._next_key("broadcast")
+        key = key or self._next_key("broadcast")
         if self.rank == root:
             self.store.set(key, json.dumps(value))
             return value

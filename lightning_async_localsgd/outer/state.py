@@ -140,7 +140,10 @@ class GlobalState:
         for slot in self.layout.slots:
             found = tuple(tensors[slot.name].shape) if slot.name in tensors else None
             if found != slot.shape:
-                raise ValueError(f"The saved state has {slot.name!r} as {found}, this model as {slot.shape}.")
+                raise ValueError(
+                    f"The saved state has {slot.name!r} as {found}, this model as {slot.shape}. Go on with the "
+                    "model and the frozen layers of then, or begin anew from what `load_from_checkpoint` gives."
+                )
         if extra := sorted(tensors.keys() - {slot.name for slot in self.layout.slots}):
             raise ValueError(f"The saved state has tensors that this model does not train: {extra}.")
         for slot, view in zip(self.layout.slots, self.layout.views(self.flat), strict=True):
