@@ -91,7 +91,7 @@ def test_with_several_optimizers_a_turn_is_counted_once_when_the_last_one_steps(
 
 
 def stopping(rank: int) -> Any:
-    module, optimizer, job = parts(rank)
+    _, optimizer, job = parts(rank)
     with job:
         while job.running:
             optimizer.step()
@@ -107,7 +107,7 @@ def test_stop_ends_the_training_of_all_workers() -> None:
 
 
 def failing(rank: int) -> None:
-    module, optimizer, job = parts(rank)
+    _, optimizer, job = parts(rank)
     with job:
         while job.running:
             optimizer.step()
@@ -123,7 +123,7 @@ def test_an_error_in_the_loop_ends_the_others_with_its_name() -> None:
 
 
 def overrun(rank: int) -> None:
-    module, optimizer, job = parts(rank, max_steps=10, budget="per_worker")
+    _, optimizer, job = parts(rank, max_steps=10, budget="per_worker")
     with job:
         for _ in range(11):
             optimizer.step()
