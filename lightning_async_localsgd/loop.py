@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from lightning_async_localsgd.exchange.header import Message
-from lightning_async_localsgd.membership import join_job
+from lightning_async_localsgd.membership import StaticJob, join_job
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.version import __version__
 from lightning_async_localsgd.worker import RunSummary, Worker
@@ -90,6 +90,7 @@ class AsyncLocalSGD:
         """The finished run in numbers."""
         self._module = module
         self._optimizers = optimizers
+        self._job: StaticJob | None = None
         self._worker: Worker | None = None
         self._hook: RemovableHandle | None = None
         self._stop = False
@@ -103,10 +104,11 @@ class AsyncLocalSGD:
             _environment(name)
         resumed, self._resumed = self._resumed, None
         self.summary, self._stop, self._steps_before = None, False, 0
+        self._job = join_job(self.rank, self.size, self.settings.timeout)
         self._worker = Worker(
             self._module,
             self._optimizers,
-            join_job(self.rank, self.size, self.settings.timeout).next_stage(),
+            self._job.next_stage(),
             self.rank,
             self.size,
             self.settings,
@@ -131,7 +133,7 @@ class AsyncLocalSGD:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        assert self._hook is not None
+        assert self._hook is not None and self._job is not None
         self._hook.remove()
         self.running = False
         worker = self.worker
@@ -140,6 +142,7 @@ class AsyncLocalSGD:
                 worker.abort(error)
             else:
                 self.summary = worker.finish(stop=self._stop)
+                self._job.leave()
         finally:
             self._worker = None
 

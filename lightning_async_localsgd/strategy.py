@@ -37,6 +37,7 @@ from lightning_async_localsgd.checkpointing import (
 )
 from lightning_async_localsgd.codecs import Codec
 from lightning_async_localsgd.data import ShardSampler
+from lightning_async_localsgd.launching import ForkingLauncher, check_start_method
 from lightning_async_localsgd.membership import StaticJob, join_job
 from lightning_async_localsgd.outer import OuterOptimizerFactory
 from lightning_async_localsgd.pace import Pace
@@ -83,7 +84,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         validate_global: in ``fit`` worker 0 alone validates, the global parameters on the whole validation set, while
             the others train on; they are told the metrics. False: each worker validates its own parameters.
         **kwargs: further arguments of Lightning's ``DDPStrategy``, such as ``cluster_environment``,
-            ``checkpoint_io`` or ``process_group_backend`` (of the group used outside ``fit``).
+            ``checkpoint_io``, ``process_group_backend`` (of the group used outside ``fit``) or ``start_method``.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -142,6 +143,15 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         self._out_of_step = False  # workers train, each at its own pace
 
     # ---- the process world ------------------------------------------------------------------------------------------
+
+    @override
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        check_start_method(self._start_method, self.cluster_environment)
+        if self._start_method == "popen":
+            super()._configure_launcher()
+        else:
+            self._launcher = ForkingLauncher(self, start_method=self._start_method)
 
     @property
     def _fitting(self) -> bool:
@@ -449,9 +459,11 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         if self._goes_on and not self._out_of_step and not self._failed:
             # Its epochs were over in the checkpoint, so that Lightning did not train at all: the others need it still.
             callback.take_part()
-        if self.summary is not None and self.validate_global:
+        if self.summary is not None:
             assert self._job is not None
-            callback.share_decisions(self._job)
+            if self.validate_global:
+                callback.share_decisions(self._job)
+            self._job.leave()
 
     @override
     def teardown(self) -> None:
@@ -489,8 +501,10 @@ def _aliases(module: torch.nn.Module) -> dict[str, list[str]]:
     return {aliases[0]: aliases for aliases in names.values()}
 
 
-StrategyRegistry.register(
-    AsyncLocalSGDStrategy.strategy_name,
-    AsyncLocalSGDStrategy,
-    description="Asynchronous Local-SGD: one worker per device, each at its own pace",
-)
+for _suffix, _start_method in (("", "popen"), ("_fork", "fork"), ("_notebook", "fork"), ("_spawn", "spawn")):
+    StrategyRegistry.register(
+        AsyncLocalSGDStrategy.strategy_name + _suffix,
+        AsyncLocalSGDStrategy,
+        description=f"Asynchronous Local-SGD: one worker per device, each at its own pace ({_start_method})",
+        start_method=_start_method,
+    )
