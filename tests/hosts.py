@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -75,26 +77,28 @@ def alone() -> list[str]:
 def run_together(
     commands: list[list[str]], folder: Path, environment: Mapping[str, str], timeout: float = 150
 ) -> list[tuple[int, str]]:
-    """Run several commands at once; returns exit code and output of each. Those that outlive the time are killed."""
-    logs = [folder / f"log{index}.txt" for index in range(len(commands))]
-    running = []
-    for command, log in zip(commands, logs, strict=True):
-        with log.open("w") as output:
-            running.append(
-                subprocess.Popen(
-                    command,
-                    cwd=folder,
-                    env=dict(environment),
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            )
-    for process in running:
+    """Run several commands at once; returns exit code and output of each, with that of all processes they started.
+
+    Those that outlive the time are killed, with all they have started.
+    """
+
+    def run(command: list[str]) -> tuple[int, str]:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            text=True,
+        )
         try:
-            process.wait(timeout)
+            output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
-    return [(process.returncode, log.read_text()) for process, log in zip(running, logs, strict=True)]
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+        return process.returncode, output
+
+    with ThreadPoolExecutor(len(commands)) as pool:
+        return list(pool.map(run, commands))
