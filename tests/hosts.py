@@ -22,7 +22,7 @@ def why_not() -> str:
     if os.geteuid() != 0:
         return "network namespaces need root"
     try:
-        subprocess.run(_in_namespace("lal-try", "true"), check=True, capture_output=True, timeout=20)
+        subprocess.run(_in_namespace(f"lal{os.getpid()}try", "true"), check=True, capture_output=True, timeout=20)
     except (OSError, subprocess.SubprocessError) as error:
         return f"network namespaces do not work here: {error}"
     return ""
