@@ -60,10 +60,9 @@ def test_steps_of_the_optimizer_are_local_steps_and_all_workers_end_alike() -> N
     for started, parameters, first, second in ends:
         assert started == flat(make_net(seed=0))  # worker 0's
         assert parameters == ends[0][1] != started
-        assert abs(first.total_local_steps - 80) <= 5
-        assert first.local_steps[0] > first.local_steps[1]
+        assert abs(first.total_local_steps - 80) <= 2 * 5  # the budget is shared: a round of each worker more or less
         assert first.digest == ends[0][2].digest != second.digest == ends[0][3].digest
-        assert abs(second.total_local_steps - 80) <= 5
+        assert abs(second.total_local_steps - 80) <= 2 * 5
 
 
 def two_optimizers(rank: int) -> Any:
@@ -201,7 +200,7 @@ def test_a_checkpoint_is_one_moment_of_all_workers_and_the_run_goes_on_from_it(t
     for rank, (version, own_steps, _, summary) in enumerate(ends):
         assert version == first["global"]["version"]
         assert own_steps == states[rank]["worker"]["local_steps"]
-        assert abs(summary.total_local_steps - 120) <= 5 and summary.digest == ends[0][3].digest
+        assert abs(summary.total_local_steps - 120) <= 2 * 5 and summary.digest == ends[0][3].digest
 
 
 def test_a_checkpoint_can_be_gone_on_from_with_another_number_of_workers(tmp_path: Path) -> None:
@@ -210,7 +209,7 @@ def test_a_checkpoint_can_be_gone_on_from_with_another_number_of_workers(tmp_pat
     ends = results(run_processes(resumed, 3, str(tmp_path), 0, 60))
     for _, own_steps, job_steps, summary in ends:
         assert own_steps == 0 and job_steps == made
-        assert abs(summary.total_local_steps - 3 * (60 - made)) <= 5 and summary.digest == ends[0][3].digest
+        assert abs(summary.total_local_steps - 3 * (60 - made)) <= 3 * 5 and summary.digest == ends[0][3].digest
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
