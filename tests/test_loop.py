@@ -137,7 +137,7 @@ def test_a_step_after_the_end_is_an_error_that_says_what_to_look_at() -> None:
 
 def validating(rank: int) -> Any:
     # Longer than the run, so that the global parameters stay what they were at the start.
-    module, optimizer, job = parts(rank, max_steps=30, budget="per_worker", local_steps=1000)
+    module, optimizer, job = parts(rank, max_steps=30, budget="per_worker", local_steps=1000, pace="fixed")
     batches, seen = iter(Batches(rank)), []
     with job:
         while job.running:
