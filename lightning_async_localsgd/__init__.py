@@ -8,6 +8,7 @@ from lightning_async_localsgd.errors import (
     WorkerMismatchError,
 )
 from lightning_async_localsgd.exchange import OuterUpdate
+from lightning_async_localsgd.loop import AsyncLocalSGD
 from lightning_async_localsgd.monitor import AsyncLocalSGDMonitor
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
@@ -15,6 +16,7 @@ from lightning_async_localsgd.version import __version__
 from lightning_async_localsgd.worker import RunSummary, Worker
 
 __all__ = [
+    "AsyncLocalSGD",
     "AsyncLocalSGDError",
     "AsyncLocalSGDMonitor",
     "AsyncLocalSGDStrategy",

@@ -44,6 +44,7 @@ class FinalModule(pl.Callback):
     def give_up(self) -> None:
         """This process has failed: nobody is to wait for it."""
         self._hear(self._job.rank, None)
+        self._job.leave()
 
     def _hear(self, rank: int, checksums: dict[str, int] | None) -> dict[str, int] | None:
         """The checksums of process ``rank``, once it has come to the end; None if it has failed."""
@@ -53,6 +54,10 @@ class FinalModule(pl.Callback):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._leave(trainer)
+        self._level(pl_module)
+        self._job.leave()
+
+    def _level(self, pl_module: pl.LightningModule) -> None:
         tensors = _named_tensors(pl_module)
         checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
         heard = [self._hear(self._job.rank, checksums), *(self._hear(r, None) for r in self._others)]

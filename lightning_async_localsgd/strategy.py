@@ -55,6 +55,7 @@ from lightning_async_localsgd.data import (
     merge_positions,
 )
 from lightning_async_localsgd.final_module import FinalModule
+from lightning_async_localsgd.launching import ForkingLauncher, check_start_method
 from lightning_async_localsgd.loader import WorkerLoader
 from lightning_async_localsgd.membership import StaticJob, join_job
 from lightning_async_localsgd.outer import OuterOptimizerFactory
@@ -105,7 +106,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         exchange_frozen: exchange frozen parameters too, at the cost of trainable ones, so that they can be unfrozen
             during ``fit``. None: if the trainer has a callback that does so, a Lightning ``BaseFinetuning``.
         **kwargs: further arguments of Lightning's ``DDPStrategy``, such as ``cluster_environment``,
-            ``checkpoint_io`` or ``process_group_backend`` (of the group used outside ``fit``).
+            ``checkpoint_io``, ``process_group_backend`` (of the group used outside ``fit``) or ``start_method``.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -171,6 +172,15 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         self._dividing: tuple[Any, int] | None = None
 
     # ---- the process world ------------------------------------------------------------------------------------------
+
+    @override
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        check_start_method(self._start_method, self.cluster_environment)
+        if self._start_method == "popen":
+            super()._configure_launcher()
+        else:
+            self._launcher = ForkingLauncher(self, start_method=self._start_method)
 
     @property
     def workers(self) -> int:
@@ -740,8 +750,10 @@ def _aliases(module: torch.nn.Module) -> dict[str, list[str]]:
     return {aliases[0]: aliases for aliases in names.values()}
 
 
-StrategyRegistry.register(
-    AsyncLocalSGDStrategy.strategy_name,
-    AsyncLocalSGDStrategy,
-    description="Asynchronous Local-SGD: one worker per device, each at its own pace",
-)
+for _suffix, _start_method in (("", "popen"), ("_fork", "fork"), ("_notebook", "fork"), ("_spawn", "spawn")):
+    StrategyRegistry.register(
+        AsyncLocalSGDStrategy.strategy_name + _suffix,
+        AsyncLocalSGDStrategy,
+        description=f"Asynchronous Local-SGD: one worker per device, each at its own pace ({_start_method})",
+        start_method=_start_method,
+    )

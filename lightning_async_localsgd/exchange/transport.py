@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import timedelta
 from functools import partial
 from typing import Any, Protocol
@@ -15,6 +18,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, Store
 from lightning_async_localsgd.errors import PeerLostError
 from lightning_async_localsgd.exchange.header import HEADER_BYTES
 from lightning_async_localsgd.membership import Roster
+from lightning_async_localsgd.membership.address import INTERFACE_VARIABLE
 
 __all__ = ["GlooTransport", "Transport"]
 
@@ -61,17 +65,44 @@ class GlooTransport:
         store: the job's store, for gloo to meet.
         roster: who takes part.
         timeout: how long a peer may take to answer.
+
+    Raises:
+        PeerLostError: if the workers cannot connect to each other within ``timeout``.
     """
 
     def __init__(self, store: Store, roster: Roster, timeout: timedelta) -> None:
         self._roster = roster
         self._timeout = timeout
-        # torch's stubs know nothing of its point-to-point methods
-        self._group: Any = ProcessGroupGloo(PrefixStore("outer", store), roster.rank, roster.size, timeout)
+        self._group: Any = self._connect(PrefixStore("outer", store))
         self._peers = [r for r in range(roster.size) if r != roster.rank]
         self._inbox = torch.zeros(roster.size, HEADER_BYTES, dtype=torch.uint8)
         self.bytes_sent = 0
         self.bytes_received = 0
+
+    def _connect(self, store: Store) -> Any:  # torch's stubs know nothing of the group's point-to-point methods
+        """Connect to all peers; on a thread of its own, for gloo waits without an end for one that fails to."""
+        connected: Future[Any] = Future()
+
+        def connect() -> None:
+            try:
+                connected.set_result(_make_group(store, self._roster, self._timeout))
+            except Exception as error:
+                connected.set_exception(error)
+
+        threading.Thread(target=connect, name="async-localsgd-connect", daemon=True).start()
+        try:
+            return connected.result(self._timeout.total_seconds())
+        except (RuntimeError, FutureTimeoutError) as error:
+            listening = (
+                f"{self._roster.name(worker)} at {address or f'what {INTERFACE_VARIABLE} or its host name says'}"
+                for worker, address in enumerate(self._roster.addresses)
+            )
+            raise PeerLostError(
+                f"The workers could not connect to each other. They listen: {', '.join(listening)}. If these are not "
+                f"the addresses that reach them from the other hosts, set {INTERFACE_VARIABLE} on every host to the "
+                "network interface that does (`ip addr` lists them). If they are, let TCP connections through the "
+                "firewall between the hosts, to any port."
+            ) from error
 
     def gather(self, header: bytes) -> list[bytes]:
         """See :meth:`Transport.gather`."""
@@ -122,3 +153,13 @@ class GlooTransport:
             "start the job again.",
             gone=peer,
         )
+
+
+def _make_group(store: Store, roster: Roster, timeout: timedelta) -> ProcessGroupGloo:
+    address = roster.addresses[roster.rank]
+    if address is None:
+        return ProcessGroupGloo(store, roster.rank, roster.size, timeout)
+    options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # as torch's own tests make them
+    options._devices = [ProcessGroupGloo.create_device(hostname=address)]
+    options._timeout = timeout
+    return ProcessGroupGloo(store, roster.rank, roster.size, options)

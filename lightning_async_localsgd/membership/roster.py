@@ -11,6 +11,7 @@ from typing import Any
 from torch.distributed import DistStoreError, Store
 
 from lightning_async_localsgd.errors import PeerLostError, WorkerMismatchError
+from lightning_async_localsgd.membership.address import Route, choose_addresses, route_to
 
 __all__ = ["Roster"]
 
@@ -21,11 +22,13 @@ class Roster:
     Args:
         rank: this worker.
         hosts: the host name of each worker.
+        addresses: the address at which each worker listens; None: what gloo chooses.
     """
 
-    def __init__(self, rank: int, hosts: Sequence[str]) -> None:
+    def __init__(self, rank: int, hosts: Sequence[str], addresses: Sequence[str | None] | None = None) -> None:
         self.rank = rank
         self.hosts = list(hosts)
+        self.addresses = list(addresses) if addresses is not None else [None] * len(self.hosts)
 
     @property
     def size(self) -> int:
@@ -61,12 +64,13 @@ class Roster:
             PeerLostError: if some workers do not come within ``timeout``.
             WorkerMismatchError: on every worker, if two were started with different credentials; names the difference.
         """
-        greeting = {"host": socket.gethostname(), "credentials": dict(credentials)}
+        greeting = {"host": socket.gethostname(), "route": route_to(store), "credentials": dict(credentials)}
         store.set(f"hello/{rank}", json.dumps(greeting))
         keys = [f"hello/{r}" for r in range(size)]
         wait_for(store, dict(enumerate(keys)), timeout)
         greetings = [json.loads(store.get(key)) for key in keys]
-        roster = cls(rank, [g["host"] for g in greetings])
+        addresses = choose_addresses([Route(*g["route"]) for g in greetings])
+        roster = cls(rank, [g["host"] for g in greetings], addresses)
         for other in range(1, size):
             difference = _difference(greetings[0]["credentials"], greetings[other]["credentials"])
             if difference:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store
 
+from lightning_async_localsgd.errors import PeerLostError
 from lightning_async_localsgd.membership.roster import wait_for
 
 __all__ = ["StaticJob", "as_json", "from_json", "join_job"]
@@ -29,10 +32,12 @@ class StaticJob:
         rank: this process.
         size: number of processes.
         timeout: how long to wait for the others.
+        hosts_store: whether the store is gone when this process ends.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
+    def __init__(self, store: Store, rank: int, size: int, timeout: timedelta, hosts_store: bool = False) -> None:
         self._store = store
+        self._hosts_store = hosts_store
         self.rank = rank
         self.size = size
         self.timeout = timeout
@@ -77,6 +82,16 @@ class StaticJob:
             pass
         wait_for(self.store, {root: key}, self.timeout)
         return json.loads(self.store.get(key))
+
+    def leave(self) -> None:
+        """This process needs this stage's store no more. If it hosts it, wait until that is so for all processes."""
+        self.store.set(f"left/{self.rank}", "1")
+        if not self._hosts_store:
+            return
+        try:
+            wait_for(self.store, {r: f"left/{r}" for r in range(self.size)}, self.timeout)
+        except PeerLostError as error:  # it may have failed, which is for its own log to tell
+            warnings.warn(f"The run is over, but not all workers have left it. {error}", stacklevel=2)
 
     def _comes(self, key: str) -> bool:
         try:
@@ -128,7 +143,8 @@ def join_job(rank: int, size: int, timeout: timedelta) -> StaticJob:
     """
     if (rank, size) not in _jobs:
         store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
-        _jobs[rank, size] = StaticJob(store, rank, size, timeout)
+        agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        _jobs[rank, size] = StaticJob(store, rank, size, timeout, hosts_store=rank == 0 and not agents)
     job = _jobs[rank, size]
     job.timeout = timeout
     return job

@@ -1,0 +1,65 @@
+"""Fabric's processes as workers: it starts and numbers them, and each trains its own replica."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from lightning.fabric.strategies import DDPStrategy
+from lightning.fabric.strategies.strategy import _BackwardSyncControl
+from torch.nn import Module
+from typing_extensions import override
+
+__all__ = ["AsyncLocalSGDFabricStrategy"]
+
+
+class AsyncLocalSGDFabricStrategy(DDPStrategy):
+    """One process per device, as under DDP, but none of them waits for another: there is no process group.
+
+    The exchange is :class:`~lightning_async_localsgd.AsyncLocalSGD`'s, around what ``fabric.setup`` returns::
+
+        fabric = Fabric(devices=2, strategy=AsyncLocalSGDFabricStrategy())
+        fabric.launch()
+        module, optimizer = fabric.setup(module, optimizer)
+        with AsyncLocalSGD(module, optimizer, local_steps=50, max_steps=1000) as job:
+            ...
+
+    ``fabric.setup_dataloaders`` gives each worker a share of the data. What would make processes meet
+    (``fabric.all_reduce``, ``all_gather``, ``broadcast``, ``barrier``) concerns each process alone.
+
+    Args:
+        **kwargs: arguments of Fabric's ``DDPStrategy``, such as ``start_method`` or ``cluster_environment``.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._backward_sync_control = _NothingToSync()
+
+    @override
+    def _setup_distributed(self) -> None:
+        """Say where the others are, as torchrun would, and leave it to ``AsyncLocalSGD`` to join them."""
+        self._set_world_ranks()
+        assert self.cluster_environment is not None
+        os.environ.update(
+            RANK=str(self.global_rank),
+            WORLD_SIZE=str(self.world_size),
+            MASTER_ADDR=self.cluster_environment.main_address,
+            MASTER_PORT=str(self.cluster_environment.main_port),
+        )
+
+    @override
+    def setup_module(self, module: Module) -> Module:  # type: ignore[override]
+        return module
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return decision
+
+
+class _NothingToSync(_BackwardSyncControl):
+    """``fabric.no_backward_sync`` of gradients that are never synchronized."""
+
+    @override
+    def no_backward_sync(self, module: Module, enabled: bool) -> AbstractContextManager[None]:
+        return nullcontext()

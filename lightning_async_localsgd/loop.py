@@ -1,0 +1,275 @@
+"""A plain PyTorch loop as a worker of a job: a context manager around a module and its optimizers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import Self
+
+from lightning_async_localsgd.exchange.header import Message
+from lightning_async_localsgd.membership import StaticJob, join_job
+from lightning_async_localsgd.settings import Settings
+from lightning_async_localsgd.version import __version__
+from lightning_async_localsgd.worker import RunSummary, Worker
+
+__all__ = ["AsyncLocalSGD"]
+
+
+class AsyncLocalSGD:
+    """Trains a module with asynchronous Local-SGD in a loop of the user's own. Every process runs the same code.
+
+    In the ``with``, each step of the optimizer is a local step. Leaving it waits for the other workers and puts the
+    final global parameters into the module; an exception that leaves it ends the others too, with an error that names
+    this worker and the exception::
+
+        with AsyncLocalSGD(module, optimizer, local_steps=50, max_steps=1000) as job:
+            while job.running:
+                loss(module, next(batches)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        print(job.summary)
+
+    The other processes are found as ``torchrun`` says, by ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and
+    ``MASTER_PORT``. No default process group is needed; one that exists is not used.
+
+    Args:
+        module: the module to train, on its device; for several, an ``nn.ModuleList`` of them. Entering the ``with``
+            overwrites its trainable parameters and float buffers with those of worker 0.
+        *optimizers: all optimizers of the module. With several a local step is counted when the *last* of them steps:
+            give last the one that steps once per turn of the loop.
+        max_steps: local steps per worker; with ``budget="shared"`` all workers together make ``max_steps`` times their
+            number, the fast ones more of it. None: until the loop is left.
+        samples: samples learned in each local step, as for the attribute of this name.
+        on_checkpoint: called as ``on_checkpoint(name, state_dict)`` on every worker when worker 0 calls
+            :meth:`checkpoint`.
+        rank: this process; None: ``RANK`` of the environment.
+        size: number of processes; None: ``WORLD_SIZE`` of the environment.
+        **settings: fields of :class:`~lightning_async_localsgd.Settings`, which are those of
+            :class:`~lightning_async_localsgd.AsyncLocalSGDStrategy`: ``local_steps``, ``outer_optimizer``, ``pace``...
+
+    Raises:
+        TypeError: if no optimizer is given.
+        ValueError: if a setting is outside its range, or an optimizer trains parameters that ``module`` does not have.
+        RuntimeError: if rank, size or the address of the others is neither given nor in the environment.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *optimizers: Optimizer,
+        max_steps: int | None = None,
+        samples: int = 0,
+        on_checkpoint: Callable[[str, dict[str, Any]], None] | None = None,
+        rank: int | None = None,
+        size: int | None = None,
+        **settings: Any,
+    ) -> None:
+        if not optimizers or not all(isinstance(optimizer, Optimizer) for optimizer in optimizers):
+            raise TypeError("Pass the module and then its optimizers: `AsyncLocalSGD(module, optimizer, ...)`.")
+        if max_steps is not None and max_steps < 1:
+            raise ValueError(f"`max_steps` must be at least 1, or None for no limit, got {max_steps}.")
+        _check_parameters(module, optimizers)
+        self.settings = Settings(**settings)
+        self.max_steps = max_steps
+        self.samples = samples
+        """Samples learned in each local step from now on; shards and the summary count them."""
+        self.on_checkpoint = on_checkpoint
+        self.rank = int(_environment("RANK")) if rank is None else rank
+        self.size = int(_environment("WORLD_SIZE")) if size is None else size
+        self.settings.check_workers(self.size)
+        self.running = False
+        """Whether to make another local step."""
+        self.summary: RunSummary | None = None
+        """The finished run in numbers."""
+        self._module = module
+        self._optimizers = optimizers
+        self._job: StaticJob | None = None
+        self._worker: Worker | None = None
+        self._hook: RemovableHandle | None = None
+        self._stop = False
+        self._resumed: Mapping[str, Any] | None = None
+        self._steps_before = 0  # of the job, when it had another number of workers
+
+    # ---- the run ----------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            _environment(name)
+        resumed, self._resumed = self._resumed, None
+        self.summary, self._stop, self._steps_before = None, False, 0
+        self._job = join_job(self.rank, self.size, self.settings.timeout)
+        self._worker = Worker(
+            self._module,
+            self._optimizers,
+            self._job.next_stage(),
+            self.rank,
+            self.size,
+            self.settings,
+            {
+                "lightning_async_localsgd": __version__,
+                "max_steps": self.max_steps,
+                "on_checkpoint": self.on_checkpoint is not None,
+                "resumed": [resumed["name"], resumed["global"]["global"]["version"]] if resumed is not None else None,
+            },
+        )
+        self._worker.on_cut = self._save
+        if resumed is not None:
+            self._resume(self._worker, resumed)
+        self._worker.start(None if self.max_steps is None else max(0, self.max_steps - self._steps_before))
+        self.running = not self._worker.budget_spent
+        self._hook = self._optimizers[-1].register_step_post_hook(self._after_step)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._hook is not None and self._job is not None
+        self._hook.remove()
+        self.running = False
+        worker = self.worker
+        try:
+            if error is not None:
+                worker.abort(error)
+            else:
+                self.summary = worker.finish(stop=self._stop)
+                self._job.leave()
+        finally:
+            self._worker = None
+
+    def _after_step(self, *_: Any) -> None:
+        if not self.running:
+            raise RuntimeError(
+                "The run is over: all local steps of the budget are made, or a worker has asked all to stop. Look at "
+                "`job.running` before each step, and leave the `with` when it is False."
+            )
+        self.running = self.worker.step(self.samples)
+
+    def stop(self) -> None:
+        """End the training of all workers: theirs after their current step, this one's now.
+
+        Leaving the loop without it ends this worker's part alone.
+        """
+        self._stop = True
+        self.running = False
+
+    @property
+    def worker(self) -> Worker:
+        """The worker, in the ``with``.
+
+        Raises:
+            RuntimeError: outside.
+        """
+        if self._worker is None:
+            raise RuntimeError("The job runs in the body of its `with` alone.")
+        return self._worker
+
+    @property
+    def job_steps(self) -> int:
+        """Steps of the job: local steps of all workers over their number. For learning-rate schedules."""
+        return self._steps_before + self.worker.job_steps
+
+    @property
+    def shard(self) -> int:
+        """The data shard, of as many as there are workers, that this worker's current round is to train on."""
+        return self.worker.shard
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do something other than training that is not to count in this worker's measured speed."""
+        with self.worker.paused():
+            yield
+
+    @contextmanager
+    def global_parameters(self) -> Iterator[None]:
+        """In the body the module holds the global parameters and buffers of now, to be validated or saved."""
+        worker = self.worker
+        with worker.paused():
+            worker.lend_global()
+            try:
+                yield
+            finally:
+                worker.take_back_own()
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def checkpoint(self, name: str) -> None:
+        """Have every worker save the same moment of the run: calls ``on_checkpoint`` here now, there after their step.
+
+        To be called by worker 0, between two local steps. A checkpoint is whole when every worker has saved.
+
+        Args:
+            name: what ``on_checkpoint`` is called with, at most 1000 characters.
+
+        Raises:
+            RuntimeError: on another worker than 0, or without ``on_checkpoint``.
+        """
+        if self.on_checkpoint is None:
+            raise RuntimeError("Pass `on_checkpoint` to `AsyncLocalSGD`, which is to save what it is called with.")
+        if self.rank != 0:
+            raise RuntimeError("Worker 0 alone asks for a checkpoint: put `if job.rank == 0:` before it.")
+        what = {"checkpoint": name, "job_steps": self.job_steps}
+        with self.worker.paused(), self.worker.cut(what):
+            self._save(what)
+
+    def _save(self, what: Message) -> None:
+        assert self.on_checkpoint is not None
+        state = {
+            "name": what["checkpoint"],
+            "job_steps": what["job_steps"],
+            "steps_before": self._steps_before,
+            "size": self.size,
+            "global": self.worker.global_state_dict(),
+            "worker": self.worker.local_state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+        }
+        self.on_checkpoint(what["checkpoint"], state)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint: the next ``with`` begins there. ``max_steps`` counts from the very beginning.
+
+        Args:
+            state_dict: what ``on_checkpoint`` was called with on the worker of this rank. If there are more or fewer
+                workers now, worker 0's on all: then inner optimizers start as worker 0's was.
+        """
+        self._resumed = state_dict
+
+    def _resume(self, worker: Worker, state: Mapping[str, Any]) -> None:
+        same_workers = state["size"] == self.size
+        worker.load_global_state_dict(state["global"], same_workers)
+        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        if same_workers:
+            worker.load_local_state_dict(state["worker"])
+        self._steps_before = state["steps_before"] if same_workers else state["job_steps"]
+
+
+def _environment(name: str) -> str:
+    if name not in os.environ:
+        raise RuntimeError(
+            f"`{name}` is not set. Start the script with `torchrun`, or set RANK, WORLD_SIZE, MASTER_ADDR and "
+            "MASTER_PORT in every process (`rank` and `size` can be passed as arguments)."
+        )
+    return os.environ[name]
+
+
+def _check_parameters(module: nn.Module, optimizers: tuple[Optimizer, ...]) -> None:
+    """What an optimizer trains outside the module would not be exchanged, and train apart on every worker."""
+    exchanged = {id(parameter) for parameter in module.parameters()}
+    for index, optimizer in enumerate(optimizers):
+        for group in optimizer.param_groups:
+            if not all(id(parameter) in exchanged for parameter in group["params"]):
+                raise ValueError(
+                    f"Optimizer {index} ({type(optimizer).__name__}) trains parameters that the module does not have: "
+                    "they would not be exchanged. Pass a module that holds all, for instance "
+                    "`nn.ModuleList([generator, discriminator])`."
+                )

@@ -1,0 +1,104 @@
+"""Hosts for tests: network namespaces of this machine, with names and addresses of their own, joined by a cable."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+NAMES = ("node0", "node1")
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+
+
+@cache
+def why_not() -> str:
+    """Why there can be no hosts here; empty if there can."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    try:
+        subprocess.run(_in_namespace(f"lal{os.getpid()}try", "true"), check=True, capture_output=True, timeout=20)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"network namespaces do not work here: {error}"
+    return ""
+
+
+def _in_namespace(name: str, command: str) -> list[str]:
+    add = f"ip netns add {name} && ip -n {name} link set lo up"
+    script = f"{add} && ip netns exec {name} unshare --uts --mount {command}"
+    return ["bash", "-c", f"trap 'ip netns del {name}' EXIT; {script}"]
+
+
+@contextmanager
+def two_hosts(folder: Path) -> Iterator[list[list[str]]]:
+    """Two hosts, each given as the start of a command line that runs the rest of it there.
+
+    Each resolves its own name to a loopback address, as Debian sets hosts up, and the other's to the real one.
+    """
+    spaces = [f"lal{os.getpid()}{letter}" for letter in "ab"]
+    try:
+        for space in spaces:
+            _ip(f"netns add {space}")
+        _ip(f"link add cable netns {spaces[0]} type veth peer name cable netns {spaces[1]}")
+        for space, address in zip(spaces, ADDRESSES, strict=True):
+            _ip(f"-n {space} addr add {address}/24 dev cable")
+            _ip(f"-n {space} link set lo up")
+            _ip(f"-n {space} link set cable up")
+        yield [_host(folder, index, space) for index, space in enumerate(spaces)]
+    finally:
+        for space in spaces:
+            subprocess.run(["ip", "netns", "del", space], capture_output=True)
+
+
+def _host(folder: Path, index: int, space: str) -> list[str]:
+    hosts = folder / f"hosts{index}"
+    other = 1 - index
+    hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 {NAMES[index]}\n{ADDRESSES[other]} {NAMES[other]}\n")
+    enter = f'mount --bind {shlex.quote(str(hosts))} /etc/hosts && hostname {NAMES[index]} && exec "$@"'
+    return ["ip", "netns", "exec", space, "unshare", "--uts", "--mount", "bash", "-c", enter, "bash"]
+
+
+def _ip(arguments: str) -> None:
+    subprocess.run(["ip", *arguments.split()], check=True, capture_output=True, text=True)
+
+
+def alone() -> list[str]:
+    """The start of a command line that runs the rest where no port is taken, if there can be such a place."""
+    if why_not():
+        return []
+    return ["unshare", "--net", "bash", "-c", 'ip link set lo up && exec "$@"', "bash"]
+
+
+def run_together(
+    commands: list[list[str]], folder: Path, environment: Mapping[str, str], timeout: float = 150
+) -> list[tuple[int, str]]:
+    """Run several commands at once; returns exit code and output of each, with that of all processes they started.
+
+    Those that outlive the time are killed, with all they have started.
+    """
+
+    def run(command: list[str]) -> tuple[int, str]:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            text=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+        return process.returncode, output
+
+    with ThreadPoolExecutor(len(commands)) as pool:
+        return list(pool.map(run, commands))
