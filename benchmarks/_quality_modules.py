@@ -109,10 +109,10 @@ class ResNet(L.LightningModule):
         super().__init__()
         self.learning_rate = learning_rate
         self.net = nn.Sequential(
-            nn.Conv2d(1, 16, 3, 1, 1, bias=False),
+            nn.Conv2d(1, 16, 3, 2, 1, bias=False),
             nn.BatchNorm2d(16),
             nn.ReLU(),
-            _Residual(16, 16, 2),
+            _Residual(16, 16, 1),
             _Residual(16, 32, 2),
             _Residual(32, 64, 2),
             nn.AdaptiveAvgPool2d(1),

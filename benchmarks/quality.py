@@ -54,8 +54,13 @@ class Task:
     quality: str
     """What counts, the higher the better."""
     steps: int
+    """Per worker, on average."""
+    local_steps: int
+    """H, local steps per round of the fastest worker."""
     scale: float
+    """Of the toy's seconds per step."""
     batch_size: int
+    """Per worker, on both sides."""
     learning_rates: dict[str, float]
     grid: tuple[float, ...]
     draw: Callable[[int, int], TensorDataset]
@@ -66,11 +71,12 @@ class Task:
 TASKS = {
     RESNET: Task(
         quality="accuracy",
-        steps=800,
-        scale=0.03,
+        steps=2400,
+        local_steps=20,
+        scale=0.02,
         batch_size=32,
-        learning_rates={DDP: 0.2, ASYNC: 0.1},
-        grid=(0.05, 0.1, 0.2, 0.4),
+        learning_rates={DDP: 0.2, ASYNC: 0.05},
+        grid=(0.025, 0.05, 0.1, 0.2, 0.4),
         draw=draw_characters,
         samples=40_000,
         make=ResNet,
@@ -78,6 +84,7 @@ TASKS = {
     GAN_: Task(
         quality="mode_overlap",
         steps=2000,
+        local_steps=50,
         scale=0.02,
         batch_size=64,
         learning_rates={DDP: 1e-3, ASYNC: 1e-3},
@@ -112,14 +119,16 @@ class Snapshots(L.Callback):
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
+        self.batches = 0
         self.taken: list[dict[str, Tensor]] = []
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self.batches += 1
         strategy = trainer.strategy
         ours = isinstance(strategy, AsyncLocalSGDStrategy)
-        step = strategy.job_steps if ours else batch_idx + 1
+        step = strategy.job_steps if ours else self.batches
         if step < self.steps * (0.75 + 0.25 * (len(self.taken) + 1) / MOMENTS):
             return
         if ours:
@@ -237,11 +246,11 @@ def plan(args: argparse.Namespace, folder: str) -> Iterator[list[Run]]:
     """The runs of each task on each side."""
     for name in args.tasks:
         task = TASKS[name]
-        steps = args.steps or task.steps
+        steps, local_steps = args.steps or task.steps, args.local_steps or task.local_steps
         for method in (DDP, ASYNC):
-            run = Run(name, method, TUNING_SEED, task.learning_rates[method], steps, args.local_steps, folder)
+            run = Run(name, method, TUNING_SEED, task.learning_rates[method], steps, local_steps, folder)
             if args.quick:
-                run = replace(run, steps=steps // 10, local_steps=args.local_steps // 5)
+                run = replace(run, steps=steps // 10, local_steps=local_steps // 5)
             if args.tune:
                 yield [replace(run, learning_rate=learning_rate) for learning_rate in task.grid]
             else:
@@ -291,8 +300,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
-    parser.add_argument("--steps", type=int, help="per worker on average, instead of those of the task")
-    parser.add_argument("--local-steps", type=int, default=50, help="H, local steps per round of the fastest worker")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="per worker on average, instead of those of the task; no learning rate is tuned for it",
+    )
+    parser.add_argument("--local-steps", type=int, help="H of the fastest worker, instead of that of the task")
     parser.add_argument("--tune", action="store_true", help="try the learning rates of both sides, on a seed apart")
     parser.add_argument("--quick", action="store_true", help="a smoke run: one seed, a tenth of the steps")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for JSON")

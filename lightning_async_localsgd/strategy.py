@@ -352,11 +352,13 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         with self.worker.cut({"id": checkpoint_id, "path": path}):
             for name, tensor in self.worker.global_tensors().items():  # an update may have come since they were taken
                 self._saved_tensors[name].copy_(tensor)
+            state = self.worker.global_state_dict()
+            state["global"]["tensors"] = dict(self._saved_tensors)  # those of "state_dict": they are written once
             checkpoint[KEY] |= {
                 "id": checkpoint_id,
                 "job_steps": self.job_steps,
                 "steps_before_fit": self._steps_before_fit or 0,
-                "state": self.worker.global_state_dict(),
+                "state": state,
                 "worker": self.worker.local_state_dict(),
                 "scheduler_steps": self._callback.scheduler_steps,
             }
