@@ -8,8 +8,8 @@ batch that a DDP process has: the same number of samples. Both are judged on hel
 statistics. A GAN goes round its optimum instead of into it: it is judged at moments of the run's last quarter, and
 their mean counts.
 
-Each side has the learning rate that was best for it on a seed that is not reported (``--tune`` finds them); the outer
-optimizer is the default one.
+``--tune`` tries the learning rates of both sides on a seed that is not reported. The outer optimizer is the default
+one, unless ``--outer-lr`` and ``--outer-momentum`` say otherwise.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -35,6 +36,7 @@ from _devices import TOY_SECONDS_PER_STEP, SimulatedDevice, scaled
 from _quality_modules import GAN, ResNet, compare, draw_characters, draw_ring, recognize
 from _workers import run_workers
 from lightning_async_localsgd import AsyncLocalSGDStrategy
+from lightning_async_localsgd.outer import DelayedNesterov
 
 WORKERS = len(TOY_SECONDS_PER_STEP)
 RESULTS = Path(__file__).parent / "results"
@@ -49,7 +51,7 @@ MOMENTS = 25
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, and how long; the learning rates are those that ``--tune`` found best on each side."""
+    """What is trained, and how long."""
 
     quality: str
     """What counts, the higher the better."""
@@ -107,6 +109,8 @@ class Run:
     learning_rate: float
     steps: int
     local_steps: int
+    outer: tuple[float, float]
+    """Learning rate and momentum of the outer optimizer, delayed Nesterov."""
     folder: str
     """Where the data lies."""
 
@@ -155,7 +159,8 @@ def train(rank: int, run: Run) -> dict[str, Any]:
     snapshots = Snapshots(run.steps)
     if run.task == GAN_ and rank == 0:
         callbacks.append(snapshots)
-    strategy: Any = AsyncLocalSGDStrategy(local_steps=run.local_steps)
+    outer_optimizer = partial(DelayedNesterov, lr=run.outer[0], momentum=run.outer[1])
+    strategy: Any = AsyncLocalSGDStrategy(local_steps=run.local_steps, outer_optimizer=outer_optimizer)
     if run.method == DDP:
         # In each half of a GAN's step the other half's parameters have no gradient.
         strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=run.task == GAN_)
@@ -248,7 +253,8 @@ def plan(args: argparse.Namespace, folder: str) -> Iterator[list[Run]]:
         task = TASKS[name]
         steps, local_steps = args.steps or task.steps, args.local_steps or task.local_steps
         for method in (DDP, ASYNC):
-            run = Run(name, method, TUNING_SEED, task.learning_rates[method], steps, local_steps, folder)
+            learning_rate, outer = task.learning_rates[method], (args.outer_lr, args.outer_momentum)
+            run = Run(name, method, TUNING_SEED, learning_rate, steps, local_steps, outer, folder)
             if args.quick:
                 run = replace(run, steps=steps // 10, local_steps=local_steps // 5)
             if args.tune:
@@ -306,6 +312,8 @@ def parse_arguments() -> argparse.Namespace:
         help="per worker on average, instead of those of the task; no learning rate is tuned for it",
     )
     parser.add_argument("--local-steps", type=int, help="H of the fastest worker, instead of that of the task")
+    parser.add_argument("--outer-lr", type=float, default=0.7, help="of delayed Nesterov")
+    parser.add_argument("--outer-momentum", type=float, default=0.9, help="of delayed Nesterov")
     parser.add_argument("--tune", action="store_true", help="try the learning rates of both sides, on a seed apart")
     parser.add_argument("--quick", action="store_true", help="a smoke run: one seed, a tenth of the steps")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for JSON")
