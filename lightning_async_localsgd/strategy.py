@@ -518,12 +518,16 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         where = {"id": checkpoint_id, "path": path}
         if self._moment is None:
             with self.worker.cut(where):
-                self._moment = self._take_moment() | {"where": where}
+                self._moment = {"where": where, "entry": self._take_moment()}
         else:  # the others have written this moment already, or are about to: they link what they write
             self.worker.send({"also": [self._moment["where"], where]})
-        for name, tensor in self._moment["tensors"].items():  # an update may have come since they were taken
+        entry = self._moment["entry"]
+        for name, tensor in entry["state"]["global"][
+            "tensors"
+        ].items():  # an update may have come since they were taken
             self._saved_tensors[name].copy_(tensor)
-        checkpoint[KEY] |= self._moment["entry"] | {"id": checkpoint_id}
+        written_once = entry["state"]["global"] | {"tensors": dict(self._saved_tensors)}  # those of "state_dict"
+        checkpoint[KEY] |= entry | {"id": checkpoint_id, "state": entry["state"] | {"global": written_once}}
         io = self.checkpoint_io  # all is to be written when this returns, also with one that writes in the background
         io = io.checkpoint_io if isinstance(io, AsyncCheckpointIO) and io.checkpoint_io is not None else io
         with self.checkpoints.write(path, checkpoint_id) as leader:
@@ -532,14 +536,13 @@ class AsyncLocalSGDStrategy(DDPStrategy):
 
     def _take_moment(self) -> dict[str, Any]:
         assert isinstance(self.worker, Worker) and self._callback is not None
-        entry = {
+        return {
             "job_steps": self.job_steps,
             "steps_before_fit": self._steps_before_fit or 0,
             "state": self.worker.global_state_dict(),
             "worker": self.worker.local_state_dict(),
             "scheduler_steps": self._callback.scheduler_steps,
         }
-        return {"entry": entry, "tensors": self.worker.global_tensors()}
 
     def save_part_again(self, before: dict[str, Any], again: dict[str, Any]) -> None:
         """Make this worker's side of one checkpoint that of another one as well, which worker 0 has just written."""

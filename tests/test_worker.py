@@ -214,6 +214,35 @@ def test_what_is_not_trained_follows_worker_zero() -> None:
     assert ends[0][0].dropped == (0, 0)
 
 
+class WithStatistic(nn.Module):
+    """A net beside a statistic that falls from 1 to 0.01 within a few steps, as a running variance may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = make_net()
+        self.register_buffer("variance", torch.tensor(1.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.variance.lerp_(torch.tensor(0.01), 0.5)
+        return self.net(x)
+
+
+def with_statistic(rank: int, size: int, overlap: bool) -> Any:
+    settings = Settings(local_steps=8, pace="fixed", overlap=overlap, timeout=timedelta(seconds=20))
+    loop = Loop(rank, size, settings, pause=(0.002, 0.04)[rank], module=WithStatistic())
+    seen: list[float] = []
+    summary = loop.run(40, lambda loop: seen.append(loop.worker.global_tensors()["variance"].item()))
+    return summary, [*seen, loop.module.variance.item()]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_late_delta_pulls_statistics_towards_its_own_and_not_past_them(overlap: bool) -> None:
+    ends = results(run_processes(with_statistic, 2, 2, overlap))
+    assert ends[0][0].max_staleness > 1
+    assert min(min(seen) for _, seen in ends) > 0.009
+    assert ends[0][1][-1] == ends[1][1][-1] < 0.6
+
+
 def unfreezing(rank: int, size: int) -> Any:
     module = WithBuffers(0)
 

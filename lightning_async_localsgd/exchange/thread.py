@@ -204,6 +204,10 @@ class ExchangeThread:
         """Turn ``push.base`` into the delta; returns whether it can be sent."""
         with record_function("async_localsgd::encode"):
             push.ready()
+            # Statistics move towards this worker's from where they are now, not from where its round began: past
+            # both, a variance could become negative.
+            buffers = slice(self._state.layout.parameter_numel, None)
+            push.base[buffers] = self._state.flat[buffers]
             delta = push.base.sub_(push.snapshot)
             low, high = torch.aminmax(delta)
             return bool(torch.maximum(-low, high) <= self._codec.largest)  # False for NaN

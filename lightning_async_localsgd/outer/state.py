@@ -69,7 +69,7 @@ class GlobalState:
     def apply(self, deltas: int = 1) -> None:
         """Make one outer update from :attr:`pseudo_gradient`.
 
-        Parameters go through the outer optimizer. Buffers are averaged: each worker's delta weighs 1/workers.
+        Parameters go through the outer optimizer. Buffers are mixed: each worker's delta weighs 1/workers.
 
         Args:
             deltas: how many workers' deltas ``pseudo_gradient`` is the mean of.
