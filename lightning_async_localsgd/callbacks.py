@@ -197,7 +197,7 @@ class WorkerCallback(pl.Callback):
         self._metrics_before = dict(trainer.callback_metrics)
         if self._running(trainer):
             self._worker.pause()
-            self._strategy.forget_moment()
+            self._strategy.checkpoints.forget_moment()
             if self._leads:
                 self._worker.lend_global()
 
@@ -245,11 +245,11 @@ class WorkerCallback(pl.Callback):
         """Do what worker 0's messages say."""
         for sender, message in self._worker.take_messages():
             if "saved" in message and self._trainer.is_global_zero:
-                self._strategy.checkpoints.part_written(message["saved"], sender)
+                self._strategy.checkpoints.files.part_written(message["saved"], sender)
             if sender == self._worker.rank:
                 continue
             if "also" in message:
-                self._strategy.save_part_again(*message["also"])
+                self._strategy.checkpoints.save_part_again(*message["also"])
             metrics = message.get("metrics", {})
             self._trainer.callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})
             assert self._schedulers is not None

@@ -1,191 +1,280 @@
-"""Checkpoints of a whole job: what is written where, in which order, and what is found again.
-
-A checkpoint is the ordinary Lightning file ``name.ckpt`` with the global model, worker 0's side of the training and,
-under ``"async_localsgd"``, the outer state and shared progress. Beside it, in ``name.ckpt.workers/<id>/``::
-
-    leader.ckpt     the Lightning file (name.ckpt is a hard link to it): it outlives an overwritten name.ckpt
-    worker-1.pt     inner optimizer, schedulers, loops, callbacks and unpushed progress of worker 1
-    ...
-    manifest.json   written last: with it the checkpoint is whole
-
-Each file is written aside and renamed. A newer checkpoint of the same name replaces an older one only when it is whole,
-so whatever moment a job dies at, the last whole checkpoint is there.
-"""
+"""What a checkpoint of a job holds, and who saves and restores it. Where it is written: ``checkpoint_files.py``."""
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
 
-__all__ = ["KEY", "PART_KEYS", "Checkpoints", "Whole", "find_whole", "link_part", "new_id", "read_part", "write_part"]
+from lightning_async_localsgd.checkpoint_files import (
+    CheckpointFiles,
+    find_whole,
+    link_part,
+    new_id,
+    read_part,
+    write_part,
+)
+from lightning_async_localsgd.crew import FollowingRank
+from lightning_async_localsgd.data import merge_positions
+from lightning_async_localsgd.exchange.header import Message
+from lightning_async_localsgd.worker import Worker
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
+
+__all__ = ["KEY", "JobCheckpoints", "Resumed"]
 
 KEY = "async_localsgd"
 """Where this library's entry is in a Lightning checkpoint."""
-PART_KEYS = ("optimizer_states", "lr_schedulers", "loops", "callbacks")
+_OWN = ("optimizer_states", "lr_schedulers", "loops", "callbacks")
 """What of a Lightning checkpoint is each worker's own, beside its precision plugin's state."""
-_MANIFEST = "manifest.json"
-_LEADER = "leader.ckpt"
-
-
-def new_id() -> str:
-    """A name for a checkpoint that no other one has."""
-    return uuid.uuid4().hex
-
-
-def write_part(path: str, checkpoint_id: str, worker: int, part: Mapping[str, Any]) -> None:
-    """Write one worker's side of a checkpoint."""
-    folder = _folder(path) / checkpoint_id
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f"worker-{worker}.tmp"
-    torch.save(dict(part), aside)
-    os.replace(aside, _part(folder, worker))
-
-
-def link_part(path: str, checkpoint_id: str, other_path: str, other_id: str, worker: int) -> None:
-    """Make one worker's side of a checkpoint that of another one as well."""
-    folder = _folder(other_path) / other_id
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f"worker-{worker}.tmp"
-    _link(_part(_folder(path) / checkpoint_id, worker), aside)
-    os.replace(aside, _part(folder, worker))
-
-
-def read_part(folder: Path, worker: int, weights_only: bool | None = None) -> dict[str, Any]:
-    """One worker's side of a whole checkpoint.
-
-    Args:
-        folder: the checkpoint's.
-        worker: whose side.
-        weights_only: whether to unpickle nothing but tensors and plain values; None: so.
-
-    Raises:
-        FileNotFoundError: if this worker cannot see it.
-    """
-    path = _part(folder, worker)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is not there, though worker 0 finds the checkpoint whole. All workers must see the folder of the "
-            "checkpoint: copy `name.ckpt.workers` to this host, or share the folder."
-        )
-    part: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=weights_only is not False, mmap=True)
-    return part
 
 
 @dataclass(frozen=True)
-class Whole:
-    """A checkpoint of which every worker's side is there."""
+class Resumed:
+    """What a ``fit`` goes on from."""
 
-    path: Path
-    """Its Lightning file."""
-    folder: Path
-    """Where the workers' sides are."""
+    state: Mapping[str, Any]
+    """The global state and shared progress, as ``Worker.global_state_dict`` gave it."""
+    steps_before_fit: int
+    """Steps of the job that the counts in ``state`` do not hold."""
+    worker: Mapping[str, Any] | None = None
+    """This worker's own state, as ``Worker.local_state_dict`` gave it; None: workers start from the global one."""
+    scheduler_steps: int = 0
+    """Steps of the job that the learning-rate schedulers have made."""
 
-
-def find_whole(path: str, checkpoint_id: str | None) -> Whole | None:
-    """The checkpoint itself if it is whole; else the newest whole one that it was to replace; else None.
-
-    Without an id it was written by worker 0 alone, and is all that it was to be: None.
-    """
-    if checkpoint_id is None:
-        return None
-    path = os.path.realpath(path)  # "last" may be a link
-    folder = _folder(path) / checkpoint_id
-    if (folder / _MANIFEST).exists():
-        return Whole(Path(path), folder)
-    older = [m.parent for m in _folder(path).glob(f"*/{_MANIFEST}") if (m.parent / _LEADER).exists()]
-    if not older:
-        return None
-    newest = max(older, key=lambda f: (f / _MANIFEST).stat().st_mtime)
-    return Whole(newest / _LEADER, newest)
+    def load_into(self, worker: Worker) -> None:
+        """Have a worker that has not started go on from here."""
+        worker.load_global_state_dict(self.state, same_workers=self.worker is not None)
+        if self.worker is not None:
+            worker.load_local_state_dict(self.worker)
 
 
-@dataclass
-class _Unfinished:
-    path: str
-    missing: set[int]
+class JobCheckpoints:
+    """Saves and restores a worker's part in a job, as Lightning asks the strategy to.
 
-
-@dataclass
-class Checkpoints:
-    """Worker 0's books: which checkpoints are not whole yet, and which are to go once the newer ones are.
+    Worker 0 decides: it asks all for a cut of the exchange, and each worker saves its side of that moment. Checkpoints
+    that follow before worker 0's next step hold the same moment, so that nobody is asked again.
 
     Args:
+        strategy: whose worker it is.
         delete: deletes a Lightning file.
-        workers: number of workers.
     """
 
-    delete: Callable[[str], None]
-    workers: int = 1
-    _unfinished: dict[str, _Unfinished] = field(default_factory=dict)
-    _to_remove: list[str] = field(default_factory=list)
+    def __init__(self, strategy: AsyncLocalSGDStrategy, delete: Callable[[str], None]) -> None:
+        self._strategy = strategy
+        self._delete = delete
+        self._tensors: dict[str, Tensor] = {}  # the global ones in the checkpoint that is being made
+        self._moment: dict[str, Any] | None = None
+        self._files: CheckpointFiles | None = None
 
-    @contextmanager
-    def write(self, path: str, checkpoint_id: str) -> Iterator[str]:
-        """Where to write worker 0's Lightning file; after the ``with`` it is at ``path``, instead of an older one."""
-        if path in self._to_remove:  # its name is used again
-            self._to_remove.remove(path)
-        folder = _folder(path) / checkpoint_id
-        folder.mkdir(parents=True, exist_ok=True)
-        yield str(folder / _LEADER)
-        aside = folder / "link.tmp"
-        _link(folder / _LEADER, aside)
-        os.replace(aside, path)
-        # From now on the older one of this name is wanted only until this one is whole.
-        self._unfinished[checkpoint_id] = _Unfinished(path, set(range(self.workers)))
+    @property
+    def files(self) -> CheckpointFiles:
+        """Worker 0's books of what is written."""
+        if self._files is None:
+            self._files = CheckpointFiles(self._delete, self._strategy.workers)
+        return self._files
 
-    def forget(self, path: str) -> None:
-        """Worker 0 has written this one alone: sides of an older one of the name do not belong to it."""
-        shutil.rmtree(_folder(path), ignore_errors=True)
+    # ---- saving -----------------------------------------------------------------------------------------------------
 
-    def part_written(self, checkpoint_id: str, worker: int) -> None:
-        """A worker's side is there; with the last one the checkpoint is whole."""
-        unfinished = self._unfinished.get(checkpoint_id)
-        if unfinished is None:
+    def put_global(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Put the global parameters in the place of the worker's own in a module's ``state_dict``."""
+        if isinstance(self._worker, Worker):
+            self._tensors = self._worker.global_tensors()
+            for shared, aliases in _aliases(self._module).items():
+                if shared in self._tensors:
+                    state.update({name: self._tensors[shared] for name in aliases if name in state})
+        return state
+
+    def save(self, checkpoint: dict[str, Any], path: str) -> None:
+        """Write a checkpoint of the whole job. All ranks of worker 0 call this at the same step."""
+        if isinstance(self._worker, FollowingRank):
+            if self._moment is None:
+                self._worker.follow()
+                self._moment = {}
             return
-        unfinished.missing.discard(worker)
-        if unfinished.missing:
+        checkpoint_id = new_id()
+        entry = self._take_moment({"id": checkpoint_id, "path": path})
+        state, tensors = entry["state"], entry["state"]["global"]["tensors"]
+        for name, tensor in tensors.items():  # an update may have come since they were put into the checkpoint
+            self._tensors[name].copy_(tensor)
+        written_once = state["global"] | {"tensors": dict(self._tensors)}
+        checkpoint[KEY] |= entry | {"id": checkpoint_id, "state": state | {"global": written_once}}
+        io = self._strategy.checkpoint_io
+        if isinstance(io, AsyncCheckpointIO) and io.checkpoint_io is not None:
+            io = io.checkpoint_io  # all is to be written when this returns
+        with self.files.write(path, checkpoint_id) as leader:
+            io.save_checkpoint(checkpoint, leader)
+        self.files.part_written(checkpoint_id, 0)
+
+    def _take_moment(self, where: Message) -> dict[str, Any]:
+        """This library's entry in a checkpoint of now, or of the moment that the others have saved already."""
+        assert isinstance(self._worker, Worker)
+        if self._moment is not None:
+            self._worker.send({"also": [self._moment["where"], where]})
+            entry: dict[str, Any] = self._moment["entry"]
+            return entry
+        with self._worker.cut(where):
+            entry = {
+                "job_steps": self._strategy.job_steps,
+                "steps_before_fit": self._strategy.steps_before_fit(self._module.trainer),
+                "state": self._worker.global_state_dict(),
+                "worker": self._worker.local_state_dict(),
+                "scheduler_steps": self._strategy.scheduler_steps,
+            }
+        self._moment = {"where": where, "entry": entry}
+        return entry
+
+    def forget_moment(self) -> None:
+        """A checkpoint that is written from now on is of another moment than the last one."""
+        self._moment = None
+        self._tensors = {}
+
+    def save_part(self, what: Message) -> None:
+        """Write this worker's side of the checkpoint that worker 0 writes."""
+        assert isinstance(self._worker, Worker)
+        part = {"worker": self._worker.local_state_dict(), "scheduler_steps": self._strategy.scheduler_steps}
+        trainer = self._module.trainer
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        precision = type(trainer.precision_plugin).__qualname__
+        own = {key: checkpoint[key] for key in (*_OWN, precision) if key in checkpoint}
+        write_part(what["path"], what["id"], self._strategy.worker_rank, part | {"checkpoint": own})
+        self._worker.send({"saved": what["id"]})
+
+    def save_part_again(self, before: Message, again: Message) -> None:
+        """Make this worker's side of one checkpoint that of another one as well, which worker 0 has just written."""
+        if isinstance(self._worker, Worker):
+            rank = self._strategy.worker_rank
+            link_part(before["path"], before["id"], again["path"], again["id"], rank)
+            self._worker.send({"saved": again["id"]})
+
+    # ---- restoring --------------------------------------------------------------------------------------------------
+
+    def load(self, checkpoint: dict[str, Any], path: str, weights_only: bool | None) -> tuple[dict[str, Any], Resumed]:
+        """Put this worker's side of a checkpoint in the place of worker 0's. All processes call this.
+
+        Args:
+            checkpoint: the Lightning file at ``path``.
+            path: where it is.
+            weights_only: whether to unpickle nothing but tensors and plain values; None: so.
+
+        Returns:
+            The checkpoint for Lightning to restore from, and what the worker goes on from.
+
+        Raises:
+            FileNotFoundError: if worker 0 sees this worker's side and this worker does not.
+        """
+        # Worker 0 says what is there, for all: others may see a shared folder later, or not at all.
+        whole = find_whole(path, checkpoint[KEY].get("id"))
+        leader, folder = self._strategy.broadcast(
+            [str(whole.path), str(whole.folder)] if whole is not None else ["", ""]
+        )
+        if leader and leader != os.path.realpath(path):
+            rank_zero_warn(
+                f"The checkpoint {path} is not whole: the job ended before every worker had written its side. Training "
+                "goes on from the one that it was to replace."
+            )
+            checkpoint = self._strategy.read_checkpoint(leader, weights_only)
+        entry, workers = checkpoint[KEY], self._strategy.workers
+        if leader:
+            self._merge_positions(checkpoint, Path(folder), weights_only)
+        if "id" not in entry:
+            reason = "was written when the other workers had left"
+        elif not leader:
+            reason = "does not have every worker's side"
+        elif entry["workers"] != workers:
+            reason = f"was written by {entry['workers']} workers, and there are {workers} now"
+        else:
+            own = self._load_part(checkpoint, Path(folder), weights_only)
+            # The worker's own counts of that fit go on.
+            return checkpoint, Resumed(entry["state"], entry["steps_before_fit"], own["worker"], own["scheduler_steps"])
+        rank_zero_warn(
+            f"The checkpoint {path} {reason}. Training goes on from its global parameters and outer state: inner "
+            "optimizers start as worker 0's was, and what had been learned since each worker's last push is lost."
+        )
+        return checkpoint, Resumed(entry["state"], entry["job_steps"])
+
+    def _load_part(self, checkpoint: dict[str, Any], folder: Path, weights_only: bool | None) -> Mapping[str, Any]:
+        """Put this worker's own into the checkpoint, and return what is not Lightning's."""
+        if self._strategy.worker_rank == 0:
+            entry: dict[str, Any] = checkpoint[KEY]
+            return entry
+        part = read_part(folder, self._strategy.worker_rank, weights_only)
+        own = part.pop("checkpoint")
+        # What watches worker 0's metrics goes on as on worker 0.
+        own["lr_schedulers"] = [
+            theirs if "num_bad_epochs" in theirs else ours
+            for theirs, ours in zip(checkpoint["lr_schedulers"], own["lr_schedulers"], strict=True)
+        ]
+        _set_positions(own["loops"], _positions(checkpoint["loops"]))
+        # What only worker 0 runs, and decides by, is in its side alone.
+        own["callbacks"] = checkpoint["callbacks"] | own.get("callbacks", {})
+        checkpoint |= own
+        return part
+
+    def _merge_positions(self, checkpoint: dict[str, Any], folder: Path, weights_only: bool | None) -> None:
+        """Have the training loaders leave out what any worker has trained on."""
+        workers = checkpoint[KEY]["workers"]
+        shared = any("trained" in position for position in _positions(checkpoint["loops"]))
+        if not shared and workers == self._strategy.workers:
             return
-        del self._unfinished[checkpoint_id]
-        folder = _folder(unfinished.path) / checkpoint_id
-        aside = folder / "manifest.tmp"
-        aside.write_text(json.dumps({"workers": self.workers}))
-        os.replace(aside, folder / _MANIFEST)
-        for other in _folder(unfinished.path).iterdir():
-            if other != folder and other.name not in self._unfinished:
-                shutil.rmtree(other, ignore_errors=True)
-        self._remove_what_is_replaced()
+        parts = [read_part(folder, worker, weights_only)["checkpoint"] for worker in range(1, workers)]
+        sides = [{key: side[key] for key in ("loops", "lr_schedulers")} for side in (checkpoint, *parts)]
+        of_all = [_positions(side["loops"]) for side in sides]
+        own = self._strategy.worker_rank
+        if workers != self._strategy.workers:
+            # All go on as the one that was furthest behind, so that nobody has left an epoch too early.
+            own = min(range(workers), key=lambda worker: _epochs_over(sides[worker]["loops"]))
+            checkpoint |= sides[own]
+        merged = of_all[own]
+        if len({len(positions) for positions in of_all}) == 1:
+            merged = [merge_positions(states, own) for states in zip(*of_all, strict=True)]
+        _set_positions(checkpoint["loops"], merged)
 
-    def remove(self, path: str) -> None:
-        """Delete a checkpoint, at once or when all newer ones are whole."""
-        self._to_remove.append(path)
-        self._remove_what_is_replaced()
+    @property
+    def _worker(self) -> Worker | FollowingRank:
+        worker = self._strategy.worker
+        assert worker is not None
+        return worker
 
-    def _remove_what_is_replaced(self) -> None:
-        while self._to_remove and not self._unfinished:
-            path = self._to_remove.pop()
-            self.delete(path)
-            shutil.rmtree(_folder(path), ignore_errors=True)
-
-
-def _link(file: Path, link: Path) -> None:
-    try:
-        os.link(file, link)
-    except OSError:  # a file system without links
-        shutil.copyfile(file, link)
+    @property
+    def _module(self) -> pl.LightningModule:
+        module = self._strategy.lightning_module
+        assert module is not None
+        return module
 
 
-def _folder(path: str) -> Path:
-    return Path(f"{path}.workers")
+def _aliases(module: nn.Module) -> dict[str, list[str]]:
+    """The first name of each parameter and buffer, and all names it goes by (tied weights have several)."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in chain(
+        module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    ):
+        names.setdefault(id(tensor), []).append(name)
+    return {aliases[0]: aliases for aliases in names.values()}
 
 
-def _part(folder: Path, worker: int) -> Path:
-    return folder / f"worker-{worker}.pt"
+def _positions(loops: dict[str, Any]) -> list[dict[str, Any]]:
+    """Where a worker's training loaders are, in its loops' state."""
+    positions: list[dict[str, Any]] = loops["fit_loop"]["state_dict"].get("combined_loader", [])
+    return positions
+
+
+def _set_positions(loops: dict[str, Any], positions: list[dict[str, Any]]) -> None:
+    loops["fit_loop"]["state_dict"]["combined_loader"] = positions
+
+
+def _epochs_over(loops: dict[str, Any]) -> tuple[int, int]:
+    """Epochs that are over for a worker, in its loop and in its leases."""
+    over = [position["over"][0] for position in _positions(loops) if "over" in position]
+    in_leases = min((epoch if epoch is not None else -1 for epoch in over), default=-1)
+    return loops["fit_loop"]["epoch_progress"]["current"]["processed"], in_leases

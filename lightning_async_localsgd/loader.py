@@ -1,4 +1,4 @@
-"""The training loader of one worker: the user's own loader, over the part of each pass that falls to the worker."""
+"""The training loaders of one worker: the user's own, over the part of each pass that falls to the worker."""
 
 from __future__ import annotations
 
@@ -6,18 +6,27 @@ import random
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from lightning.fabric.utilities.distributed import _DatasetSamplerWrapper
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch.distributed import PrefixStore, Store
 from torch.utils.data import DataLoader, Sampler
 
-from lightning_async_localsgd.data import Division, Pass
+from lightning_async_localsgd.data import Division, Leases, Pass, Shards, SharedTickets, StridedTickets
 
-__all__ = ["OpenEnded", "WorkerLoader"]
+if TYPE_CHECKING:
+    from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
+
+__all__ = ["OpenEnded", "TrainingLoaders", "WorkerLoader"]
 
 _COMPARED = 256  # batches of a pass that workers compare
 
@@ -185,6 +194,79 @@ def _generators(sampler: Any) -> Iterator[torch.Generator]:
         inner = getattr(sampler, name, None)
         if isinstance(inner, (Sampler, _DatasetSamplerWrapper)):
             yield from _generators(inner)
+
+
+class TrainingLoaders:
+    """Gives each training loader of a ``fit`` the division of its batches; the same one if it is set up again.
+
+    Args:
+        strategy: whose workers.
+    """
+
+    def __init__(self, strategy: AsyncLocalSGDStrategy) -> None:
+        self._strategy = strategy
+        self._divisions: list[Division] = []  # by place: the first loader, the second one, ...
+        self._before: object = None  # the loaders before those that are being set up
+        self._place = 0
+
+    def divide(self, loader: DataLoader[Any], seed: int, trainer: pl.Trainer, store: Store) -> WorkerLoader:
+        """This worker's part of a map-style loader.
+
+        Args:
+            loader: the loader, which must not be used otherwise.
+            seed: seed of the order of its samples.
+            trainer: whose loader.
+            store: the job's store in this ``fit``.
+
+        Raises:
+            MisconfigurationException: if its batches come in an order that nobody knows.
+        """
+        if loader.num_workers > 0 and not getattr(loader, "in_order", True):
+            raise MisconfigurationException(
+                "With `DataLoader(in_order=False)` nobody knows which batches were trained. Leave it at True; or pass "
+                "`Trainer(use_distributed_sampler=False)` and divide the data by `trainer.global_rank` yourself."
+            )
+        _auto_add_worker_init_fn(loader, trainer.global_rank)
+        loaders = trainer.fit_loop._combined_loader  # while they are being set up, those before
+        if loaders is not self._before:
+            self._before, self._place = loaders, 0
+        if self._place == len(self._divisions):
+            self._divisions.append(self._make_division(trainer, PrefixStore(f"loader{self._place}", store)))
+        division = self._divisions[self._place]
+        self._place += 1
+        strategy = self._strategy
+        ahead = partial(_fetched_ahead, trainer)
+        return WorkerLoader(loader, division, seed, ahead, strategy.device_rank, strategy.worker_size)
+
+    def _make_division(self, trainer: pl.Trainer, store: Store) -> Division:
+        """By leases where epochs are counted, else by Eq. 2."""
+        strategy, worker, workers = self._strategy, self._strategy.worker_rank, self._strategy.workers
+        # A step that fetches its batches itself would learn too late that there is no more.
+        fetches = is_param_in_hook_signature(trainer.lightning_module.training_step, "dataloader_iter", explicit=True)
+        if trainer.max_epochs in (None, -1) or fetches:
+            return Shards(worker, workers, lambda: strategy.worker.shard if strategy.worker is not None else worker)
+        if strategy.settings.lockstep(workers):
+            return Leases(StridedTickets(worker, workers), worker, workers, store)
+        tickets = SharedTickets(
+            store,
+            worker,
+            lambda: strategy.worker.share if strategy.worker is not None else 1 / workers,
+            strategy.device_rank,
+            strategy.worker_size,
+            strategy.settings.timeout,
+        )
+        return Leases(tickets, worker, workers, store)
+
+    def close(self) -> None:
+        """The ``fit`` is over."""
+        for division in self._divisions:
+            division.close()
+        self._divisions, self._before, self._place = [], None, 0
+
+
+def _fetched_ahead(trainer: pl.Trainer) -> int:
+    """Batches that Lightning's loop holds and has not trained yet."""
+    return len(getattr(trainer.fit_loop._data_fetcher, "batches", ()))
 
 
 class OpenEnded:

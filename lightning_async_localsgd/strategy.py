@@ -7,23 +7,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
 from torch.distributed import PrefixStore, Store
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
@@ -33,30 +26,12 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_async_localsgd.callbacks import WorkerCallback
-from lightning_async_localsgd.checkpointing import (
-    KEY,
-    PART_KEYS,
-    Checkpoints,
-    find_whole,
-    link_part,
-    new_id,
-    read_part,
-    write_part,
-)
+from lightning_async_localsgd.checkpointing import KEY, JobCheckpoints, Resumed
 from lightning_async_localsgd.codecs import Codec
 from lightning_async_localsgd.crew import Crew, FollowingRank, LeadingWorker
-from lightning_async_localsgd.data import (
-    Division,
-    Leases,
-    Shards,
-    SharedTickets,
-    StridedTickets,
-    Tickets,
-    merge_positions,
-)
 from lightning_async_localsgd.final_module import FinalModule
 from lightning_async_localsgd.launching import ForkingLauncher, check_start_method
-from lightning_async_localsgd.loader import WorkerLoader
+from lightning_async_localsgd.loader import TrainingLoaders
 from lightning_async_localsgd.membership import StaticJob, join_job
 from lightning_async_localsgd.outer import OuterOptimizerFactory
 from lightning_async_localsgd.pace import Pace
@@ -152,7 +127,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             exchange_frozen=exchange_frozen,
         )
         self.validate_global = validate_global
-        self.checkpoints = Checkpoints(super().remove_checkpoint)
+        self.checkpoints = JobCheckpoints(self, super().remove_checkpoint)
         self.worker: Worker | FollowingRank | None = None
         """This process' worker, during ``fit``."""
         self.summary: RunSummary | None = None
@@ -164,12 +139,9 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         self._steps_before_fit: int | None = None
         self._failed = False
         self._goes_on = False  # this fit has begun from a checkpoint
-        self._saved_tensors: dict[str, Tensor] = {}  # what the checkpoint that is being written holds
-        self._moment: dict[str, Any] | None = None  # what the checkpoints since the last step hold
-        self._resumed: dict[str, Any] | None = None  # what `fit` is to go on from
+        self._resumed: Resumed | None = None  # what `fit` is to go on from
         self._out_of_step = False  # workers train, each at its own pace
-        self._divisions: list[Division] = []  # of the training loaders of this fit, by place
-        self._dividing: tuple[Any, int] | None = None
+        self._loaders = TrainingLoaders(self)
 
     # ---- the process world ------------------------------------------------------------------------------------------
 
@@ -269,41 +241,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         # Lightning has just put a sampler over all of the data under a copy of it, unless the user asked for their own.
         if not isinstance(sampler, DistributedSampler) or sampler.num_replicas != 1:
             return dataloader
-        if dataloader.num_workers > 0 and not getattr(dataloader, "in_order", True):
-            raise MisconfigurationException(
-                "With `DataLoader(in_order=False)` nobody knows which batches were trained. Leave it at True; or pass "
-                "`Trainer(use_distributed_sampler=False)` and divide the data by `trainer.global_rank` yourself."
-            )
-        _auto_add_worker_init_fn(dataloader, self.global_rank)
-        division = self._division(trainer)
-        ahead = partial(_fetched_ahead, trainer)
-        return WorkerLoader(dataloader, division, sampler.seed, ahead, self.device_rank, self.worker_size)
-
-    def _division(self, trainer: pl.Trainer) -> Division:
-        """How the batches of the loader that is being set up are divided: the first one, the second one, ..."""
-        loaders = trainer.fit_loop._combined_loader  # those before, if they are set up again
-        if self._dividing is None or self._dividing[0] is not loaders:
-            self._dividing = loaders, 0
-        place = self._dividing[1]
-        self._dividing = loaders, place + 1
-        if place == len(self._divisions):
-            self._divisions.append(self._divide(trainer, place))
-        return self._divisions[place]
-
-    def _divide(self, trainer: pl.Trainer, place: int) -> Division:
-        """By leases where epochs are counted, else by Eq. 2."""
-        workers, worker = self.workers, self.worker_rank
-        # A step that fetches its batches itself would learn too late that there is no more.
-        fetches = is_param_in_hook_signature(trainer.lightning_module.training_step, "dataloader_iter", explicit=True)
-        if trainer.max_epochs in (None, -1) or fetches:
-            return Shards(worker, workers, lambda: self.worker.shard if self.worker is not None else worker)
         assert self._job is not None
-        store = PrefixStore(f"loader{place}", self._job.store)
-        tickets: Tickets = StridedTickets(worker, workers)
-        if not self.settings.lockstep(workers):
-            share = lambda: self.worker.share if self.worker is not None else 1 / workers  # noqa: E731
-            tickets = SharedTickets(store, worker, share, self.device_rank, self.worker_size, self.settings.timeout)
-        return Leases(tickets, worker, workers, store)
+        return self._loaders.divide(dataloader, sampler.seed, trainer, self._job.store)
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
@@ -354,17 +293,15 @@ class AsyncLocalSGDStrategy(DDPStrategy):
                 "are out of step cannot make. Use the optimizer that it wraps."
             )
         self.worker = self._make_worker(trainer)
-        scheduler_steps = 0 if self._resumed is None else self._resumed.get("scheduler_steps", 0)
-        if self._resumed is not None and isinstance(self.worker, Worker):
-            same_workers = "worker" in self._resumed
-            self.worker.load_global_state_dict(self._resumed["state"], same_workers)
-            if same_workers:
-                self.worker.load_local_state_dict(self._resumed["worker"])
-        self._goes_on = self._resumed is not None
-        self._resumed = None
+        scheduler_steps = 0
+        if self._resumed is not None:
+            scheduler_steps = self._resumed.scheduler_steps
+            if isinstance(self.worker, Worker):
+                self._resumed.load_into(self.worker)
+        self._goes_on, self._resumed = self._resumed is not None, None
         self._watch_optimizers()
         # Books of this run: what an earlier one that failed has left unfinished holds up nothing.
-        self.checkpoints = Checkpoints(super().remove_checkpoint, self.workers)
+        self.checkpoints = JobCheckpoints(self, super().remove_checkpoint)
         self._callback = WorkerCallback(self, trainer, scheduler_steps)
 
     def _make_worker(self, trainer: pl.Trainer) -> Worker | FollowingRank:
@@ -387,7 +324,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             {"lightning_async_localsgd": __version__, "max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs}
             | {"worker_size": self.worker_size},
         )
-        worker.on_cut = self._save_part
+        worker.on_cut = self.checkpoints.save_part
         worker.on_progress = self._heed
         return worker
 
@@ -455,6 +392,11 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         return self._steps_before_fit
 
     @property
+    def scheduler_steps(self) -> int:
+        """Steps of the job that the learning-rate schedulers have made in this ``fit``."""
+        return self._callback.scheduler_steps if self._callback is not None else 0
+
+    @property
     def job_steps(self) -> int:
         """Steps of the job so far: local steps of all workers over their number."""
         in_this_fit = self.worker.job_steps if self.worker is not None and self._out_of_step else 0
@@ -464,25 +406,16 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         """Whether an optimizer has stepped since the last call: then the batch was a local step."""
         stepped, self._optimizer_stepped = self._optimizer_stepped, False
         if stepped:
-            self.forget_moment()
+            self.checkpoints.forget_moment()
         return stepped
-
-    def forget_moment(self) -> None:
-        """A checkpoint that is written from now on is of another moment than the last one."""
-        self._moment = None
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What checkpoints hold: during ``fit`` the global parameters, not this worker's own."""
         state = super().lightning_module_state_dict()
-        if not isinstance(self.worker, Worker) or not self._out_of_step or self.summary is not None:
+        if not self._out_of_step or self.summary is not None:
             return state  # after the last step the module's own: the global ones, or what callbacks have made of them
-        assert self.lightning_module is not None
-        self._saved_tensors = self.worker.global_tensors()
-        for shared, aliases in _aliases(self.lightning_module).items():
-            if shared in self._saved_tensors:
-                state.update({name: self._saved_tensors[shared] for name in aliases if name in state})
-        return state
+        return self.checkpoints.put_global(state)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -491,82 +424,26 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         The checkpoint's ``global_step`` is worker 0's own; the job's count of steps is beside it.
         """
         checkpoint[KEY] = {"job_steps": self.job_steps, "workers": self.workers}
-        alone = self.summary is not None or self._failed  # at the end of the run, or of a worker, nobody is left to ask
-        resumable = "optimizer_states" in checkpoint
-        with_others = resumable and not alone and _is_local(filepath)
-        if self.worker is None or not self._out_of_step or not self.is_global_zero:
-            takes_part = self._out_of_step and self.worker_rank == 0 and with_others and self._moment is None
-            if isinstance(self.worker, FollowingRank) and takes_part:
-                self.worker.follow()
-                self._moment = {}
+        if self.worker is None or not self._out_of_step or self.worker_rank > 0:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
-        assert isinstance(self.worker, Worker)
+        alone = self.summary is not None or self._failed  # at the end of the run, or of a worker, nobody is left to ask
+        resumable, local = "optimizer_states" in checkpoint, _is_local(filepath)
         with self.worker.paused():
-            if with_others:
-                self._save_with_others(checkpoint, os.path.abspath(filepath))
+            if resumable and local and not alone:
+                self.checkpoints.save(checkpoint, os.path.abspath(filepath))
                 return
-            if resumable:
+            if resumable and isinstance(self.worker, Worker):
                 checkpoint[KEY]["state"] = self.worker.global_state_dict()
             super().save_checkpoint(checkpoint, filepath, storage_options)
-            if _is_local(filepath):
-                self.checkpoints.forget(os.path.abspath(filepath))
-
-    def _save_with_others(self, checkpoint: dict[str, Any], path: str) -> None:
-        assert isinstance(self.worker, Worker)
-        checkpoint_id = new_id()
-        where = {"id": checkpoint_id, "path": path}
-        if self._moment is None:
-            with self.worker.cut(where):
-                self._moment = {"where": where, "entry": self._take_moment()}
-        else:  # the others have written this moment already, or are about to: they link what they write
-            self.worker.send({"also": [self._moment["where"], where]})
-        entry = self._moment["entry"]
-        for name, tensor in entry["state"]["global"][
-            "tensors"
-        ].items():  # an update may have come since they were taken
-            self._saved_tensors[name].copy_(tensor)
-        written_once = entry["state"]["global"] | {"tensors": dict(self._saved_tensors)}  # those of "state_dict"
-        checkpoint[KEY] |= entry | {"id": checkpoint_id, "state": entry["state"] | {"global": written_once}}
-        io = self.checkpoint_io  # all is to be written when this returns, also with one that writes in the background
-        io = io.checkpoint_io if isinstance(io, AsyncCheckpointIO) and io.checkpoint_io is not None else io
-        with self.checkpoints.write(path, checkpoint_id) as leader:
-            io.save_checkpoint(checkpoint, leader)
-        self.checkpoints.part_written(checkpoint_id, 0)
-
-    def _take_moment(self) -> dict[str, Any]:
-        assert isinstance(self.worker, Worker) and self._callback is not None
-        return {
-            "job_steps": self.job_steps,
-            "steps_before_fit": self._steps_before_fit or 0,
-            "state": self.worker.global_state_dict(),
-            "worker": self.worker.local_state_dict(),
-            "scheduler_steps": self._callback.scheduler_steps,
-        }
-
-    def save_part_again(self, before: dict[str, Any], again: dict[str, Any]) -> None:
-        """Make this worker's side of one checkpoint that of another one as well, which worker 0 has just written."""
-        if isinstance(self.worker, Worker):
-            link_part(before["path"], before["id"], again["path"], again["id"], self.worker_rank)
-            self.worker.send({"saved": again["id"]})
-
-    def _save_part(self, what: dict[str, Any]) -> None:
-        """This worker's side of the checkpoint that worker 0 writes."""
-        assert isinstance(self.worker, Worker)
-        assert self.lightning_module is not None and self._callback is not None
-        part = {"worker": self.worker.local_state_dict(), "scheduler_steps": self._callback.scheduler_steps}
-        trainer = self.lightning_module.trainer
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        precision = type(trainer.precision_plugin).__qualname__
-        own = {key: checkpoint[key] for key in (*PART_KEYS, precision) if key in checkpoint}
-        write_part(what["path"], what["id"], self.worker_rank, part | {"checkpoint": own})
-        self.worker.send({"saved": what["id"]})
+            if local and self.is_global_zero:
+                self.checkpoints.files.forget(os.path.abspath(filepath))
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
         """Delete a checkpoint with all workers' sides of it, once those that replace it are whole."""
         if self.is_global_zero and _is_local(filepath):
-            self.checkpoints.remove(os.path.abspath(filepath))
+            self.checkpoints.files.remove(os.path.abspath(filepath))
         else:
             super().remove_checkpoint(filepath)
 
@@ -577,77 +454,19 @@ class AsyncLocalSGDStrategy(DDPStrategy):
                 "A checkpoint cannot be loaded while workers train. The learning-rate finder does so: run it at the "
                 "start of `fit` alone, in `on_fit_start`, or with `Tuner(trainer).lr_find(model)` before."
             )
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        checkpoint = self.read_checkpoint(checkpoint_path, weights_only)
         if not self._fitting:
             return checkpoint
         self._resumed = None
         self._steps_before_fit = checkpoint.get(KEY, {}).get("job_steps")
         if "state" in checkpoint.get(KEY, {}):
-            checkpoint = self._load_own_side(checkpoint, str(checkpoint_path), weights_only)
+            checkpoint, self._resumed = self.checkpoints.load(checkpoint, str(checkpoint_path), weights_only)
+            self._steps_before_fit = self._resumed.steps_before_fit
         return checkpoint
 
-    def _load_own_side(self, checkpoint: dict[str, Any], path: str, weights_only: bool | None) -> dict[str, Any]:
-        """Put this worker's side of a checkpoint in the place of worker 0's."""
-        # Worker 0 says what is there, for all: others may see a shared folder later, or not at all.
-        whole = find_whole(path, checkpoint[KEY].get("id"))
-        leader, folder = self.broadcast([str(whole.path), str(whole.folder)] if whole is not None else ["", ""])
-        if leader and leader != os.path.realpath(path):
-            rank_zero_warn(
-                f"The checkpoint {path} is not whole: the job ended before every worker had written its side. Training "
-                "goes on from the one that it was to replace."
-            )
-            checkpoint = super().load_checkpoint(leader, weights_only)
-        entry = checkpoint[KEY]
-        if leader:
-            self._merge_positions(checkpoint, Path(folder), weights_only)
-        if "id" not in entry:
-            reason = "was written when the other workers had left"
-        elif not leader:
-            reason = "does not have every worker's side"
-        elif entry["workers"] != self.workers:
-            reason = f"was written by {entry['workers']} workers, and there are {self.workers} now"
-        else:
-            self._resumed = entry
-            self._steps_before_fit = entry["steps_before_fit"]  # the worker's own counts of that fit go on
-            if self.worker_rank > 0:
-                part = read_part(Path(folder), self.worker_rank, weights_only)
-                own = part.pop("checkpoint")
-                # What watches worker 0's metrics goes on as on worker 0.
-                own["lr_schedulers"] = [
-                    theirs if "num_bad_epochs" in theirs else ours
-                    for theirs, ours in zip(checkpoint["lr_schedulers"], own["lr_schedulers"], strict=True)
-                ]
-                _set_positions(own["loops"], _positions(checkpoint["loops"]))
-                # What only worker 0 runs, and decides by, is in its side alone.
-                own["callbacks"] = checkpoint["callbacks"] | own.get("callbacks", {})
-                checkpoint |= own
-                self._resumed = entry | part
-            return checkpoint
-        rank_zero_warn(
-            f"The checkpoint {path} {reason}. Training goes on from its global parameters and outer state: inner "
-            "optimizers start as worker 0's was, and what had been learned since each worker's last push is lost."
-        )
-        self._resumed = {"state": entry["state"]}
-        self._steps_before_fit = entry["job_steps"]
-        return checkpoint
-
-    def _merge_positions(self, checkpoint: dict[str, Any], folder: Path, weights_only: bool | None) -> None:
-        """Have the training loaders leave out what any worker has trained on."""
-        workers = checkpoint[KEY]["workers"]
-        shared = any("trained" in position for position in _positions(checkpoint["loops"]))
-        if not shared and workers == self.workers:
-            return
-        parts = [read_part(folder, worker, weights_only)["checkpoint"] for worker in range(1, workers)]
-        sides = [{key: side[key] for key in ("loops", "lr_schedulers")} for side in (checkpoint, *parts)]
-        of_all = [_positions(side["loops"]) for side in sides]
-        own = self.worker_rank
-        if workers != self.workers:  # all go on as the one that was furthest behind: nobody has left an epoch too early
-            own = min(range(workers), key=lambda worker: _epochs_over(sides[worker]["loops"]))
-            checkpoint |= sides[own]
-        merged = of_all[own]
-        if len({len(positions) for positions in of_all}) == 1:
-            merged = [merge_positions(states, own) for states in zip(*of_all, strict=True)]
-        _set_positions(checkpoint["loops"], merged)
+    def read_checkpoint(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
+        """A Lightning file as it is."""
+        return super().load_checkpoint(path, weights_only)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -689,38 +508,13 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         self.worker = None
         self._job = None
         self._out_of_step = False
-        self._saved_tensors = {}
-        self._moment = None
-        for division in self._divisions:
-            division.close()
-        self._divisions, self._dividing = [], None
+        self.checkpoints.forget_moment()
+        self._loaders.close()
         self._failed = False
         self._optimizer_stepped = False
         if dist.is_initialized():
             dist.destroy_process_group()
         super().teardown()
-
-
-def _positions(loops: dict[str, Any]) -> list[dict[str, Any]]:
-    """Where a worker's training loaders are, in its loops' state."""
-    positions: list[dict[str, Any]] = loops["fit_loop"]["state_dict"].get("combined_loader", [])
-    return positions
-
-
-def _epochs_over(loops: dict[str, Any]) -> tuple[int, int]:
-    """Epochs that are over for a worker, in its loop and in its leases."""
-    over = [position["over"][0] for position in _positions(loops) if "over" in position]
-    in_leases = min((epoch if epoch is not None else -1 for epoch in over), default=-1)
-    return loops["fit_loop"]["epoch_progress"]["current"]["processed"], in_leases
-
-
-def _set_positions(loops: dict[str, Any], positions: list[dict[str, Any]]) -> None:
-    loops["fit_loop"]["state_dict"]["combined_loader"] = positions
-
-
-def _fetched_ahead(trainer: pl.Trainer) -> int:
-    """Batches that Lightning's loop holds and has not trained yet."""
-    return len(getattr(trainer.fit_loop._data_fetcher, "batches", ()))
 
 
 def _is_local(path: Any) -> bool:
@@ -741,16 +535,6 @@ def _check_callbacks(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 def _has_step_hooks(optimizer: Optimizer) -> bool:
     """Whether torch has prepared ``step`` to call hooks; a wrapper that skips ``Optimizer.__init__`` has none."""
     return getattr(type(optimizer).step, "hooked", False)
-
-
-def _aliases(module: torch.nn.Module) -> dict[str, list[str]]:
-    """The first name of each parameter and buffer, and all names it goes by (tied weights have several)."""
-    names: dict[int, list[str]] = {}
-    for name, tensor in chain(
-        module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
-    ):
-        names.setdefault(id(tensor), []).append(name)
-    return {aliases[0]: aliases for aliases in names.values()}
 
 
 for _suffix, _start_method in (("", "popen"), ("_fork", "fork"), ("_notebook", "fork"), ("_spawn", "spawn")):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
-from lightning_async_localsgd.checkpointing import Checkpoints, find_whole, write_part
+from lightning_async_localsgd.checkpoint_files import CheckpointFiles, find_whole, write_part
 from tests.modules import FEATURES, Regression, make_trainer, regression_data, stream
 from tests.processes import results, run_processes
 
@@ -224,7 +224,7 @@ def test_an_incomplete_checkpoint_falls_back_and_says_so(tmp_path: Path) -> None
 
 def test_the_older_checkpoint_of_a_name_stays_until_the_newer_one_is_whole(tmp_path: Path) -> None:
     deleted: list[str] = []
-    books = Checkpoints(deleted.append, workers=2)
+    books = CheckpointFiles(deleted.append, workers=2)
     path = str(tmp_path / "last.ckpt")
 
     def leader_writes(checkpoint_id: str) -> None:
