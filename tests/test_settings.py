@@ -24,7 +24,7 @@ from lightning_async_localsgd.outer import DelayedNesterov
         ({"codec": "fp8"}, "codec"),
         ({"timeout": timedelta(0), "grace_period": 0}, "timeout"),
         ({"timeout": timedelta(seconds=3), "grace_period": 8}, "timeout"),
-        ({"worker_size": 2}, "worker_size"),
+        ({"worker_size": 0}, "worker_size"),
         ({"outer_optimizer": torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1)}, "outer_optimizer"),
         ({"outer_optimizer": partial(DelayedNesterov, momentum_activation=2.0)}, "momentum_activation"),
     ],
