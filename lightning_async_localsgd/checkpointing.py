@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_async_localsgd.checkpoint_files import (
     CheckpointFiles,
@@ -75,14 +79,11 @@ class JobCheckpoints:
         self._delete = delete
         self._tensors: dict[str, Tensor] = {}  # the global ones in the checkpoint that is being made
         self._moment: dict[str, Any] | None = None
-        self._files: CheckpointFiles | None = None
 
-    @property
+    @cached_property
     def files(self) -> CheckpointFiles:
         """Worker 0's books of what is written."""
-        if self._files is None:
-            self._files = CheckpointFiles(self._delete, self._strategy.workers)
-        return self._files
+        return CheckpointFiles(self._delete, self._strategy.workers)
 
     # ---- saving -----------------------------------------------------------------------------------------------------
 
@@ -109,12 +110,24 @@ class JobCheckpoints:
             self._tensors[name].copy_(tensor)
         written_once = state["global"] | {"tensors": dict(self._tensors)}
         checkpoint[KEY] |= entry | {"id": checkpoint_id, "state": state | {"global": written_once}}
+        self.files.begin(path, checkpoint_id)
+        self._io.save_checkpoint(checkpoint, path)
+
+    @cached_property
+    def _io(self) -> CheckpointIO:
+        """Writes worker 0's file as the user's plugin does, in the background if that does."""
         io = self._strategy.checkpoint_io
         if isinstance(io, AsyncCheckpointIO) and io.checkpoint_io is not None:
-            io = io.checkpoint_io  # all is to be written when this returns
-        with self.files.write(path, checkpoint_id) as leader:
-            io.save_checkpoint(checkpoint, leader)
-        self.files.part_written(checkpoint_id, 0)
+            return AsyncCheckpointIO(_LeaderFile(io.checkpoint_io, self.files))
+        return _LeaderFile(io, self.files)
+
+    def wait_until_written(self) -> None:
+        """Wait for what is being written in the background.
+
+        Raises:
+            Exception: what it has failed of.
+        """
+        self._io.teardown()
 
     def _take_moment(self, where: Message) -> dict[str, Any]:
         """This library's entry in a checkpoint of now, or of the moment that the others have saved already."""
@@ -251,6 +264,29 @@ class JobCheckpoints:
         module = self._strategy.lightning_module
         assert module is not None
         return module
+
+
+class _LeaderFile(_WrappingCheckpointIO):
+    """Writes a Lightning file to where worker 0's side belongs, and enters it in the books.
+
+    Args:
+        checkpoint_io: how it is written.
+        files: the books.
+    """
+
+    def __init__(self, checkpoint_io: CheckpointIO, files: CheckpointFiles) -> None:
+        super().__init__(checkpoint_io)
+        self._files = files
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        assert self.checkpoint_io is not None
+        with self._files.write(path, checkpoint[KEY]["id"]) as leader:
+            self.checkpoint_io.save_checkpoint(checkpoint, leader)
+
+    @override
+    def teardown(self) -> None:
+        """The user's plugin ends with the strategy."""
 
 
 def _aliases(module: nn.Module) -> dict[str, list[str]]:

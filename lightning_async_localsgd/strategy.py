@@ -433,6 +433,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             if resumable and local and not alone:
                 self.checkpoints.save(checkpoint, os.path.abspath(filepath))
                 return
+            self.checkpoints.wait_until_written()  # it may be of the same name
             if resumable and isinstance(self.worker, Worker):
                 checkpoint[KEY]["state"] = self.worker.global_state_dict()
             super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -515,6 +516,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         if dist.is_initialized():
             dist.destroy_process_group()
         super().teardown()
+        self.checkpoints.wait_until_written()
 
 
 def _is_local(path: Any) -> bool:

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import threading
+import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -112,6 +115,45 @@ def test_a_second_checkpoint_of_a_moment_asks_nobody_again(tmp_path: Path) -> No
     assert all(torch.equal(tensor, before["state_dict"][name]) for name, tensor in last["state_dict"].items())
     ends = results(run_processes(twice, 2, 2, str(tmp_path / "again"), str(tmp_path / "last.ckpt")))
     assert not ends[0][2] and ends[0][0] == ends[1][0]
+
+
+class SlowIO(TorchCheckpointIO):
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        time.sleep(0.2)
+        super().save_checkpoint(*args, **kwargs)
+
+
+def in_background(rank: int, size: int, folder: str, ckpt: str | None) -> Any:
+    plan = AsyncLocalSGDStrategy(local_steps=5, timeout=timedelta(seconds=30))
+    seconds: list[float] = []
+    save = plan.save_checkpoint
+
+    def timed(*args: Any, **kwargs: Any) -> None:
+        begin = time.monotonic()
+        save(*args, **kwargs)
+        seconds.append(time.monotonic() - begin)
+
+    plan.save_checkpoint = timed  # type: ignore[method-assign]
+    trainer = make_trainer(
+        size,
+        plan,
+        max_steps=80,
+        callbacks=[ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=40, save_top_k=-1)],
+        enable_checkpointing=True,
+        plugins=[AsyncCheckpointIO(SlowIO())],
+    )
+    module = Seeded((0.002, 0.005))
+    trainer.fit(module, stream(rank), ckpt_path=ckpt)
+    return parameters(module), plan.job_steps, seconds
+
+
+def test_lightnings_background_writing_makes_whole_checkpoints(tmp_path: Path) -> None:
+    ends = results(run_processes(in_background, 2, 2, str(tmp_path), None))
+    assert min(ends[0][2]) < 0.2  # it was not the training thread that wrote
+    first = tmp_path / "step=40.ckpt"
+    assert find_whole(str(first), torch.load(first, weights_only=True)["async_localsgd"]["id"]) is not None
+    again = results(run_processes(in_background, 2, 2, str(tmp_path / "again"), str(first)))
+    assert again[0][0] == again[1][0] and again[0][1] == 80
 
 
 def test_another_number_of_workers_goes_on_from_the_global_state(tmp_path: Path) -> None:
@@ -231,8 +273,8 @@ def test_the_older_checkpoint_of_a_name_stays_until_the_newer_one_is_whole(tmp_p
         with books.write(path, checkpoint_id) as leader:
             Path(leader).write_text(checkpoint_id)
         assert Path(path).read_text() == checkpoint_id
-        books.part_written(checkpoint_id, 0)
 
+    books.begin(path, "first")
     leader_writes("first")
     assert find_whole(path, "first") is None
     write_part(path, "first", 1, {"x": torch.ones(1)})
@@ -240,6 +282,7 @@ def test_the_older_checkpoint_of_a_name_stays_until_the_newer_one_is_whole(tmp_p
     first = find_whole(path, "first")
     assert first is not None and first.path.read_text() == "first"
 
+    books.begin(path, "second")
     leader_writes("second")
     books.remove("replaced.ckpt")
     found = find_whole(path, "second")
