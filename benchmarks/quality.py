@@ -73,9 +73,9 @@ class Task:
 TASKS = {
     RESNET: Task(
         quality="accuracy",
-        steps=2400,
-        local_steps=20,
-        scale=0.02,
+        steps=4800,
+        local_steps=50,
+        scale=0.03,
         batch_size=32,
         learning_rates={DDP: 0.2, ASYNC: 0.05},
         grid=(0.025, 0.05, 0.1, 0.2, 0.4),
@@ -87,7 +87,7 @@ TASKS = {
         quality="mode_overlap",
         steps=2000,
         local_steps=50,
-        scale=0.02,
+        scale=0.04,
         batch_size=64,
         learning_rates={DDP: 1e-3, ASYNC: 1e-3},
         grid=(5e-4, 1e-3, 2e-3),
