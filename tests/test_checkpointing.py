@@ -101,20 +101,36 @@ def test_unequal_workers_resume_from_their_own_sides(tmp_path: Path) -> None:
     assert ends[1][1].local_steps[1] >= part["worker"]["local_steps"] > 0
 
 
+class SaveTwice(L.Callback):
+    """Saves two checkpoints after worker 0's twelfth step."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_rank == 0 and trainer.global_step == 12:
+            trainer.save_checkpoint(f"{self.folder}/first.ckpt")
+            trainer.save_checkpoint(f"{self.folder}/second.ckpt")
+
+
 def twice(rank: int, size: int, folder: str, ckpt: str | None) -> Any:
-    plan = AsyncLocalSGDStrategy(local_steps=5, timeout=timedelta(seconds=30))
-    return fit(rank, size, 40, plan, ckpt, dirpath=folder, every_n_train_steps=12, save_top_k=-1, save_last=True)
+    module, plan = Seeded((0.002, 0.005)), AsyncLocalSGDStrategy(local_steps=5, timeout=timedelta(seconds=30))
+    trainer = make_trainer(size, plan, max_steps=60, callbacks=[SaveTwice(folder)])
+    trainer.fit(module, stream(rank), ckpt_path=ckpt)
+    return parameters(module), plan.job_steps
 
 
 def test_a_second_checkpoint_of_a_moment_asks_nobody_again(tmp_path: Path) -> None:
     results(run_processes(twice, 2, 2, str(tmp_path), None))
-    (part,) = (tmp_path / "last.ckpt.workers").glob("*/worker-1.pt")
-    assert any(part.samefile(other) for other in tmp_path.glob("step=*.workers/*/worker-1.pt"))
-    before, last = (torch.load(p, weights_only=True) for p in (newest(tmp_path), tmp_path / "last.ckpt"))
-    assert before["async_localsgd"]["job_steps"] == last["async_localsgd"]["job_steps"]
-    assert all(torch.equal(tensor, before["state_dict"][name]) for name, tensor in last["state_dict"].items())
-    ends = results(run_processes(twice, 2, 2, str(tmp_path / "again"), str(tmp_path / "last.ckpt")))
-    assert not ends[0][2] and ends[0][0] == ends[1][0]
+    sides = [next(tmp_path.glob(f"{name}.ckpt.workers/*/worker-1.pt")) for name in ("first", "second")]
+    assert sides[0].samefile(sides[1])
+    saved = [torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("first", "second")]
+    entries = [checkpoint["async_localsgd"] for checkpoint in saved]
+    assert entries[0]["job_steps"] == entries[1]["job_steps"] and entries[0]["id"] != entries[1]["id"]
+    assert all(torch.equal(saved[0]["state_dict"][name], tensor) for name, tensor in saved[1]["state_dict"].items())
+    assert find_whole(str(tmp_path / "second.ckpt"), entries[1]["id"]) is not None
+    ends = results(run_processes(twice, 2, 2, str(tmp_path / "again"), str(tmp_path / "second.ckpt")))
+    assert ends[0] == ends[1] and ends[0][1] == 60
 
 
 class SlowIO(TorchCheckpointIO):

@@ -111,7 +111,7 @@ def test_started_processes_bring_model_metrics_and_summary_back(start_method: st
     command = [*alone(), sys.executable, "script.py", start_method]
     code, output = run_together([command], folder, environment())[0]
     assert code == 0, output
-    parameters = re.findall(r"(?:worker|main) has (\w+)", output)
+    parameters = re.findall(r"(?:worker|main) has ([0-9a-f]{32})", output)
     assert len(parameters) == 3 and len(set(parameters)) == 1, output
     steps = re.search(r"main steps (\d+) metrics \['val_loss'\]", output)
     assert steps is not None and abs(int(steps[1]) - 40) <= 2 * 5, output
