@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,8 +15,7 @@ from torch.distributed import Store
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
-from lightning_async_localsgd.budget import Budget, estimate_total
-from lightning_async_localsgd.data import draw_shard
+from lightning_async_localsgd.budget import Budget
 from lightning_async_localsgd.exchange import (
     Adoption,
     Beat,
@@ -33,8 +30,9 @@ from lightning_async_localsgd.exchange.header import PROTOCOL, Flag, Message
 from lightning_async_localsgd.layout import Layout
 from lightning_async_localsgd.membership import Roster
 from lightning_async_localsgd.outer import GlobalState
-from lightning_async_localsgd.pace import make_pace
+from lightning_async_localsgd.rounds import Rounds
 from lightning_async_localsgd.settings import Settings
+from lightning_async_localsgd.stopwatch import Stopwatch
 
 __all__ = ["RunSummary", "Worker", "forget_non_finite_state"]
 
@@ -47,7 +45,6 @@ _SAVED_PROGRESS = (
     "max_staleness",
     "dropped",
 )
-_MIN_SPEED_WINDOW = 8  # local steps
 _ABORT_PATIENCE = 10.0  # seconds
 
 
@@ -127,7 +124,7 @@ class Worker:
         self._settings = settings
         self.rank = rank
         self.size = size
-        self._pace = make_pace(settings.pace)
+        self._rounds = Rounds(rank, size, settings)
         self._layout = Layout(module, frozen=bool(settings.exchange_frozen))
         self._exchanged = {slot.name for slot in self._layout.parameter_slots}
         self._state = GlobalState(
@@ -146,48 +143,20 @@ class Worker:
         self._transport = GlooTransport(store, self._roster, settings.timeout)
         self._share_initial_parameters()
 
-        self.local_steps = 0
-        """Local steps this worker has made in this run."""
-        self.round = 0
-        """Rounds this worker has pushed."""
-        self.shard = rank
-        """The data shard of this worker's current round: its own at first, then drawn by progress (Eq. 2)."""
         self.version = 0
         """Version of the global parameters that this worker has adopted."""
         self.blocked_seconds = 0.0
-        self._round_steps = 0
-        self._round_samples = 0
         self._round_started = 0.0
-        self._shift = 0  # local steps by which this round is to be longer than planned
-        self._beat = Beat(0, ())
-        self._job_steps = 0
-        self._max_steps: int | None = None
-        self._open_end = False
-        self._shared_budget = settings.shares_budget(size)
-        self._shard_generator = torch.Generator().manual_seed(rank)
         self._pauses = 0
         self._own: list[Tensor] | None = None  # what `lend_global` has put aside
-        nothing = (0,) * size
-        self._progress = Progress(  # what the run starts from
-            version=0,
-            steps=nothing,
-            speeds=(0.0,) * size,
-            round_steps=(settings.local_steps,) * size,
-            caps=None,
-            exhausted=False,
-            stop=False,
-            over=False,
-            shard_samples=nothing,
-            beat=self._beat,
-            dropped=nothing,
-        )
+        self._progress = Progress.at_start(size, settings.local_steps)
         self._resumed_round: Mapping[str, Any] | None = None
         self.on_cut: Callable[[Message], None] | None = None
         """Called on the training thread when the exchange stands still for a checkpoint; see :meth:`cut`."""
         self.on_progress: Callable[[], None] | None = None
         """Called on the training thread after each turn that it waits for: there may be messages to heed."""
         self._exchange: ExchangeThread | None = None
-        self._stopwatch = _Stopwatch(settings.local_steps)
+        self._stopwatch = Stopwatch(settings.local_steps)
 
     @torch.no_grad()
     def _share_initial_parameters(self) -> None:
@@ -216,9 +185,9 @@ class Worker:
                 the fast ones more of it. None: until :meth:`step` is no longer called.
             open_end: ``max_steps`` is only what is expected, of epochs for instance: :meth:`step` does not end the run.
         """
-        self._max_steps = max_steps
-        self._open_end = open_end
-        budget = Budget(max_steps, self.size, self._shared_budget, open_end)
+        self._rounds.max_steps = max_steps
+        self._rounds.open_end = open_end
+        budget = Budget(max_steps, self.size, self._settings.shares_budget(self.size), open_end)
         steps, round_steps = self._progress.steps, self._progress.round_steps
         progress = replace(
             self._progress,
@@ -257,15 +226,13 @@ class Worker:
             AsyncLocalSGDError: if the exchange has failed, on this worker or another.
         """
         self._stopwatch.step()
-        self.local_steps += 1
-        self._round_steps += 1
-        self._round_samples += samples
+        self._rounds.count(samples)
         self._adopt_if_ready()
         self._cut_if_asked()
-        planned = self._report()
+        self._report()
         if self._in_flight:
-            self._extend_push(planned)
-        elif self._push_is_due(planned):
+            self._extend_push()
+        elif self._rounds.push_is_due(self._mailbox.progress, self._mailbox.push_wanted):
             self._push()
             if not self._settings.overlap:
                 self._wait_for_adoption()
@@ -275,89 +242,33 @@ class Worker:
             self.blocked_seconds += seconds
         return running
 
-    def _report(self) -> int:
-        """Tell the exchange thread how this worker stands; returns the local steps its round is to have."""
-        planned = self._mailbox.progress.round_steps[self.rank]
-        speed = self._stopwatch.speed(planned)
-        self._mailbox.report(self.local_steps, speed, self._patience(planned, speed))
-        return planned
-
-    def _push_is_due(self, planned: int) -> bool:
-        self._keep_step(planned)
-        due = self._enough(planned) if self._mailbox.push_wanted else planned + self._shift
-        if self._round_steps < due:
-            return False
-        return not self._is_last_round(planned, self.local_steps)
-
-    def _keep_step(self, planned: int) -> None:
-        """Where worker 0's delta came without this worker's, make this round longer or shorter, to be in step again.
-
-        All follow worker 0, which keeps its own time: if each followed the others, two in opposite phase would stay so.
-        """
-        beat = self._mailbox.progress.beat
-        if beat == self._beat:
-            return
-        self._beat = beat
-        if self.rank in beat.workers:
-            return
-        most = planned - self._enough(planned)
-        early, late = self._round_steps, max(0, planned - self._round_steps)
-        self._shift = min(early, most) if early < late else -min(late, most)
-
-    def _is_last_round(self, planned: int, local_steps: int) -> bool:
-        """Whether the round goes on to the end of the run if it is not over after ``local_steps``.
-
-        What is left of the budget goes into this round if it would be less than half of one: every delta is a whole
-        outer update with its momentum, and one of a few steps would be all momentum.
-        """
-        caps = self._mailbox.progress.caps
-        return caps is not None and caps[self.rank] - local_steps < planned / 2
-
-    def _enough(self, planned: int) -> int:
-        """Local steps after which this round may end, if that lets it share a turn with others."""
-        return max(1, math.floor((1 - self._pace.tolerance) * planned))
-
-    def _patience(self, planned: int, speed: float) -> float:
-        """Seconds for which a turn that opens now is worth holding open for this worker's next push."""
-        window = self._settings.grace_period
-        if speed == 0:
-            return window
-        if self._settings.overlap:  # nobody waits meanwhile: worth it for what brings this worker in step with the rest
-            window = max(window, max(2, self._pace.tolerance * planned) / speed)
-            window = min(window, self._settings.timeout.total_seconds() / 4)
-        steps = max(1, self._enough(planned) - self._round_steps)
-        if steps / speed > window or self._is_last_round(planned, self.local_steps + steps):
-            return 0.0
-        return window
+    def _report(self) -> None:
+        """Tell the exchange thread how this worker stands."""
+        progress = self._mailbox.progress
+        speed = self._stopwatch.speed(progress.round_steps[self.rank])
+        self._mailbox.report(self.local_steps, speed, self._rounds.patience(progress, speed))
 
     def _go_on(self) -> bool:
         """Whether this worker is to make another step."""
         progress = self._mailbox.progress
-        if progress.stop or progress.exhausted:
+        if self._rounds.over(progress):
             return False
-        if self._open_end or progress.caps is None or self.local_steps < progress.caps[self.rank]:
+        if self._rounds.has_step(progress):
             return True
-        if not self._shared_budget:
-            return False
-        return self._wait_for_more()
+        return self._rounds.may_get_more and self._wait_for_more()
 
     @property
     def budget_spent(self) -> bool:
         """Whether no step is left for this worker, as of the latest exchange: in a run that goes on, at its start."""
-        progress = self._mailbox.progress
-        if self._open_end:
-            return False
-        at_cap = progress.caps is not None and self.local_steps >= progress.caps[self.rank]
-        return progress.exhausted or (at_cap and not self._shared_budget)
+        return self._rounds.budget_spent(self._mailbox.progress)
 
     def _wait_for_more(self) -> bool:
         """At its share of the budget: wait until the others have made theirs, or leave some of it to this worker."""
         self._mailbox.flag(Flag.IDLE)
         self._mailbox.announce()
         progress = self._mailbox.progress
-        while not (progress.stop or progress.exhausted):
-            assert progress.caps is not None
-            if self.local_steps < progress.caps[self.rank]:
+        while not self._rounds.over(progress):
+            if self._rounds.has_step(progress):
                 self._mailbox.unflag(Flag.IDLE)
                 return True
             progress = self._wait_for_progress(progress)
@@ -395,7 +306,7 @@ class Worker:
         if stop:
             self._mailbox.flag(Flag.STOP)
         self._wait_for_adoption()
-        if self._round_steps > 0:
+        if self._rounds.round_steps > 0:
             self._push(flags)
         else:
             self._mailbox.flag(flags)
@@ -407,7 +318,7 @@ class Worker:
         self._copy_to_module(self._state.flat)
         self._follow_leader()
         self._transport.close()
-        self._job_steps = max(self._job_steps, self._at_most_max_steps(sum(progress.steps) // self.size))
+        self._rounds.final_job_steps(progress)
         return self.summary(digest=self._state.digest())
 
     def abort(self, error: BaseException) -> None:
@@ -441,18 +352,27 @@ class Worker:
     # ---- what the run looks like ------------------------------------------------------------------------------------
 
     @property
+    def local_steps(self) -> int:
+        """Local steps this worker has made in this run."""
+        return self._rounds.local_steps
+
+    @property
+    def round(self) -> int:
+        """Rounds this worker has pushed."""
+        return self._rounds.round
+
+    @property
+    def shard(self) -> int:
+        """The data shard of this worker's current round: its own at first, then drawn by progress (Eq. 2)."""
+        return self._rounds.shard
+
+    @property
     def job_steps(self) -> int:
         """Steps of the job: local steps of all workers over their number, rounded down. Never goes back.
 
         Between two exchanges the others are taken to advance at their pace. Learning-rate schedules count these.
         """
-        progress = self._mailbox.progress
-        estimate = estimate_total(progress.steps, progress.round_steps, self.rank, self.local_steps)
-        self._job_steps = max(self._job_steps, self._at_most_max_steps(estimate // self.size))
-        return self._job_steps
-
-    def _at_most_max_steps(self, job_steps: int) -> int:
-        return job_steps if self._max_steps is None else min(job_steps, self._max_steps)
+        return self._rounds.job_steps(self._mailbox.progress)
 
     @property
     def stop_requested(self) -> bool:
@@ -572,13 +492,8 @@ class Worker:
 
         Progress that is not applied yet, pushed or not, is the difference between ``tensors`` and ``base``.
         """
-        steps, samples, shard, base, version = (
-            self._round_steps,
-            self._round_samples,
-            self.shard,
-            self._base,
-            self.version,
-        )
+        steps, samples, shard = self._rounds.round_steps, self._rounds.round_samples, self.shard
+        base, version = self._base, self.version
         assert self._exchange is not None
         push = self._mailbox.untaken_push() or self._exchange.pending
         if push is not None:
@@ -596,7 +511,7 @@ class Worker:
             "round_samples": samples,
             "shard": shard,
             "local_steps": self.local_steps,
-            "shard_generator": self._shard_generator.get_state(),
+            "shard_generator": self._rounds.shard_generator.get_state(),
         }
 
     def load_global_state_dict(self, state_dict: Mapping[str, Any], same_workers: bool) -> None:
@@ -615,28 +530,28 @@ class Worker:
         self._progress = replace(self._progress, version=self.version)
         if same_workers:
             saved: dict[str, Any] = state_dict["progress"] | {"beat": Beat(*state_dict["progress"]["beat"])}
-            self._beat = saved["beat"]
+            self._rounds.beat = saved["beat"]
             self._progress = replace(self._progress, **saved)
 
     def load_local_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from where this worker was. To be called after :meth:`load_global_state_dict`, before :meth:`start`."""
-        self.round = state_dict["round"]
-        self.shard = state_dict["shard"]
-        self.local_steps = state_dict["local_steps"]
-        self._shard_generator.set_state(state_dict["shard_generator"])
+        self._rounds.round = state_dict["round"]
+        self._rounds.shard = state_dict["shard"]
+        self._rounds.local_steps = state_dict["local_steps"]
+        self._rounds.shard_generator.set_state(state_dict["shard_generator"])
         self._resumed_round = state_dict
 
     @torch.no_grad()
     def _resume_round(self, saved: Mapping[str, Any]) -> None:
-        self._round_steps = saved["round_steps"]
-        self._round_samples = saved["round_samples"]
+        self._rounds.round_steps = saved["round_steps"]
+        self._rounds.round_samples = saved["round_samples"]
         tensors = self._layout.tensors(self._module)
         torch._foreach_copy_(tensors, saved["tensors"])
         if saved["base"] is not None:  # learned on top of older global parameters: rebase it, as an adoption would
             correction = (self._state.flat - saved["base"].to(self._state.flat.device)).to(self._device)
             torch._foreach_add_(tensors, self._layout.views(correction))
         self._resumed_round = None
-        if self._push_is_due(self._progress.round_steps[self.rank]):
+        if self._rounds.push_is_due(self._mailbox.progress, wanted=False):
             self._push()
 
     # ---- rounds -----------------------------------------------------------------------------------------------------
@@ -649,17 +564,14 @@ class Worker:
     def _in_flight(self) -> bool:
         return self._snapshot is None
 
-    def _begin_round(self) -> None:
-        self.round += 1
-        self._round_steps = 0
-        self._round_samples = 0
-        self._round_started = time.monotonic()
-        self._shift = 0
-        self.shard = draw_shard([1] * self.size, self._mailbox.progress.shard_samples, self._shard_generator)
-
     @torch.no_grad()
-    def _push(self, flags: Flag = Flag.NONE) -> None:
-        """Hand the local parameters of now to the exchange thread; training may go on at once."""
+    def _push(self, flags: Flag = Flag.NONE, shard: int | None = None) -> None:
+        """Hand the local parameters of now to the exchange thread; training may go on at once.
+
+        Args:
+            flags: to raise with it.
+            shard: that of the round, if the next round has drawn its own already; None: that of now.
+        """
         assert self._base is not None and self._snapshot is not None
         tensors = self._layout.tensors(self._module)
         self._check_trainable()
@@ -670,36 +582,27 @@ class Worker:
                 snapshot=self._snapshot,
                 ready=self._copied(),
                 round=self.round,
-                steps=self._round_steps,
-                samples=self._round_samples,
+                steps=self._rounds.round_steps,
+                samples=self._rounds.round_samples,
                 seconds=time.monotonic() - self._round_started,
-                shard=self.shard,
+                shard=self.shard if shard is None else shard,
                 start_version=self.version,
             )
             self._base = self._snapshot = None
-            self._begin_round()
+            self._rounds.begin(self._mailbox.progress, draw=shard is None)
+            self._round_started = time.monotonic()
             self._report()
             self._mailbox.push(push, flags)
 
-    def _extend_push(self, planned: int) -> None:
-        """While the turn is held open for others, what this worker goes on learning belongs to the round it pushed.
-
-        The fewer steps a delta leaves behind, the less is learned from parameters that are about to change.
-        """
-        if self._is_last_round(planned, self.local_steps):
-            return  # what is left for the last round would be less than half of one
-        longest = math.floor((1 + self._pace.tolerance) * planned)
-        push = self._mailbox.take_back(longest - self._round_steps)
+    def _extend_push(self) -> None:
+        """Add the steps made since the push to the round it ended, while its turn is held open for others."""
+        push = self._mailbox.take_back(self._rounds.most_to_extend(self._mailbox.progress))
         if push is None:
             return
         self._base, self._snapshot = push.base, push.snapshot
-        self.round -= 1
-        self._round_steps += push.steps
-        self._round_samples += push.samples
+        self._rounds.reopen(push.steps, push.samples)
         self._round_started -= push.seconds
-        next_shard, self.shard = self.shard, push.shard
-        self._push()
-        self.shard = next_shard  # its samples may be on their way already
+        self._push(shard=push.shard)  # samples of the next one may be on their way already
 
     def _check_trainable(self) -> None:
         """A parameter that was unfrozen on the way would train apart on every worker."""
@@ -741,8 +644,8 @@ class Worker:
                 )
                 torch._foreach_copy_(self._own_tensors, self._layout.views(adoption.base), True)
                 forget_non_finite_state(self._optimizers)
-                self._round_steps = self._round_samples = 0
-            elif self._round_steps == 0:
+                self._rounds.restart()
+            elif self._rounds.round_steps == 0:
                 torch._foreach_copy_(self._own_tensors, self._layout.views(adoption.base), True)
             else:
                 correction = adoption.correction.to(self._device, non_blocking=True)
@@ -770,39 +673,3 @@ def forget_non_finite_state(optimizers: Iterable[Optimizer]) -> None:
 
 def _nothing() -> None:
     """A copy on the CPU is complete when it returns."""
-
-
-class _Stopwatch:
-    """Measures the speed of training alone: time spent on the exchange or in a pause does not count."""
-
-    def __init__(self, local_steps: int) -> None:
-        self._busy = 0.0
-        self._since: float | None = None
-        self._stopped_at = time.perf_counter()
-        # The first entry is the end of the first step, so that warm-up and compilation do not count.
-        self._marks: deque[float] = deque(maxlen=max(local_steps, _MIN_SPEED_WINDOW) + 1)
-
-    def resume(self) -> float:
-        """Training goes on; returns the seconds since it stopped."""
-        self._since = time.perf_counter()
-        return self._since - self._stopped_at
-
-    def pause(self) -> None:
-        """Training stops."""
-        if self._since is not None:
-            self._stopped_at = time.perf_counter()
-            self._busy += self._stopped_at - self._since
-            self._since = None
-
-    def step(self) -> None:
-        """A local step has ended; training stops until :meth:`resume`."""
-        self.pause()
-        self._marks.append(self._busy)
-
-    def speed(self, round_steps: int) -> float:
-        """Local steps per second over the last ``round_steps`` (at least 8) steps; 0 while unknown."""
-        steps = min(len(self._marks) - 1, max(round_steps, _MIN_SPEED_WINDOW))
-        if steps < 1:
-            return 0.0
-        seconds = self._marks[-1] - self._marks[-1 - steps]
-        return steps / seconds if seconds > 0 else 0.0

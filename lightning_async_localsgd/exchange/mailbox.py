@@ -13,31 +13,13 @@ from torch import Tensor
 
 from lightning_async_localsgd.errors import AsyncLocalSGDError
 from lightning_async_localsgd.exchange.header import Flag, Message, encode_message
+from lightning_async_localsgd.exchange.ledger import OuterUpdate, Progress
 
-__all__ = ["Adoption", "Beat", "Live", "Mailbox", "OuterUpdate", "Progress", "Push"]
+__all__ = ["Adoption", "Live", "Mailbox", "Push"]
 
 _CUT = "cut"
 _REASON_LENGTH = 900  # characters; a header has room for that many of four bytes each
 _UPDATES_KEPT = 4096  # outer updates that nobody has asked for yet; older ones are forgotten
-
-
-class OuterUpdate(NamedTuple):
-    """One delta that has been applied, as every worker learns of it."""
-
-    version: int
-    """Version of the global parameters after it."""
-    worker: int
-    round: int
-    local_steps: int
-    samples: int
-    staleness: int
-    """Versions that passed between the start of the round and the application of its delta."""
-    seconds: float
-    """How long the round took its worker."""
-    norm: float | None = None
-    """L2 norm of the delta, of the mean delta with a quorum; None where nobody asked for it."""
-    alignment: float | None = None
-    """Cosine between that delta and the outer momentum; NaN while there is none, None where nobody asked for it."""
 
 
 @dataclass(frozen=True)
@@ -78,44 +60,6 @@ class Live(NamedTuple):
     speed: float
     flags: Flag
     message: Message | None
-
-
-class Beat(NamedTuple):
-    """The latest turn that applied a delta of worker 0, which the others time their rounds by."""
-
-    round: int
-    """Worker 0's round; 0 before its first."""
-    workers: tuple[int, ...]
-    """Whose deltas were applied in that turn."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Shared progress after a turn: computed from the headers, alike on every worker."""
-
-    version: int
-    steps: tuple[int, ...]
-    """Local steps of each worker, at its last header."""
-    speeds: tuple[float, ...]
-    """Local steps per second of each worker; 0 while unknown."""
-    round_steps: tuple[int, ...]
-    """Local steps per round that the pace gives each worker."""
-    caps: tuple[int, ...] | None
-    """Local steps at which each worker stops; None: no limit."""
-    exhausted: bool
-    """The shared budget is spent."""
-    stop: bool
-    """Some worker asked all to end their training."""
-    over: bool
-    """Every worker has pushed everything and every delta is applied."""
-    shard_samples: tuple[int, ...]
-    beat: Beat
-    updates: int = 0
-    total_staleness: int = 0
-    max_staleness: int = 0
-    dropped: tuple[int, ...] = ()
-    bytes_sent: int = 0
-    bytes_received: int = 0
 
 
 class Mailbox:

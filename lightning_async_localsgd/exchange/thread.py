@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -41,11 +40,11 @@ from lightning_async_localsgd.errors import (
 )
 from lightning_async_localsgd.exchange.bell import Bell
 from lightning_async_localsgd.exchange.header import HEADER_BYTES, Flag, Header, Message
-from lightning_async_localsgd.exchange.mailbox import Adoption, Beat, Live, Mailbox, OuterUpdate, Progress, Push
+from lightning_async_localsgd.exchange.ledger import Ledger, OuterUpdate
+from lightning_async_localsgd.exchange.mailbox import Adoption, Live, Mailbox, Push
 from lightning_async_localsgd.exchange.transport import Transport
 from lightning_async_localsgd.membership import Roster
 from lightning_async_localsgd.outer import GlobalState
-from lightning_async_localsgd.pace import make_pace
 from lightning_async_localsgd.settings import Settings
 
 __all__ = ["ExchangeThread"]
@@ -65,18 +64,6 @@ class _Transfer(NamedTuple):
     wire: Tensor
     """Its wire form."""
     wait: Callable[[], None]
-
-
-@dataclass
-class _Tally:
-    """What is counted over the whole run, alike on every worker."""
-
-    updates: int
-    total_staleness: int
-    max_staleness: int
-    dropped: list[int]
-    shard_samples: list[int]
-    beat: Beat
 
 
 class ExchangeThread:
@@ -102,31 +89,19 @@ class ExchangeThread:
         settings: Settings,
         budget: Budget,
     ) -> None:
-        progress = mailbox.progress  # of a run that goes on
         self._mailbox = mailbox
         self._state = state
         self._transport = transport
         self._store = store
         self._roster = roster
         self._settings = settings
-        self._budget = budget
-        self._pace = make_pace(settings.pace)
+        self._ledger = Ledger(state, settings, budget, mailbox.progress)
         self._codec = make_codec(settings.codec)
         self._timeout = settings.timeout.total_seconds()
         self._turn = 0
         self._checked = -1  # the version that `_last_checksum` belongs to
         self._last_checksum = 0
         self._pending: Push | None = None
-        self._tally = _Tally(
-            progress.updates,
-            progress.total_staleness,
-            progress.max_staleness,
-            list(progress.dropped),
-            list(progress.shard_samples),
-            progress.beat,
-        )
-        self._steps = list(progress.steps)
-        self._caps = progress.caps
         self._advanced = [time.monotonic()] * roster.size
         self._bell = Bell(store, mailbox.hear, self._on_store_lost)
         self._thread = threading.Thread(target=self._run, name="async-localsgd-exchange", daemon=True)
@@ -178,8 +153,9 @@ class ExchangeThread:
             headers = self._gather(self._header(live, finite))
         if Flag.ABORT in live.flags:
             raise PeerAbortedError(f"{self._roster.name(self._roster.rank)} stopped: {_reason(live.message)}")
-        adoption, updates = self._apply(headers, finite)
-        progress = self._progress(headers)
+        updates, applied = self._apply(headers)
+        progress = self._ledger.close_turn(headers, applied, self._transport.bytes_sent, self._transport.bytes_received)
+        adoption = self._adopt(applied, finite)
         self._mailbox.wait_for_bell(self._turn)
         if self._turn > 0 and self._roster.rank == 0:
             # All headers of this turn are here, so every listener has heard the one before it.
@@ -269,7 +245,7 @@ class ExchangeThread:
             )
         now = time.monotonic()
         alive = Flag.DELTA | Flag.DROPPED | Flag.IDLE | Flag.FINAL | Flag.PAUSED
-        if other.steps > self._steps[worker] or other.flags & alive:
+        if other.steps > self._ledger.steps[worker] or other.flags & alive:
             self._advanced[worker] = now
         elif self._mailbox.waiting and now - self._advanced[worker] > self._timeout:
             raise PeerLostError(
@@ -280,70 +256,34 @@ class ExchangeThread:
     # ---- deltas -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _apply(self, headers: list[Header], finite: bool) -> tuple[Adoption | None, list[OuterUpdate]]:
-        """Apply this turn's deltas, if enough are there; returns an adoption if this worker's own was among them."""
-        dropped = [h.worker for h in headers if Flag.DROPPED in h.flags]
-        deltas = [h for h in headers if Flag.DELTA in h.flags]
-        none_to_come = Flag.DELTA | Flag.FINAL
-        if not self._budget.exhausted([h.steps for h in headers], self._under_way(headers)):
-            none_to_come |= Flag.IDLE  # later these will push what they have, at the end of the run
-        if len(deltas) < self._settings.quorum and not all(h.flags & none_to_come for h in headers):
-            deltas = []
-        for worker in dropped:
-            self._tally.dropped[worker] += 1
-        updates = self._apply_each(deltas) if self._settings.quorum == 1 else self._apply_mean(deltas)
-        for header in deltas:
-            self._tally.shard_samples[header.shard] += header.round_samples
-            if header.worker == 0:
-                self._tally.beat = Beat(header.round, tuple(h.worker for h in deltas))
-        if self._pending is None or self._roster.rank not in dropped + [h.worker for h in deltas]:
-            return None, updates
-        return self._adoption(restart=not finite), updates
-
-    def _apply_each(self, deltas: list[Header]) -> list[OuterUpdate]:
-        updates = []
-        for header in self._trade(deltas, add=False):
-            staleness = self._state.version - header.start_version
-            measures = self._measure()
+    def _apply(self, headers: list[Header]) -> tuple[list[OuterUpdate], list[Header]]:
+        """Apply this turn's deltas, if enough are there; returns the outer updates, and whose deltas were applied."""
+        updates: list[OuterUpdate] = []
+        groups = self._ledger.due(headers)
+        for group in self._trade(groups):
+            measures = self._state.measure(len(group)) if self._mailbox.measure_updates else (None, None)
             with record_function("async_localsgd::apply"), self._mailbox.global_state():
-                self._state.apply()
-            updates.append(self._record(header, staleness, measures))
-        return updates
+                updates += self._ledger.apply(group, *measures)
+        return updates, [header for group in groups for header in group]
 
-    def _apply_mean(self, deltas: list[Header]) -> list[OuterUpdate]:
-        if not deltas:
-            return []
-        deque(self._trade(deltas, add=True), maxlen=0)
-        version = self._state.version
-        self._state.pseudo_gradient.div_(len(deltas))
-        measures = self._measure()
-        with record_function("async_localsgd::apply"), self._mailbox.global_state():
-            self._state.apply(len(deltas))
-        return [self._record(header, version - header.start_version, measures) for header in deltas]
-
-    def _measure(self) -> tuple[float, float] | None:
-        return self._state.measure() if self._mailbox.measure_updates else None
-
-    def _trade(self, deltas: list[Header], add: bool) -> Iterator[Header]:
-        """Bring one delta after the other into the state's pseudo-gradient; yields whose it is.
+    def _trade(self, groups: list[list[Header]]) -> Iterator[list[Header]]:
+        """Bring the sum of one group's deltas after the other into the state's pseudo-gradient; yields whose they are.
 
         The beginnings of all deltas travel at once: a small model needs one trip through the network, not one for each
         worker.
-
-        Args:
-            deltas: headers of the workers that send theirs.
-            add: add up the deltas; else each takes the place of the one before.
         """
+        deltas = [header.worker for group in groups for header in group]
         target = self._state.pseudo_gradient
         beginning = target[: _CHUNK // max(1, len(deltas))]
-        under_way = [self._start(header.worker, beginning, in_place=False) for header in deltas]
-        for i, header in enumerate(deltas):
-            with record_function("async_localsgd::exchange"):
-                self._finish(under_way[i], add and i > 0)
-                for start in range(beginning.numel(), target.numel(), _CHUNK):
-                    chunk = target[start : start + _CHUNK]
-                    self._finish(self._start(header.worker, chunk, in_place=not add or i == 0), add and i > 0)
-            yield header
+        under_way = iter([self._start(worker, beginning, in_place=False) for worker in deltas])
+        for group in groups:
+            for i, header in enumerate(group):
+                with record_function("async_localsgd::exchange"):
+                    self._finish(next(under_way), add=i > 0)
+                    for start in range(beginning.numel(), target.numel(), _CHUNK):
+                        chunk = target[start : start + _CHUNK]
+                        self._finish(self._start(header.worker, chunk, in_place=i == 0), add=i > 0)
+            yield group
 
     def _start(self, worker: int, chunk: Tensor, in_place: bool) -> _Transfer:
         """Begin to trade what ``chunk`` of the pseudo-gradient is to take from a worker's delta, its own or a peer's.
@@ -371,64 +311,15 @@ class ExchangeThread:
         elif decoded.data_ptr() != chunk.data_ptr():
             chunk.copy_(decoded)
 
-    def _record(self, header: Header, staleness: int, measures: tuple[float, float] | None) -> OuterUpdate:
-        self._tally.updates += 1
-        self._tally.total_staleness += staleness
-        self._tally.max_staleness = max(self._tally.max_staleness, staleness)
-        return OuterUpdate(
-            version=self._state.version,
-            worker=header.worker,
-            round=header.round,
-            local_steps=header.round_steps,
-            samples=header.round_samples,
-            staleness=staleness,
-            seconds=header.round_seconds,
-            norm=measures[0] if measures else None,
-            alignment=measures[1] if measures else None,
-        )
-
-    def _adoption(self, restart: bool) -> Adoption:
+    def _adopt(self, applied: list[Header], finite: bool) -> Adoption | None:
+        """The new global parameters for this worker, if its own delta was among the applied, or not finite."""
+        if self._pending is None or (finite and all(h.worker != self._roster.rank for h in applied)):
+            return None
         push, self._pending = self._pending, None
-        assert push is not None
         base, correction = push.base, push.snapshot
         base.copy_(self._state.flat)
         torch.sub(base, correction, out=correction)
-        return Adoption(base, correction, self._state.version, restart)
-
-    # ---- shared progress --------------------------------------------------------------------------------------------
-
-    def _progress(self, headers: list[Header]) -> Progress:
-        self._steps = [h.steps for h in headers]
-        round_steps = self._pace.steps([h.speed for h in headers], self._settings.local_steps)
-        under_way = self._under_way(headers)
-        final = [Flag.FINAL in h.flags for h in headers]
-        self._caps = self._budget.caps(self._steps, round_steps, under_way, final)
-        tally = self._tally
-        return Progress(
-            version=self._state.version,
-            steps=tuple(self._steps),
-            speeds=tuple(h.speed for h in headers),
-            round_steps=tuple(round_steps),
-            caps=self._caps,
-            exhausted=self._budget.exhausted(self._steps, under_way),
-            stop=any(Flag.STOP in h.flags for h in headers),
-            over=all(final),
-            shard_samples=tuple(tally.shard_samples),
-            beat=tally.beat,
-            updates=tally.updates,
-            total_staleness=tally.total_staleness,
-            max_staleness=tally.max_staleness,
-            dropped=tuple(tally.dropped),
-            bytes_sent=self._transport.bytes_sent,
-            bytes_received=self._transport.bytes_received,
-        )
-
-    def _under_way(self, headers: list[Header]) -> list[bool]:
-        """Which workers are making a step that their header does not count yet, or will after a pause."""
-        not_training = Flag.IDLE | Flag.FINAL
-        if not self._settings.overlap:
-            not_training |= Flag.DELTA | Flag.DROPPED
-        return [not h.flags & not_training and (self._caps is None or h.steps < self._caps[h.worker]) for h in headers]
+        return Adoption(base, correction, self._state.version, restart=not finite)
 
     # ---- failures ---------------------------------------------------------------------------------------------------
 

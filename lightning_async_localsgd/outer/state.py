@@ -72,8 +72,10 @@ class GlobalState:
         Parameters go through the outer optimizer. Buffers are mixed: each worker's delta weighs 1/workers.
 
         Args:
-            deltas: how many workers' deltas ``pseudo_gradient`` is the mean of.
+            deltas: how many workers' deltas ``pseudo_gradient`` is the sum of; the update is by their mean.
         """
+        if deltas > 1:
+            self.pseudo_gradient.div_(deltas)
         self.optimizer.step()
         start = self.layout.parameter_numel
         if start < self.layout.numel:
@@ -81,8 +83,11 @@ class GlobalState:
         self.version += 1
 
     @torch.no_grad()
-    def measure(self) -> tuple[float, float]:
-        """L2 norm of :attr:`pseudo_gradient` over the parameters, and its cosine with the outer momentum.
+    def measure(self, deltas: int = 1) -> tuple[float, float]:
+        """L2 norm of the mean delta over the parameters, and its cosine with the outer momentum.
+
+        Args:
+            deltas: how many workers' deltas ``pseudo_gradient`` is the sum of.
 
         The cosine is NaN while there is no momentum. Between momentum updates that of delayed Nesterov holds the
         pseudo-gradients gathered since the last one as well.
@@ -98,7 +103,7 @@ class GlobalState:
                 products[1] += (gradient * momentum).sum().double().cpu()
                 products[2] += torch.linalg.vector_norm(momentum).double().cpu() ** 2
         norm = products[0].sqrt()
-        return float(norm), float(products[1] / (norm * products[2].sqrt()))
+        return float(norm) / deltas, float(products[1] / (norm * products[2].sqrt()))
 
     def checksum(self) -> int:
         """Sum of the global state's bits as 64-bit integers: cheap enough to compare at every exchange."""

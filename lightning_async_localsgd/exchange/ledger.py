@@ -1,0 +1,227 @@
+"""The ledger: what a turn's headers make of the global state and the shared progress. Pure: no clock, no network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from lightning_async_localsgd.budget import Budget
+from lightning_async_localsgd.exchange.header import Flag, Header
+from lightning_async_localsgd.pace import make_pace
+from lightning_async_localsgd.settings import Settings
+
+__all__ = ["Beat", "Ledger", "LedgerState", "OuterUpdate", "Progress"]
+
+
+class OuterUpdate(NamedTuple):
+    """One delta that has been applied, as every worker learns of it."""
+
+    version: int
+    """Version of the global parameters after it."""
+    worker: int
+    round: int
+    local_steps: int
+    samples: int
+    staleness: int
+    """Versions that passed between the start of the round and the application of its delta."""
+    seconds: float
+    """How long the round took its worker."""
+    norm: float | None = None
+    """L2 norm of the delta, of the mean delta with a quorum; None where nobody asked for it."""
+    alignment: float | None = None
+    """Cosine between that delta and the outer momentum; NaN while there is none, None where nobody asked for it."""
+
+
+class Beat(NamedTuple):
+    """The latest turn that applied a delta of worker 0, which the others time their rounds by."""
+
+    round: int
+    """Worker 0's round; 0 before its first."""
+    workers: tuple[int, ...]
+    """Whose deltas were applied in that turn."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Shared progress after a turn: computed from the headers, alike on every worker."""
+
+    version: int
+    steps: tuple[int, ...]
+    """Local steps of each worker, at its last header."""
+    speeds: tuple[float, ...]
+    """Local steps per second of each worker; 0 while unknown."""
+    round_steps: tuple[int, ...]
+    """Local steps per round that the pace gives each worker."""
+    caps: tuple[int, ...] | None
+    """Local steps at which each worker stops; None: no limit."""
+    exhausted: bool
+    """The shared budget is spent."""
+    stop: bool
+    """Some worker asked all to end their training."""
+    over: bool
+    """Every worker has pushed everything and every delta is applied."""
+    shard_samples: tuple[int, ...]
+    beat: Beat
+    updates: int = 0
+    total_staleness: int = 0
+    max_staleness: int = 0
+    dropped: tuple[int, ...] = ()
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+    @classmethod
+    def at_start(cls, workers: int, local_steps: int) -> Progress:
+        """What a run starts from."""
+        nothing = (0,) * workers
+        return cls(
+            version=0,
+            steps=nothing,
+            speeds=(0.0,) * workers,
+            round_steps=(local_steps,) * workers,
+            caps=None,
+            exhausted=False,
+            stop=False,
+            over=False,
+            shard_samples=nothing,
+            beat=Beat(0, ()),
+            dropped=nothing,
+        )
+
+
+class LedgerState(Protocol):
+    """What the ledger moves: a :class:`~lightning_async_localsgd.outer.GlobalState`, or what stands in for one."""
+
+    version: int
+
+    def apply(self, deltas: int = 1) -> None:
+        """Make one outer update of the sum of that many deltas."""
+
+
+class Ledger:
+    """Keeps the books of a run; every worker's comes to the same, because all read the same headers.
+
+    In each turn: :meth:`due` tells whose deltas are applied, in which groups; each group is brought together as the
+    state's pseudo-gradient and :meth:`apply` makes an outer update of it; :meth:`close_turn` gives the shared progress.
+    The real exchange and the simulated one share it.
+
+    Args:
+        state: the global state.
+        settings: settings of the run.
+        budget: how many local steps the run has.
+        progress: what the run starts or goes on from.
+    """
+
+    def __init__(self, state: LedgerState, settings: Settings, budget: Budget, progress: Progress) -> None:
+        self._state = state
+        self._settings = settings
+        self._budget = budget
+        self._pace = make_pace(settings.pace)
+        self.steps: Sequence[int] = progress.steps
+        """Local steps of each worker, at its last header."""
+        self._caps = progress.caps
+        self._updates = progress.updates
+        self._total_staleness = progress.total_staleness
+        self._max_staleness = progress.max_staleness
+        self._dropped = list(progress.dropped)
+        self._shard_samples = list(progress.shard_samples)
+        self._beat = progress.beat
+
+    def due(self, headers: Sequence[Header]) -> list[list[Header]]:
+        """The deltas to apply in this turn, in rank order: each group makes one outer update.
+
+        With ``quorum=1`` each delta is a group of its own. Else all at hand are one group, once there are enough of
+        them, or nobody is left who could bring another.
+        """
+        deltas = [h for h in headers if Flag.DELTA in h.flags]
+        if self._settings.quorum == 1:
+            return [[header] for header in deltas]
+        none_to_come = Flag.DELTA | Flag.FINAL
+        if not self._budget.exhausted([h.steps for h in headers], self._under_way(headers)):
+            none_to_come |= Flag.IDLE  # later these will push what they have, at the end of the run
+        enough = len(deltas) >= self._settings.quorum or all(h.flags & none_to_come for h in headers)
+        return [deltas] if deltas and enough else []
+
+    def apply(
+        self, group: Sequence[Header], norm: float | None = None, alignment: float | None = None
+    ) -> list[OuterUpdate]:
+        """Make one outer update of a group's deltas, whose sum is in the state's pseudo-gradient.
+
+        Args:
+            group: the headers of those deltas.
+            norm: what is known of their mean.
+            alignment: what is known of their mean.
+        """
+        stalenesses = [self._state.version - header.start_version for header in group]
+        self._state.apply(len(group))
+        self._updates += len(group)
+        self._total_staleness += sum(stalenesses)
+        self._max_staleness = max(self._max_staleness, *stalenesses)
+        for header in group:
+            self._shard_samples[header.shard] += header.round_samples
+        return [
+            OuterUpdate(
+                version=self._state.version,
+                worker=header.worker,
+                round=header.round,
+                local_steps=header.round_steps,
+                samples=header.round_samples,
+                staleness=staleness,
+                seconds=header.round_seconds,
+                norm=norm,
+                alignment=alignment,
+            )
+            for header, staleness in zip(group, stalenesses, strict=True)
+        ]
+
+    def close_turn(
+        self,
+        headers: Sequence[Header],
+        applied: Sequence[Header],
+        bytes_sent: int = 0,
+        bytes_received: int = 0,
+    ) -> Progress:
+        """The shared progress after a turn.
+
+        Args:
+            headers: of all workers.
+            applied: those whose deltas were applied.
+            bytes_sent: by this worker in all; the only thing, with what it has received, that is not alike everywhere.
+            bytes_received: by this worker in all.
+        """
+        for header in headers:
+            if Flag.DROPPED in header.flags:
+                self._dropped[header.worker] += 1
+        for header in applied:
+            if header.worker == 0:
+                self._beat = Beat(header.round, tuple(h.worker for h in applied))
+        self.steps = tuple(h.steps for h in headers)
+        round_steps = self._pace.steps([h.speed for h in headers], self._settings.local_steps)
+        under_way = self._under_way(headers)
+        final = [Flag.FINAL in h.flags for h in headers]
+        self._caps = self._budget.caps(self.steps, round_steps, under_way, final)
+        return Progress(
+            version=self._state.version,
+            steps=self.steps,
+            speeds=tuple(h.speed for h in headers),
+            round_steps=tuple(round_steps),
+            caps=self._caps,
+            exhausted=self._budget.exhausted(self.steps, under_way),
+            stop=any(Flag.STOP in h.flags for h in headers),
+            over=all(final),
+            shard_samples=tuple(self._shard_samples),
+            beat=self._beat,
+            updates=self._updates,
+            total_staleness=self._total_staleness,
+            max_staleness=self._max_staleness,
+            dropped=tuple(self._dropped),
+            bytes_sent=bytes_sent,
+            bytes_received=bytes_received,
+        )
+
+    def _under_way(self, headers: Sequence[Header]) -> list[bool]:
+        """Which workers are making a step that their header does not count yet, or will after a pause."""
+        not_training = Flag.IDLE | Flag.FINAL
+        if not self._settings.overlap:
+            not_training |= Flag.DELTA | Flag.DROPPED
+        return [not h.flags & not_training and (self._caps is None or h.steps < self._caps[h.worker]) for h in headers]

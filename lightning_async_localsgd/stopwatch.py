@@ -1,0 +1,53 @@
+"""The stopwatch: how fast a worker trains, by whatever clock."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+__all__ = ["Stopwatch"]
+
+_MIN_WINDOW = 8  # local steps
+
+
+class Stopwatch:
+    """Measures the speed of training alone: time spent on the exchange or in a pause does not count.
+
+    Args:
+        local_steps: H, local steps per round of the fastest worker.
+        clock: tells the time in seconds.
+    """
+
+    def __init__(self, local_steps: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._busy = 0.0
+        self._since: float | None = None
+        self._stopped_at = clock()
+        # The first entry is the end of the first step, so that warm-up and compilation do not count.
+        self._marks: deque[float] = deque(maxlen=max(local_steps, _MIN_WINDOW) + 1)
+
+    def resume(self) -> float:
+        """Training goes on; returns the seconds since it stopped."""
+        self._since = self._clock()
+        return self._since - self._stopped_at
+
+    def pause(self) -> None:
+        """Training stops."""
+        if self._since is not None:
+            self._stopped_at = self._clock()
+            self._busy += self._stopped_at - self._since
+            self._since = None
+
+    def step(self) -> None:
+        """A local step has ended; training stops until :meth:`resume`."""
+        self.pause()
+        self._marks.append(self._busy)
+
+    def speed(self, round_steps: int) -> float:
+        """Local steps per second over the last ``round_steps`` (at least 8) steps; 0 while unknown."""
+        steps = min(len(self._marks) - 1, max(round_steps, _MIN_WINDOW))
+        if steps < 1:
+            return 0.0
+        seconds = self._marks[-1] - self._marks[-1 - steps]
+        return steps / seconds if seconds > 0 else 0.0
