@@ -153,7 +153,7 @@ class WorkerCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._samples += _batch_size(batch)
+        self._samples += count_samples(batch)
         if self._strategy.take_optimizer_stepped():
             self._count_step(trainer, pl_module)
         assert self._epochs is not None
@@ -477,7 +477,7 @@ class _JobSchedulers:
             config.frequency = frequency
 
 
-def _batch_size(batch: Any) -> int:
+def count_samples(batch: Any) -> int:
     """Samples in a batch; 0 where Lightning cannot tell."""
     try:
         return extract_batch_size(batch)

@@ -26,7 +26,7 @@ from lightning_async_localsgd.data import Division, Leases, Pass, Shards, Shared
 if TYPE_CHECKING:
     from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
 
-__all__ = ["OpenEnded", "TrainingLoaders", "WorkerLoader"]
+__all__ = ["OpenEnded", "Orders", "TrainingLoaders", "WorkerLoader"]
 
 _COMPARED = 256  # batches of a pass that workers compare
 
@@ -43,6 +43,7 @@ class WorkerLoader:
         ahead: tells how many batches have been fetched from this loader that are not trained yet.
         device: rank of this process within its worker.
         devices: processes of the worker; each gets one batch of a unit.
+        orders: the orders of passes that have been drawn already, where several workers of one process share them.
     """
 
     def __init__(
@@ -53,13 +54,14 @@ class WorkerLoader:
         ahead: Callable[[], int],
         device: int = 0,
         devices: int = 1,
+        orders: Orders | None = None,
     ) -> None:
         self.division = division
         self._loader = loader
         self._ahead = ahead
         self._fetched: deque[tuple[Pass, int]] = deque()
         source = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
-        self.sampler = _WorkerBatches(source, division, seed, device, devices)
+        self.sampler = _WorkerBatches(source, division, seed, device, devices, orders or Orders(kept=0))
         # DataLoader refuses to have its sampler exchanged, for an iterator may be at work: here there is none yet.
         vars(loader)["batch_sampler" if loader.batch_sampler is not None else "sampler"] = self.sampler
 
@@ -102,13 +104,35 @@ class WorkerLoader:
         self.division.load_state_dict(state_dict)
 
 
+class Orders:
+    """The batches of the latest passes, in the order in which all workers number them.
+
+    Args:
+        kept: how many passes are remembered.
+    """
+
+    def __init__(self, kept: int) -> None:
+        self._kept = kept
+        self._orders: dict[Pass, list[Any]] = {}
+
+    def get(self, name: Pass, draw: Callable[[], list[Any]]) -> list[Any]:
+        """The batches of a pass, from ``draw`` if they are not remembered."""
+        order = self._orders.pop(name, None)
+        if order is None:
+            order = draw()
+        self._orders[name] = order  # now the last to be forgotten
+        while len(self._orders) > self._kept:
+            del self._orders[next(iter(self._orders))]
+        return order
+
+
 class _WorkerBatches(Sampler[Any]):
     """Those batches of ``source`` that fall to this worker.
 
     Begun again within an epoch, it goes on where it was; after the end of a pass with the next pass of the epoch.
     """
 
-    def __init__(self, source: Any, division: Division, seed: int, device: int, devices: int) -> None:
+    def __init__(self, source: Any, division: Division, seed: int, device: int, devices: int, orders: Orders) -> None:
         self.source = source
         self.drawn: deque[tuple[Pass, int]] = deque()
         """What was drawn, by pass and unit, and has not been fetched yet."""
@@ -116,6 +140,7 @@ class _WorkerBatches(Sampler[Any]):
         self._seed = seed
         self._device = device
         self._devices = devices
+        self._orders = orders
         self._pass: Pass = (-1, 0)
         self.at_the_end = False
         """Whether the last batch of the pass has been fetched."""
@@ -161,7 +186,7 @@ class _WorkerBatches(Sampler[Any]):
         if self.at_the_end:
             self._pass, self.at_the_end = (self._pass[0], self._pass[1] + 1), False
         name = self._pass
-        batches = self._draw_order(name)
+        batches = self._orders.get(name, partial(self._draw_order, name))
         self._total = self._units(len(batches))
         for unit in self._division.units(name, self._total):
             self.drawn.append((name, unit))

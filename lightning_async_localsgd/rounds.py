@@ -47,6 +47,7 @@ class Rounds:
         self._size = size
         self._settings = settings
         self._pace = make_pace(settings.pace)
+        self._lockstep = settings.lockstep(size)
         self._shared_budget = settings.shares_budget(size)
         self._shift = 0  # local steps by which this round is to be longer than planned
         self._job_steps = 0
@@ -175,8 +176,11 @@ class Rounds:
     def job_steps(self, progress: Progress) -> int:
         """Steps of the job: local steps of all workers over their number, rounded down. Never goes back.
 
-        Between two exchanges the others are taken to advance at their pace. Learning-rate schedules count these.
+        Between two exchanges the others are taken to advance at their pace; in lockstep, where all make the same steps,
+        however late. Learning-rate schedules count these.
         """
+        if self._lockstep:
+            return self._reach(self.local_steps)
         estimate = estimate_total(progress.steps, progress.round_steps, self.rank, self.local_steps)
         return self._reach(estimate // self._size)
 

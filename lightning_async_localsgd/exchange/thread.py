@@ -42,14 +42,14 @@ from lightning_async_localsgd.exchange.bell import Bell
 from lightning_async_localsgd.exchange.header import HEADER_BYTES, Flag, Header, Message
 from lightning_async_localsgd.exchange.ledger import Ledger, OuterUpdate
 from lightning_async_localsgd.exchange.mailbox import Adoption, Live, Mailbox, Push
-from lightning_async_localsgd.exchange.transport import Transport
+from lightning_async_localsgd.exchange.transport import CHUNK, Transport
 from lightning_async_localsgd.membership import Roster
 from lightning_async_localsgd.outer import GlobalState
 from lightning_async_localsgd.settings import Settings
 
 __all__ = ["ExchangeThread"]
 
-_CHUNK = 1 << 20  # elements per message: what the largest wire buffer holds, and what `timeout` applies to
+
 _READY = bytes(HEADER_BYTES)
 _GOODBYE = timedelta(seconds=30)
 _LAST_WORDS = timedelta(seconds=5)
@@ -274,14 +274,14 @@ class ExchangeThread:
         """
         deltas = [header.worker for group in groups for header in group]
         target = self._state.pseudo_gradient
-        beginning = target[: _CHUNK // max(1, len(deltas))]
+        beginning = target[: CHUNK // max(1, len(deltas))]
         under_way = iter([self._start(worker, beginning, in_place=False) for worker in deltas])
         for group in groups:
             for i, header in enumerate(group):
                 with record_function("async_localsgd::exchange"):
                     self._finish(next(under_way), add=i > 0)
-                    for start in range(beginning.numel(), target.numel(), _CHUNK):
-                        chunk = target[start : start + _CHUNK]
+                    for start in range(beginning.numel(), target.numel(), CHUNK):
+                        chunk = target[start : start + CHUNK]
                         self._finish(self._start(header.worker, chunk, in_place=i == 0), add=i > 0)
             yield group
 

@@ -20,7 +20,10 @@ from lightning_async_localsgd.exchange.header import HEADER_BYTES
 from lightning_async_localsgd.membership import Roster
 from lightning_async_localsgd.membership.address import INTERFACE_VARIABLE
 
-__all__ = ["GlooTransport", "Transport"]
+__all__ = ["CHUNK", "GlooTransport", "Transport"]
+
+CHUNK = 1 << 20
+"""Elements of a delta per message: what the largest wire buffer holds, and what `timeout` applies to."""
 
 _HEADERS, _PAYLOAD = 1, 2  # message tags
 

@@ -1,0 +1,34 @@
+"""Simulation: the algorithms of a real run under a virtual clock, in one process."""
+
+from lightning_async_localsgd.simulation.devices import (
+    ChangingDevice,
+    ConstantDevice,
+    Device,
+    NoisyDevice,
+    VirtualWorker,
+)
+from lightning_async_localsgd.simulation.network import Network
+from lightning_async_localsgd.simulation.result import (
+    Evaluation,
+    LossPoint,
+    SimulatedRound,
+    SimulatedUpdate,
+    SimulationResult,
+)
+from lightning_async_localsgd.simulation.simulate import Simulation, simulate
+
+__all__ = [
+    "ChangingDevice",
+    "ConstantDevice",
+    "Device",
+    "Evaluation",
+    "LossPoint",
+    "Network",
+    "NoisyDevice",
+    "SimulatedRound",
+    "SimulatedUpdate",
+    "Simulation",
+    "SimulationResult",
+    "VirtualWorker",
+    "simulate",
+]

@@ -1,0 +1,99 @@
+"""The virtual network: how long messages and deltas take from each worker to each other."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lightning_async_localsgd.exchange.header import HEADER_BYTES
+from lightning_async_localsgd.exchange.transport import CHUNK
+
+__all__ = ["Network"]
+
+
+@dataclass(frozen=True)
+class Network:
+    """Links of the workers, full duplex, and of the sites that several of them share.
+
+    Args:
+        latency: seconds that a message takes from one worker to another, however short.
+        bandwidth: bytes per second of each worker's own link, in each direction.
+        sites: the site of each worker; None: all are at one.
+        site_latency: further seconds between two sites.
+        site_bandwidth: bytes per second of the link that joins a site to the others, in each direction; its workers
+            share it.
+
+    Raises:
+        ValueError: if a number is outside its range.
+    """
+
+    latency: float = 0.0
+    bandwidth: float = math.inf
+    sites: tuple[int, ...] | None = None
+    site_latency: float = 0.0
+    site_bandwidth: float = math.inf
+
+    def __post_init__(self) -> None:
+        for name in ("latency", "site_latency"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be at least 0 seconds, got {getattr(self, name)}.")
+        for name in ("bandwidth", "site_bandwidth"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be positive (bytes per second), got {getattr(self, name)}.")
+
+    def check_workers(self, workers: int) -> None:
+        """Refuse sites that are not those of this number of workers."""
+        if self.sites is not None and len(self.sites) != workers:
+            raise ValueError(f"`sites` names the site of {len(self.sites)} workers, and there are {workers}.")
+
+    def trip(self, workers: Sequence[int]) -> float:
+        """Seconds until an empty message of each of these workers is at each other one."""
+        if len(workers) < 2:
+            return 0.0
+        return self.latency + (self.site_latency if self._sites_of(workers) > 1 else 0.0)
+
+    def header_seconds(self, workers: Sequence[int]) -> float:
+        """Seconds in which each of these workers gives each other one a header."""
+        return self.trip(workers) + self._load_seconds(workers, workers, HEADER_BYTES)
+
+    def delta_seconds(self, senders: Sequence[int], workers: Sequence[int], elements: int, element_bytes: int) -> float:
+        """Seconds in which these senders' deltas come to all of these workers.
+
+        As in the real exchange: the beginnings of all deltas travel at once, the rest one delta after the other.
+
+        Args:
+            senders: whose deltas.
+            workers: all who take part.
+            elements: of each delta.
+            element_bytes: bytes of an element on the wire.
+        """
+        if not senders or len(workers) < 2:
+            return 0.0
+        beginning = min(elements, CHUNK // len(senders))
+        seconds = self.trip(workers) + self._load_seconds(senders, workers, beginning * element_bytes)
+        rest = (elements - beginning) * element_bytes
+        if rest:
+            seconds += sum(self.trip(workers) + self._load_seconds([s], workers, rest) for s in senders)
+        return seconds
+
+    def _load_seconds(self, senders: Iterable[int], workers: Sequence[int], size: int) -> float:
+        """Seconds until each sender has given ``size`` bytes to each worker but itself, all at once."""
+        peers = len(workers) - 1
+        senders = set(senders)
+        most_received = max(len(senders - {worker}) for worker in workers)
+        seconds = size * max(peers, most_received) / self.bandwidth
+        if self.sites is not None:
+            there = Counter(self._site(worker) for worker in workers)
+            sending = Counter(self._site(sender) for sender in senders)
+            out = max(sending[site] * (len(workers) - there[site]) for site in there)
+            into = max((len(senders) - sending[site]) * there[site] for site in there)
+            seconds = max(seconds, size * max(out, into) / self.site_bandwidth)
+        return seconds
+
+    def _site(self, worker: int) -> int:
+        return self.sites[worker] if self.sites is not None else 0
+
+    def _sites_of(self, workers: Iterable[int]) -> int:
+        return len({self._site(worker) for worker in workers})

@@ -1,0 +1,522 @@
+"""The timeline: rounds of virtual workers and turns of their exchange, under a virtual clock.
+
+What decides is what decides in a real run: each worker's :class:`~lightning_async_localsgd.rounds.Rounds` and the
+:class:`~lightning_async_localsgd.exchange.ledger.Ledger`. This file says when things happen, in the order of the real
+worker and exchange thread; what is learned meanwhile is the business of :class:`Replicas`.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum, IntEnum
+from itertools import count
+from typing import Any, NamedTuple, Protocol
+
+from lightning_async_localsgd.budget import Budget
+from lightning_async_localsgd.exchange.header import HEADER_BYTES, Flag, Header
+from lightning_async_localsgd.exchange.ledger import Ledger, LedgerState, OuterUpdate, Progress
+from lightning_async_localsgd.rounds import Rounds
+from lightning_async_localsgd.settings import Settings
+from lightning_async_localsgd.simulation.devices import VirtualWorker
+from lightning_async_localsgd.simulation.network import Network
+from lightning_async_localsgd.stopwatch import Stopwatch
+
+__all__ = ["FinishedRound", "Lane", "Learned", "Observer", "Replicas", "Timeline"]
+
+
+class Learned(NamedTuple):
+    """What a worker's local steps since its last push have seen."""
+
+    samples: int
+    loss: float
+    """Sum of the training losses of those steps."""
+
+
+class Replicas(Protocol):
+    """What the workers of a timeline learn. The timeline tells in which order."""
+
+    def join(self, worker: int) -> None:
+        """A worker begins, with the global parameters of now."""
+
+    def step(self, worker: int, rounds: Rounds, progress: Progress) -> None:
+        """A worker begins a local step, knowing this; it will end before anything else is said of this worker."""
+
+    def push(self, worker: int) -> Learned:
+        """A worker's round ends. Said again before the delta has been traded, it ends here instead."""
+
+    def finite(self, worker: int) -> bool:
+        """Whether the delta of the round that a worker has pushed can be sent."""
+
+    def trade(self, groups: Sequence[Sequence[Header]]) -> Iterator[Sequence[Header]]:
+        """Bring the sum of one group's deltas after the other into the state's pseudo-gradient; yields whose."""
+
+    def publish(self, workers: Sequence[int]) -> None:
+        """These workers are to adopt the global parameters of now, when they get to it."""
+
+    def adopt(self, worker: int, restart: bool) -> None:
+        """A worker adopts what was published for it; what it has learned since its push stays, unless it restarts."""
+
+
+@dataclass(frozen=True)
+class FinishedRound:
+    """A round whose delta has come to the others."""
+
+    worker: int
+    round: int
+    begin: float
+    """Virtual time in seconds."""
+    end: float
+    adopted: float
+    """Virtual time at which the new global parameters were there."""
+    local_steps: int
+    all_steps: int
+    """Local steps that all workers had made at its end."""
+    loss: float
+    """Mean training loss."""
+
+
+class Observer(Protocol):
+    """Who is told what happens."""
+
+    def updated(self, time: float, updates: Sequence[OuterUpdate]) -> None:
+        """Deltas were applied."""
+
+    def finished(self, rounds: Sequence[FinishedRound]) -> None:
+        """Rounds are over. The global state stands still meanwhile."""
+
+
+class _Phase(IntEnum):
+    """What comes first of what happens at the same time."""
+
+    DEVICES = 0
+    EXCHANGE = 1
+
+
+class _Wait(Enum):
+    """What a worker that makes no step waits for."""
+
+    ADOPTION = "the exchange of its round"
+    LAST_ADOPTION = "the exchange of its round, before it ends"
+    BUDGET = "a share of what others leave of the budget"
+    END = "the others"
+
+
+@dataclass(frozen=True)
+class _Push:
+    """A finished round on its way."""
+
+    round: int
+    steps: int
+    samples: int
+    loss: float
+    shard: int
+    start_version: int
+    begin: float
+    end: float
+    all_steps: int
+
+
+@dataclass(frozen=True)
+class _Adoption:
+    """New global parameters that a worker has not taken over yet."""
+
+    version: int
+    restart: bool
+
+
+class Lane:
+    """A virtual worker on the timeline: what its training thread, its mailbox and its pending delta are in a real run.
+
+    Args:
+        rank: the worker.
+        worker: its device, and when it is there.
+        size: number of workers.
+        settings: settings of the run.
+        seed: seed of its device.
+        clock: tells the virtual time in seconds.
+    """
+
+    def __init__(
+        self, rank: int, worker: VirtualWorker, size: int, settings: Settings, seed: int, clock: Callable[[], float]
+    ) -> None:
+        self.rank = rank
+        self.worker = worker
+        self.rounds = Rounds(rank, size, settings)
+        self.busy_seconds = 0.0
+        """Virtual time it has trained."""
+        self.waiting_seconds = 0.0
+        """Virtual time it has waited for the exchange or the others, before its last step."""
+        self.present_since = worker.joins
+        self.present_until: float | None = None
+        self.present = False
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self.stopwatch = Stopwatch(settings.local_steps, clock)
+        self.chance = random.Random(f"{seed} {rank}")
+        self.version = 0  # of the global parameters that it has adopted
+        self.steps = 0  # as its next header tells
+        self.speed = 0.0
+        self.patience = 0.0
+        self.flags = Flag.FINAL  # who is not there has nothing more to say
+        self.began = 0.0  # the current round
+        self.news = False
+        self.push: _Push | None = None  # not taken by the exchange yet
+        self.pending: _Push | None = None  # taken, not applied yet
+        self.adoption: _Adoption | None = None
+        self.wait: _Wait | None = None
+        self.waits_since = 0.0
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether its last push has not come back yet."""
+        return self.push is not None or self.pending is not None or self.adoption is not None
+
+
+class Timeline:
+    """Lets virtual workers make their rounds, in virtual time.
+
+    Args:
+        workers: the workers.
+        max_steps: local steps per worker, on average with a shared budget.
+        settings: settings of the run.
+        state: what outer updates move.
+        replicas: what learns.
+        observer: who is told.
+        network: what the exchange goes over.
+        elements: of a delta.
+        element_bytes: bytes of an element on the wire.
+        update_seconds: virtual time that an outer update takes each worker's exchange thread.
+        seed: seed of what is random in the devices.
+    """
+
+    def __init__(
+        self,
+        workers: Sequence[VirtualWorker],
+        max_steps: int,
+        settings: Settings,
+        state: LedgerState,
+        replicas: Replicas,
+        observer: Observer,
+        network: Network,
+        elements: int,
+        element_bytes: int,
+        update_seconds: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        size = len(workers)
+        self.now = 0.0
+        """Virtual time in seconds."""
+        self.over = False
+        self.lanes = [Lane(w, worker, size, settings, seed, lambda: self.now) for w, worker in enumerate(workers)]
+        self._settings = settings
+        self._state = state
+        self._replicas = replicas
+        self._observer = observer
+        self._network = network
+        self._elements = elements
+        self._element_bytes = element_bytes
+        self._update_seconds = update_seconds
+        budget = Budget(max_steps, size, settings.shares_budget(size))
+        start = Progress.at_start(size, settings.local_steps)
+        late = [worker.joins > 0 for worker in workers]
+        self.progress = replace(start, caps=budget.caps(start.steps, start.round_steps, final=late))
+        """Shared progress after the latest turn."""
+        self._ledger = Ledger(state, settings, budget, self.progress)
+        self._events: list[tuple[float, _Phase, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._order = count()
+        self._turn = 0
+        self._turn_open = False
+        self._held_by: set[int] = set()
+        self._headers: dict[int, Header] = {}  # of this turn
+        for lane in self.lanes:
+            lane.rounds.max_steps = max_steps
+            self._at(lane.worker.joins, _Phase.DEVICES, self._join, lane)
+            if lane.worker.leaves < float("inf"):
+                self._at(lane.worker.leaves, _Phase.DEVICES, self._leave, lane)
+
+    @property
+    def local_steps(self) -> int:
+        """Local steps of all workers so far."""
+        return sum(lane.rounds.local_steps for lane in self.lanes)
+
+    def run(self) -> None:
+        """Let time go on until the run is over, and apply what was learned.
+
+        Raises:
+            RuntimeError: if all wait for each other, which no run should.
+        """
+        while not self.over:
+            if not self._events:
+                waits = {lane.rank: lane.wait.value for lane in self.lanes if lane.wait is not None}
+                raise RuntimeError(f"Nothing happens any more, though the run is not over; workers wait for {waits}.")
+            self.now, _, _, happen, arguments = heapq.heappop(self._events)
+            happen(*arguments)
+
+    def _at(self, time: float, phase: _Phase, happen: Callable[..., None], *arguments: Any) -> None:
+        heapq.heappush(self._events, (time, phase, next(self._order), happen, arguments))
+
+    # ---- a worker's training thread ---------------------------------------------------------------------------------
+
+    def _join(self, lane: Lane) -> None:
+        lane.present = True
+        lane.flags = Flag.NONE
+        lane.version = self._state.version
+        lane.rounds.beat = self.progress.beat
+        lane.began = self.now
+        self._replicas.join(lane.rank)
+        self._report(lane)
+        self._go_on(lane)
+
+    def _leave(self, lane: Lane) -> None:
+        lane.present = False
+        lane.present_until = self.now
+        lane.flags = Flag.FINAL
+        lane.speed = 0.0
+        lane.push = lane.wait = None
+        if lane.rank not in self._headers:
+            lane.pending = None
+        self._tell(lane)
+
+    def _begin_step(self, lane: Lane) -> None:
+        seconds = lane.worker.device.step_seconds(self.now, lane.chance)
+        self._replicas.step(lane.rank, lane.rounds, self.progress)
+        lane.stopwatch.resume()
+        self._at(self.now + seconds, _Phase.DEVICES, self._end_step, lane, seconds)
+
+    def _end_step(self, lane: Lane, seconds: float) -> None:
+        if not lane.present:
+            return
+        lane.busy_seconds += seconds
+        lane.stopwatch.step()
+        lane.rounds.count(samples=0)  # samples are counted when the step is really made, at the latest by the push
+        self._adopt_if_ready(lane)
+        self._report(lane)
+        if lane.in_flight:
+            self._extend_push(lane)
+        elif lane.rounds.push_is_due(self.progress, wanted=lane.rank in self._held_by):
+            self._push(lane)
+            if not self._settings.overlap:
+                self._wait(lane, _Wait.ADOPTION)
+                return
+        self._go_on(lane)
+
+    def _report(self, lane: Lane) -> None:
+        lane.steps = lane.rounds.local_steps
+        lane.speed = lane.stopwatch.speed(self.progress.round_steps[lane.rank])
+        lane.patience = lane.rounds.patience(self.progress, lane.speed)
+
+    def _go_on(self, lane: Lane) -> None:
+        if lane.rounds.over(self.progress):
+            self._finish(lane)
+        elif lane.rounds.has_step(self.progress):
+            lane.flags &= ~Flag.IDLE
+            self._begin_step(lane)
+        elif lane.rounds.may_get_more:
+            lane.flags |= Flag.IDLE
+            self._wait(lane, _Wait.BUDGET)
+            self._tell(lane)
+        else:
+            self._finish(lane)
+
+    def _finish(self, lane: Lane) -> None:
+        if lane.in_flight:
+            self._wait(lane, _Wait.LAST_ADOPTION)
+            return
+        self._wait(lane, _Wait.END)
+        if lane.rounds.round_steps > 0:
+            self._push(lane, Flag.FINAL)
+        else:
+            lane.flags |= Flag.FINAL
+            self._tell(lane)
+
+    def _push(self, lane: Lane, flags: Flag = Flag.NONE, extended: _Push | None = None) -> None:
+        rounds = lane.rounds
+        learned = self._replicas.push(lane.rank)
+        rounds.round_samples += learned.samples
+        lane.push = _Push(
+            round=rounds.round,
+            steps=rounds.round_steps,
+            samples=rounds.round_samples,
+            loss=learned.loss + (extended.loss if extended is not None else 0.0),
+            shard=rounds.shard if extended is None else extended.shard,
+            start_version=lane.version,
+            begin=lane.began if extended is None else extended.begin,
+            end=self.now,
+            all_steps=self.local_steps,
+        )
+        rounds.begin(self.progress, draw=extended is None)
+        lane.began = self.now
+        self._report(lane)
+        lane.flags |= flags
+        self._tell(lane)
+
+    def _extend_push(self, lane: Lane) -> None:
+        push = lane.push
+        if push is None or push.steps > lane.rounds.most_to_extend(self.progress):
+            return
+        lane.rounds.reopen(push.steps, push.samples)
+        self._push(lane, extended=push)
+
+    def _adopt_if_ready(self, lane: Lane) -> None:
+        if lane.adoption is None:
+            return
+        self._replicas.adopt(lane.rank, lane.adoption.restart)
+        if lane.adoption.restart:
+            lane.rounds.restart()
+        lane.version = lane.adoption.version
+        lane.adoption = None
+
+    def _wait(self, lane: Lane, wait: _Wait) -> None:
+        lane.wait = wait
+        lane.waits_since = self.now
+
+    def _wake(self, lane: Lane) -> None:
+        """After a turn: go on, if what the worker waits for has come."""
+        wait = lane.wait
+        if wait is None:
+            return  # its step ends in its own time
+        self._adopt_if_ready(lane)
+        if wait == _Wait.END or (lane.in_flight and wait != _Wait.BUDGET):
+            return
+        if wait == _Wait.BUDGET and not (lane.rounds.over(self.progress) or lane.rounds.has_step(self.progress)):
+            return
+        lane.wait = None
+        if wait == _Wait.LAST_ADOPTION:
+            self._finish(lane)
+            return
+        waited = self.now - lane.waits_since
+        self._go_on(lane)
+        if lane.wait is None:  # else it was the end of the run that it waited for, not its next step
+            lane.waiting_seconds += waited
+
+    # ---- the exchange -----------------------------------------------------------------------------------------------
+
+    @property
+    def _present(self) -> list[int]:
+        return [lane.rank for lane in self.lanes if lane.present]
+
+    def _tell(self, lane: Lane) -> None:
+        """There is news from a worker: it opens a turn, or holds one open no longer."""
+        lane.news = True
+        if not self._turn_open:
+            self._turn_open = True
+            self._at(self.now, _Phase.EXCHANGE, self._open_turn)
+        elif lane.rank in self._held_by:
+            self._release(lane, self._turn)
+
+    def _open_turn(self) -> None:
+        none_to_come = Flag.IDLE | Flag.FINAL
+        heard = self._network.trip(self._present)
+        held = []
+        for lane in self.lanes:
+            if lane.pending is None and lane.push is None and not lane.flags & none_to_come and lane.patience > 0:
+                held.append(lane)
+            elif not self._settings.overlap:
+                self._take(lane)
+        self._held_by = {lane.rank for lane in held}
+        for lane in held:
+            self._at(self.now + heard + lane.patience, _Phase.EXCHANGE, self._release, lane, self._turn)
+        if not held:
+            self._close_window()
+
+    def _release(self, lane: Lane, turn: int) -> None:
+        """A worker holds the turn open no longer."""
+        if turn != self._turn or lane.rank not in self._held_by:
+            return
+        self._held_by.discard(lane.rank)
+        if not self._settings.overlap:
+            self._take(lane)
+        if not self._held_by:
+            self._close_window()
+
+    def _close_window(self) -> None:
+        ready = self._network.trip(self._present) if self._settings.overlap else 0.0
+        self._at(self.now + ready, _Phase.EXCHANGE, self._take_all)
+
+    def _take_all(self) -> None:
+        for lane in self.lanes:
+            if lane.rank not in self._headers:
+                self._take(lane)
+        self._at(self.now + self._network.header_seconds(self._present), _Phase.EXCHANGE, self._exchange_deltas)
+
+    def _take(self, lane: Lane) -> None:
+        """Write a worker's header, and take what it has pushed."""
+        header = Header(lane.rank, self._turn, flags=lane.flags, steps=lane.steps, speed=lane.speed)
+        lane.news = False
+        finite = True
+        if lane.push is not None:
+            lane.pending, lane.push = lane.push, None
+            finite = self._replicas.finite(lane.rank)
+        if lane.pending is not None:
+            header = replace(
+                header,
+                flags=lane.flags | (Flag.DELTA if finite else Flag.DROPPED),
+                round=lane.pending.round,
+                round_steps=lane.pending.steps,
+                round_samples=lane.pending.samples,
+                round_seconds=lane.pending.end - lane.pending.begin,
+                shard=lane.pending.shard,
+                start_version=lane.pending.start_version,
+            )
+        self._headers[lane.rank] = header
+
+    def _exchange_deltas(self) -> None:
+        headers = [self._headers[lane.rank] for lane in self.lanes]
+        groups = self._ledger.due(headers)
+        senders = [header.worker for group in groups for header in group]
+        self._count_bytes(senders)
+        present = sorted({*self._present, *senders})
+        seconds = self._network.delta_seconds(senders, present, self._elements, self._element_bytes)
+        seconds += len(groups) * self._update_seconds
+        self._at(self.now + seconds, _Phase.EXCHANGE, self._publish, headers, groups)
+
+    def _count_bytes(self, senders: Sequence[int]) -> None:
+        present = self._present
+        told = HEADER_BYTES * (2 if self._settings.overlap else 1)
+        delta = self._elements * self._element_bytes
+        for rank in present:
+            lane, peers = self.lanes[rank], len(present) - 1
+            lane.bytes_sent += peers * (told + (delta if rank in senders else 0))
+            lane.bytes_received += peers * told + delta * sum(sender != rank for sender in senders)
+
+    def _publish(self, headers: list[Header], groups: list[list[Header]]) -> None:
+        for group in self._replicas.trade(groups):
+            self._observer.updated(self.now, self._ledger.apply(group))
+        applied = [header for group in groups for header in group]
+        dropped = [header for header in headers if Flag.DROPPED in header.flags]
+        self.progress = self._ledger.close_turn(headers, applied)
+        settled = sorted(header.worker for header in applied + dropped)
+        self._replicas.publish(settled)
+        finished = []
+        for rank in settled:
+            lane = self.lanes[rank]
+            assert lane.pending is not None
+            finished.append(self._finished(lane.rank, lane.pending))
+            lane.pending = None
+            lane.adoption = _Adoption(self._state.version, restart=Flag.DROPPED in headers[rank].flags)
+        self._turn += 1
+        self._turn_open = False
+        self._headers = {}
+        self.over = self.progress.over
+        self._observer.finished(finished)
+        for lane in self.lanes:
+            if lane.present:
+                self._wake(lane)
+        for lane in self.lanes:
+            if lane.news and not self._turn_open:
+                self._tell(lane)
+
+    def _finished(self, rank: int, push: _Push) -> FinishedRound:
+        return FinishedRound(
+            worker=rank,
+            round=push.round,
+            begin=push.begin,
+            end=push.end,
+            adopted=self.now,
+            local_steps=push.steps,
+            all_steps=push.all_steps,
+            loss=push.loss / push.steps,
+        )
