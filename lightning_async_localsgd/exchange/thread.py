@@ -44,7 +44,7 @@ from lightning_async_localsgd.exchange.header import HEADER_BYTES, Flag, Header,
 from lightning_async_localsgd.exchange.mailbox import Adoption, Beat, Live, Mailbox, OuterUpdate, Progress, Push
 from lightning_async_localsgd.exchange.transport import Transport
 from lightning_async_localsgd.membership import Roster
-from lightning_async_localsgd.outer import GlobalState
+from lightning_async_localsgd.outer import Arrival, GlobalState
 from lightning_async_localsgd.pace import make_pace
 from lightning_async_localsgd.settings import Settings
 
@@ -292,11 +292,14 @@ class ExchangeThread:
         for worker in dropped:
             self._tally.dropped[worker] += 1
         updates = self._apply_each(deltas) if self._settings.quorum == 1 else self._apply_mean(deltas)
+        starting = dropped + [h.worker for h in deltas]
+        with self._mailbox.global_state():
+            self._state.begin_rounds(starting)
         for header in deltas:
             self._tally.shard_samples[header.shard] += header.round_samples
             if header.worker == 0:
                 self._tally.beat = Beat(header.round, tuple(h.worker for h in deltas))
-        if self._pending is None or self._roster.rank not in dropped + [h.worker for h in deltas]:
+        if self._pending is None or self._roster.rank not in starting:
             return None, updates
         return self._adoption(restart=not finite), updates
 
@@ -306,7 +309,7 @@ class ExchangeThread:
             staleness = self._state.version - header.start_version
             measures = self._measure()
             with record_function("async_localsgd::apply"), self._mailbox.global_state():
-                self._state.apply()
+                self._state.apply([Arrival(header.worker, staleness)])
             updates.append(self._record(header, staleness, measures))
         return updates
 
@@ -315,14 +318,13 @@ class ExchangeThread:
             return []
         deque(self._trade(deltas, add=True), maxlen=0)
         version = self._state.version
-        self._state.pseudo_gradient.div_(len(deltas))
-        measures = self._measure()
+        measures = self._measure(len(deltas))
         with record_function("async_localsgd::apply"), self._mailbox.global_state():
-            self._state.apply(len(deltas))
+            self._state.apply([Arrival(header.worker, version - header.start_version) for header in deltas])
         return [self._record(header, version - header.start_version, measures) for header in deltas]
 
-    def _measure(self) -> tuple[float, float] | None:
-        return self._state.measure() if self._mailbox.measure_updates else None
+    def _measure(self, deltas: int = 1) -> tuple[float, float] | None:
+        return self._state.measure(deltas) if self._mailbox.measure_updates else None
 
     def _trade(self, deltas: list[Header], add: bool) -> Iterator[Header]:
         """Bring one delta after the other into the state's pseudo-gradient; yields whose it is.
