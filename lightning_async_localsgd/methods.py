@@ -17,9 +17,7 @@ __all__ = ["METHODS", "Method", "make_method"]
 
 _NESTEROV = partial(torch.optim.SGD, nesterov=True)
 _LIU = "Liu et al. 2024 (arXiv 2401.09135)"
-_TUNED = (
-    "tuned in the paper between 0.05 and 0.1 for four workers; 0.05 was best in this library's time_to_loss benchmark"
-)
+_TUNED = "tuned in the paper to 0.05 to 0.1; 0.05 was best in this library's benchmark time_to_loss"
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "Async SGD: a plain gradient step on every pseudo-gradient",
             _LIU,
             outer_lr=0.5,
-            outer_lr_source="sqrt(k)/k for four workers, the scale that the paper's authors give to pseudo-gradients in their toy",
+            outer_lr_source="sqrt(k)/k of four workers, by which the paper's authors scale deltas in their toy",
             optimizer=torch.optim.SGD,
             outer_momentum=0.0,
         ),

@@ -122,8 +122,8 @@ class GlobalState:
     def begin_rounds(self, workers: Iterable[int]) -> None:
         """These workers start their next rounds from the state of now; their first rounds start from the first state.
 
-        To be called for every worker that adopts the state, before the next update: transformations with ``needs_start``
-        are to see it when that worker's delta is applied.
+        To be called for every worker that adopts the state, before the next update: transformations with
+        ``needs_start`` are to see it when that worker's delta is applied.
         """
         if self._starts is not None:
             self._starts.begin(workers)

@@ -250,7 +250,7 @@ def check_transforms(transforms: Sequence[Transform], quorum: int) -> None:
         if transform.needs_start and quorum > 1:
             raise ValueError(
                 f"`transforms` holds {type(transform).__name__}, which needs the parameters that a delta's round "
-                f"started from; with `quorum={quorum}` it would get the mean of deltas that started from different ones. "
+                f"started from; with `quorum={quorum}` it would get the mean of deltas from different starts. "
                 "Use it with `quorum=1`."
             )
 
