@@ -91,8 +91,8 @@ class Settings:
         return {
             "local_steps": self.local_steps,
             "outer_optimizer": _describe(self.outer_optimizer),
-            "transforms": [_describe(transform) for transform in self.transforms],
-            "pace": _describe(self.pace),
+            "transforms": [_describe_object(transform) for transform in self.transforms],
+            "pace": _describe_object(self.pace),
             "grace_period": self.grace_period,
             "quorum": self.quorum,
             "overlap": self.overlap,
@@ -105,18 +105,22 @@ class Settings:
 
 def _describe(value: Any) -> str:
     """A text that is the same in every process, unlike a repr with an address."""
-    if value is None or isinstance(value, (str, int, float)):
+    if value is None or isinstance(value, _PLAIN):
         return repr(value)
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_describe, value))}]"
-    if isinstance(value, dict):
-        return _describe([(k, v) for k, v in value.items()])
     if isinstance(value, partial):
         arguments = [_describe(a) for a in value.args]
         arguments += [f"{k}={_describe(v)}" for k, v in sorted(value.keywords.items())]
         return f"{_describe(value.func)}({', '.join(arguments)})"
-    if hasattr(value, "__qualname__"):  # a class or a function
-        return f"{value.__module__}.{value.__qualname__}"
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    return f"{getattr(value, '__module__', '')}.{name}"
+
+
+def _describe_object(value: Any) -> str:
+    """The same with the attributes that hold plain values: what tells two objects of a small class apart."""
+    if value is None or isinstance(value, _PLAIN):
+        return repr(value)
     attributes = sorted(getattr(value, "__dict__", {}).items())
-    known = [f"{k}={_describe(v)}" for k, v in attributes if v is None or isinstance(v, _PLAIN) or is_dataclass(v)]
-    return f"{type(value).__module__}.{type(value).__qualname__}({', '.join(known)})"
+    known = [
+        f"{k}={_describe_object(v)}" for k, v in attributes if v is None or isinstance(v, _PLAIN) or is_dataclass(v)
+    ]
+    return f"{_describe(value)}({', '.join(known)})"

@@ -88,7 +88,7 @@ class Scale(Transform):
         self._device = torch.device("cpu")
         self._something = object()
 
-    def __call__(self, pseudo_gradient: torch.Tensor, state: dict[str, Any], context: Context) -> torch.Tensor:
+    def update(self, pseudo_gradient: torch.Tensor, state: dict[str, Any], context: Context) -> torch.Tensor:
         return pseudo_gradient.mul_(self._factor)
 
 

@@ -111,7 +111,7 @@ class GlobalState:
         context = Context(arrivals, self._flat_parameters, start, self._default_buffer_size)
         pseudo_gradient = arrived
         for transform, state in zip(self.transforms, self._transform_states, strict=True):
-            transformed = transform(pseudo_gradient, state, context)
+            transformed = transform.update(pseudo_gradient, state, context)
             if transformed is None:
                 return False
             pseudo_gradient = transformed

@@ -74,7 +74,7 @@ class Transform(Protocol):
         """
         return {}
 
-    def __call__(self, pseudo_gradient: Tensor, state: dict[str, Any], context: Context) -> Tensor | None:
+    def update(self, pseudo_gradient: Tensor, state: dict[str, Any], context: Context) -> Tensor | None:
         """Transform one pseudo-gradient.
 
         Args:
@@ -110,7 +110,7 @@ class Poly(Transform):
     def __post_init__(self) -> None:
         _check_at_least(0, power=self.power)
 
-    def __call__(self, pseudo_gradient: Tensor, state: dict[str, Any], context: Context) -> Tensor:
+    def update(self, pseudo_gradient: Tensor, state: dict[str, Any], context: Context) -> Tensor:
         """Weigh by staleness."""
         return _weigh(pseudo_gradient, context.staleness, self.power)
 
@@ -133,12 +133,12 @@ class PolyThres(Transform):
     """
 
     power: float = 0.5
-    threshold: float = 10
+    threshold: int = 10
 
     def __post_init__(self) -> None:
         _check_at_least(0, power=self.power, threshold=self.threshold)
 
-    def __call__(self, pseudo_gradient: Tensor, state: dict[str, Any], context: Context) -> Tensor | None:
+    def update(self, pseudo_gradient: Tensor, state: dict[str, Any], context: Context) -> Tensor | None:
         """Weigh by staleness, or drop."""
         if context.staleness > self.threshold:
             return None
@@ -172,7 +172,7 @@ class DelayCompensation(Transform):
     def __post_init__(self) -> None:
         _check_at_least(0, strength=self.strength)
 
-    def __call__(self, pseudo_gradient: Tensor, state: dict[str, Any], context: Context) -> Tensor:
+    def update(self, pseudo_gradient: Tensor, state: dict[str, Any], context: Context) -> Tensor:
         """Add the correction."""
         assert context.start is not None
         if context.start is not context.parameters:
@@ -209,7 +209,7 @@ class AsyncBuffer(Transform):
         """An empty buffer; one vector of the parameters' shape."""
         return {"received": 0, "sum": parameters.new_zeros(parameters.shape)}
 
-    def __call__(self, pseudo_gradient: Tensor, state: dict[str, Any], context: Context) -> Tensor | None:
+    def update(self, pseudo_gradient: Tensor, state: dict[str, Any], context: Context) -> Tensor | None:
         """Gather, and give the mean once the buffer is full."""
         total, received = state["sum"], state["received"] + 1
         # Not equality: a run may go on with fewer workers than its buffer was filled by.
@@ -240,11 +240,10 @@ def check_transforms(transforms: Sequence[Transform], quorum: int) -> None:
             raise ValueError(
                 f"`transforms` holds the class {transform.__name__}: pass an object, {transform.__name__}()."
             )
-        if not (
-            callable(transform) and callable(getattr(transform, "init", None)) and hasattr(transform, "needs_start")
-        ):
+        methods = (getattr(transform, "init", None), getattr(transform, "update", None))
+        if not (all(map(callable, methods)) and hasattr(transform, "needs_start")):
             raise ValueError(
-                "`transforms` must hold objects with `init`, `__call__` and `needs_start` (see "
+                "`transforms` must hold objects with `init`, `update` and `needs_start` (see "
                 f"`lightning_async_localsgd.outer.Transform`), got {transform!r}."
             )
         if transform.needs_start and quorum > 1:

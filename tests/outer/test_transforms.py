@@ -47,13 +47,13 @@ def context(staleness: int = 0, now: Tensor | None = None, start: Tensor | None 
 def test_poly_weighs_by_staleness(staleness: int, power: float) -> None:
     (g,) = vectors(1)
     expected = (1 + staleness) ** (-power) * g
-    torch.testing.assert_close(Poly(power)(g.clone(), {}, context(staleness)), expected)
+    torch.testing.assert_close(Poly(power).update(g.clone(), {}, context(staleness)), expected)
 
 
 @pytest.mark.parametrize(("staleness", "applied"), [(9, True), (10, True), (11, False)])
 def test_polythres_drops_what_is_staler_than_its_threshold(staleness: int, applied: bool) -> None:
     (g,) = vectors(1)
-    result = PolyThres(0.5, threshold=10)(g.clone(), {}, context(staleness))
+    result = PolyThres(0.5, threshold=10).update(g.clone(), {}, context(staleness))
     if applied:
         assert result is not None
         torch.testing.assert_close(result, (1 + staleness) ** -0.5 * g)
@@ -64,14 +64,14 @@ def test_polythres_drops_what_is_staler_than_its_threshold(staleness: int, appli
 def test_a_mean_of_deltas_is_as_stale_as_they_are_on_average() -> None:
     (g,) = vectors(1)
     seen = Context([Arrival(0, 0), Arrival(2, 5)], torch.zeros(1), None, 2)
-    torch.testing.assert_close(Poly(0.5)(g.clone(), {}, seen), (1 + 2.5) ** -0.5 * g)
+    torch.testing.assert_close(Poly(0.5).update(g.clone(), {}, seen), (1 + 2.5) ** -0.5 * g)
 
 
 def test_delay_compensation_is_its_formula() -> None:
     g, now, start = vectors(3)
     expected = g + 0.3 * g * g * (now - start)
-    torch.testing.assert_close(DelayCompensation(0.3)(g.clone(), {}, context(2, now, start)), expected)
-    assert torch.equal(DelayCompensation(0.3)(g.clone(), {}, context(0, now, now)), g)
+    torch.testing.assert_close(DelayCompensation(0.3).update(g.clone(), {}, context(2, now, start)), expected)
+    assert torch.equal(DelayCompensation(0.3).update(g.clone(), {}, context(0, now, now)), g)
 
 
 @pytest.mark.parametrize(("size", "default"), [(3, 4), (None, 3)])
@@ -79,7 +79,7 @@ def test_async_buffer_gives_the_mean_of_every_n_first_in_first_out(size: int | N
     buffer = AsyncBuffer(size)
     gs = vectors(7)
     state = buffer.init(torch.zeros(LONG))
-    results = [buffer(g.clone(), state, context(buffer=default)) for g in gs]
+    results = [buffer.update(g.clone(), state, context(buffer=default)) for g in gs]
     assert [result is not None for result in results] == [False, False, True, False, False, True, False]
     torch.testing.assert_close(results[2], torch.stack(gs[:3]).mean(0))
     torch.testing.assert_close(results[5], torch.stack(gs[3:6]).mean(0))
@@ -88,7 +88,7 @@ def test_async_buffer_gives_the_mean_of_every_n_first_in_first_out(size: int | N
 def test_a_buffer_of_one_changes_nothing() -> None:
     (g,) = vectors(1)
     buffer = AsyncBuffer(1)
-    result = buffer(g.clone(), buffer.init(torch.zeros(LONG)), context())
+    result = buffer.update(g.clone(), buffer.init(torch.zeros(LONG)), context())
     assert result is not None and torch.equal(result, g)
 
 
@@ -263,7 +263,7 @@ def test_transformations_act_in_order_and_those_after_one_that_holds_back_see_no
         def __init__(self, name: str, factor: float | None) -> None:
             self.name, self.factor = name, factor
 
-        def __call__(self, pseudo_gradient: Tensor, state: dict[str, Any], context: Context) -> Tensor | None:
+        def update(self, pseudo_gradient: Tensor, state: dict[str, Any], context: Context) -> Tensor | None:
             seen.append((self.name, pseudo_gradient.max().item()))
             return None if self.factor is None else pseudo_gradient * self.factor  # a new tensor
 
@@ -315,7 +315,7 @@ class Duck:
     def init(self, parameters: Tensor) -> dict[str, Any]:
         return {}
 
-    def __call__(self, pseudo_gradient: Tensor, state: dict[str, Any], context: Context) -> Tensor:
+    def update(self, pseudo_gradient: Tensor, state: dict[str, Any], context: Context) -> Tensor:
         return pseudo_gradient
 
 
@@ -331,7 +331,7 @@ def test_an_object_with_the_three_members_will_do() -> None:
     [
         (Poly(), 1, "must be a list"),
         ([Poly], 1, r"pass an object, Poly\(\)"),
-        (["poly"], 1, "`init`, `__call__` and `needs_start`"),
+        (["poly"], 1, "`init`, `update` and `needs_start`"),
         ([DelayCompensation()], 2, "Use it with `quorum=1`"),
     ],
 )
