@@ -56,7 +56,8 @@ class Transform(Protocol):
     Every worker transforms its own copy of the same pseudo-gradients in the same order, so the result must depend on
     the arguments alone, to the bit. Products and sums are separate operations (``mul_`` and then ``add_``, no
     ``add_(alpha=...)``, ``addcmul_`` or ``lerp_``): a fused multiply-add rounds once where two operations round twice,
-    and whether it is used depends on the processor. Parameters that tell two transformations apart are attributes that
+    and whether it is used depends on the processor. The order in which a sum or norm over elements adds them up depends
+    on the number of threads. Parameters that tell two transformations apart are attributes that
     hold plain values: workers compare them at the start.
 
     With ``quorum > 1`` deltas are added up while they arrive, so that their mean is transformed and not each of them.
@@ -161,7 +162,7 @@ class DelayCompensation(Transform):
         ValueError: if ``strength`` is negative.
 
     References:
-        Zheng et al. 2017, Asynchronous Stochastic Gradient Descent with Delay Compensation (arXiv 1609.08326), Eq. 10;
+        Zheng et al. 2017, Asynchronous Stochastic Gradient Descent with Delay Compensation (arXiv 1609.08326);
         as a baseline in Liu et al. 2024, Asynchronous Local-SGD (arXiv 2401.09135).
     """
 
