@@ -9,6 +9,7 @@ from lightning_async_localsgd.errors import (
 )
 from lightning_async_localsgd.exchange import OuterUpdate
 from lightning_async_localsgd.loop import AsyncLocalSGD
+from lightning_async_localsgd.methods import METHODS, make_method
 from lightning_async_localsgd.monitor import AsyncLocalSGDMonitor
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
@@ -16,6 +17,7 @@ from lightning_async_localsgd.version import __version__
 from lightning_async_localsgd.worker import RunSummary, Worker
 
 __all__ = [
+    "METHODS",
     "AsyncLocalSGD",
     "AsyncLocalSGDError",
     "AsyncLocalSGDMonitor",
@@ -29,4 +31,5 @@ __all__ = [
     "Worker",
     "WorkerMismatchError",
     "__version__",
+    "make_method",
 ]

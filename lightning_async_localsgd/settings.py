@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, is_dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 import torch
 
 from lightning_async_localsgd.codecs import Codec, make_codec
-from lightning_async_localsgd.outer import OuterOptimizerFactory
+from lightning_async_localsgd.outer import OuterOptimizerFactory, Transform
+from lightning_async_localsgd.outer.transforms import check_transforms
 from lightning_async_localsgd.pace import FixedPace, Pace, make_pace
 
 __all__ = ["Settings"]
+
+_PLAIN = (str, int, float, list, tuple, dict)
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Settings:
     outer_device: str | torch.device = "cpu"
     timeout: timedelta = field(default=timedelta(minutes=10))
     exchange_frozen: bool | None = None
+    transforms: Sequence[Transform] = ()
 
     def __post_init__(self) -> None:
         if self.local_steps < 1:
@@ -57,6 +62,7 @@ class Settings:
                     f"`functools.partial(torch.optim.SGD, lr=0.7)`, got {self.outer_optimizer!r}."
                 )
             self.outer_optimizer([torch.nn.Parameter(torch.zeros(1))])  # its own checks speak now rather than at start
+        check_transforms(self.transforms, self.quorum)
         make_pace(self.pace)
         make_codec(self.codec)
 
@@ -85,7 +91,8 @@ class Settings:
         return {
             "local_steps": self.local_steps,
             "outer_optimizer": _describe(self.outer_optimizer),
-            "pace": _describe(self.pace),
+            "transforms": [_describe_object(transform) for transform in self.transforms],
+            "pace": _describe_object(self.pace),
             "grace_period": self.grace_period,
             "quorum": self.quorum,
             "overlap": self.overlap,
@@ -98,7 +105,7 @@ class Settings:
 
 def _describe(value: Any) -> str:
     """A text that is the same in every process, unlike a repr with an address."""
-    if value is None or isinstance(value, (str, int, float, list, tuple, dict)):
+    if value is None or isinstance(value, _PLAIN):
         return repr(value)
     if isinstance(value, partial):
         arguments = [_describe(a) for a in value.args]
@@ -106,3 +113,14 @@ def _describe(value: Any) -> str:
         return f"{_describe(value.func)}({', '.join(arguments)})"
     name = getattr(value, "__qualname__", type(value).__qualname__)
     return f"{getattr(value, '__module__', '')}.{name}"
+
+
+def _describe_object(value: Any) -> str:
+    """The same with the attributes that hold plain values: what tells two objects of a small class apart."""
+    if value is None or isinstance(value, _PLAIN):
+        return repr(value)
+    attributes = sorted(getattr(value, "__dict__", {}).items())
+    known = [
+        f"{k}={_describe_object(v)}" for k, v in attributes if v is None or isinstance(v, _PLAIN) or is_dataclass(v)
+    ]
+    return f"{_describe(value)}({', '.join(known)})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -33,7 +33,7 @@ from lightning_async_localsgd.final_module import FinalModule
 from lightning_async_localsgd.launching import ForkingLauncher, check_start_method
 from lightning_async_localsgd.loader import TrainingLoaders
 from lightning_async_localsgd.membership import StaticJob, join_job
-from lightning_async_localsgd.outer import OuterOptimizerFactory
+from lightning_async_localsgd.outer import OuterOptimizerFactory, Transform
 from lightning_async_localsgd.pace import Pace
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.version import __version__
@@ -80,6 +80,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             the others train on; they are told the metrics. False: each worker validates its own parameters.
         exchange_frozen: exchange frozen parameters too, at the cost of trainable ones, so that they can be unfrozen
             during ``fit``. None: if the trainer has a callback that does so, a Lightning ``BaseFinetuning``.
+        transforms: what every pseudo-gradient goes through, in this order, before the outer optimizer: objects of
+            ``lightning_async_localsgd.outer``, such as ``Poly()``, or your own (see its ``Transform``).
         **kwargs: further arguments of Lightning's ``DDPStrategy``, such as ``cluster_environment``,
             ``checkpoint_io``, ``process_group_backend`` (of the group used outside ``fit``) or ``start_method``.
 
@@ -107,6 +109,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         timeout: timedelta = timedelta(minutes=10),
         validate_global: bool = True,
         exchange_frozen: bool | None = None,
+        transforms: Sequence[Transform] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(timeout=timeout, **kwargs)
@@ -125,6 +128,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             outer_device=outer_device,
             timeout=timeout,
             exchange_frozen=exchange_frozen,
+            transforms=transforms,
         )
         self.validate_global = validate_global
         self.checkpoints = JobCheckpoints(self, super().remove_checkpoint)

@@ -128,7 +128,12 @@ class Worker:
         self._layout = Layout(module, frozen=bool(settings.exchange_frozen))
         self._exchanged = {slot.name for slot in self._layout.parameter_slots}
         self._state = GlobalState(
-            self._layout, settings.outer_optimizer, size, settings.quorum, torch.device(settings.outer_device)
+            self._layout,
+            settings.outer_optimizer,
+            size,
+            settings.quorum,
+            torch.device(settings.outer_device),
+            settings.transforms,
         )
         self._roster = Roster.introduce(
             store,
@@ -525,6 +530,8 @@ class Worker:
             ValueError: if it belongs to another model.
         """
         self._state.load_state_dict(state_dict["global"])
+        if not same_workers:
+            self._state.begin_rounds(range(self.size))
         self._copy_to_module(self._state.flat)
         self.version = self._state.version
         self._progress = replace(self._progress, version=self.version)

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from lightning_async_localsgd import AsyncLocalSGD
+from lightning_async_localsgd.layout import Layout
+from lightning_async_localsgd.outer import AsyncBuffer, DelayCompensation, GlobalState
 from tests.modules import Batches, make_net
 from tests.processes import results, run_processes
 
@@ -157,13 +159,16 @@ def test_the_module_can_hold_the_global_parameters_for_a_while() -> None:
     assert lent == flat(make_net(seed=0)) != own == own_again
 
 
+SETTINGS: list[dict[str, Any]] = [{}, {"transforms": (DelayCompensation(10.0), AsyncBuffer(3))}]
+
+
 def save(folder: str, rank: int, name: str, state: dict[str, Any]) -> None:
     torch.save(state, f"{folder}/{name}-{rank}.pt")
 
 
-def interrupted(rank: int, folder: str, max_steps: int) -> Any:
+def interrupted(rank: int, folder: str, max_steps: int, settings: dict[str, Any]) -> Any:
     """Writes a checkpoint at worker 0's step 20."""
-    module, optimizer, job = parts(rank, max_steps=max_steps, on_checkpoint=partial(save, folder, rank))
+    module, optimizer, job = parts(rank, max_steps=max_steps, on_checkpoint=partial(save, folder, rank), **settings)
     batches = iter(Batches(100 + rank))
     with job:
         while job.running:
@@ -177,8 +182,8 @@ def interrupted(rank: int, folder: str, max_steps: int) -> Any:
     return job.summary
 
 
-def resumed(rank: int, folder: str, from_rank: int, max_steps: int) -> Any:
-    module, optimizer, job = parts(rank, max_steps=max_steps)
+def resumed(rank: int, folder: str, from_rank: int, max_steps: int, settings: dict[str, Any]) -> Any:
+    module, optimizer, job = parts(rank, max_steps=max_steps, **settings)
     state = torch.load(f"{folder}/middle-{from_rank if from_rank >= 0 else rank}.pt", weights_only=True)
     job.load_state_dict(state)
     with job:
@@ -188,25 +193,37 @@ def resumed(rank: int, folder: str, from_rank: int, max_steps: int) -> Any:
     return version, own_steps, job_steps, job.summary
 
 
-def test_a_checkpoint_is_one_moment_of_all_workers_and_the_run_goes_on_from_it(tmp_path: Path) -> None:
-    results(run_processes(interrupted, 2, str(tmp_path), 40))
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_checkpoint_is_one_moment_of_all_workers_and_the_run_goes_on_from_it(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    results(run_processes(interrupted, 2, str(tmp_path), 40, settings))
     states = [torch.load(tmp_path / f"middle-{rank}.pt", weights_only=True) for rank in range(2)]
     first, second = (state["global"] for state in states)
     assert first["progress"] == second["progress"] and first["global"]["version"] == second["global"]["version"]
     assert all(torch.equal(t, second["global"]["tensors"][n]) for n, t in first["global"]["tensors"].items())
     assert states[0]["worker"]["local_steps"] == 20
+    digests = set()
+    for state in (first, second):
+        replica = GlobalState(Layout(make_net()), workers=2, **settings)
+        replica.load_state_dict(state["global"])
+        digests.add(replica.digest())
+    assert len(digests) == 1
 
-    ends = results(run_processes(resumed, 2, str(tmp_path), -1, 60))
+    ends = results(run_processes(resumed, 2, str(tmp_path), -1, 60, settings))
     for rank, (version, own_steps, _, summary) in enumerate(ends):
         assert version == first["global"]["version"]
         assert own_steps == states[rank]["worker"]["local_steps"]
         assert abs(summary.total_local_steps - 120) <= 2 * 5 and summary.digest == ends[0][3].digest
 
 
-def test_a_checkpoint_can_be_gone_on_from_with_another_number_of_workers(tmp_path: Path) -> None:
-    results(run_processes(interrupted, 2, str(tmp_path), 40))
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_checkpoint_can_be_gone_on_from_with_another_number_of_workers(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    results(run_processes(interrupted, 2, str(tmp_path), 40, settings))
     made = torch.load(tmp_path / "middle-0.pt", weights_only=True)["job_steps"]
-    ends = results(run_processes(resumed, 3, str(tmp_path), 0, 60))
+    ends = results(run_processes(resumed, 3, str(tmp_path), 0, 60, settings))
     for _, own_steps, job_steps, summary in ends:
         assert own_steps == 0 and job_steps == made
         assert abs(summary.total_local_steps - 3 * (60 - made)) <= 3 * 5 and summary.digest == ends[0][3].digest

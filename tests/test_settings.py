@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -10,7 +11,15 @@ import pytest
 import torch
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy, Settings
-from lightning_async_localsgd.outer import DelayedNesterov
+from lightning_async_localsgd.outer import (
+    AsyncBuffer,
+    Context,
+    DelayCompensation,
+    DelayedNesterov,
+    Poly,
+    PolyThres,
+    Transform,
+)
 
 
 @pytest.mark.parametrize(
@@ -27,6 +36,9 @@ from lightning_async_localsgd.outer import DelayedNesterov
         ({"worker_size": 0}, "worker_size"),
         ({"outer_optimizer": torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1)}, "outer_optimizer"),
         ({"outer_optimizer": partial(DelayedNesterov, momentum_activation=2.0)}, "momentum_activation"),
+        ({"transforms": Poly()}, "transforms"),
+        ({"transforms": [Poly]}, r"Poly\(\)"),
+        ({"transforms": [DelayCompensation()], "quorum": 2}, "quorum=1"),
     ],
 )
 def test_the_strategy_refuses_at_construction(arguments: dict[str, Any], name: str) -> None:
@@ -48,6 +60,36 @@ def test_credentials_are_the_same_text_in_every_process_and_tell_settings_apart(
     assert Settings().credentials() == Settings(exchange_frozen=False).credentials()
     assert Settings().credentials() != Settings(exchange_frozen=True).credentials()
     assert " at 0x" not in str(Settings(pace=DelayedPace()).credentials())
+
+
+def test_credentials_tell_transformations_apart_by_all_their_parameters() -> None:
+    chains: list[list[Transform]] = [
+        [],
+        [Poly(0.5)],
+        [Poly(0.6)],
+        [PolyThres(0.5)],
+        [PolyThres(0.5, threshold=9)],
+        [AsyncBuffer()],
+        [AsyncBuffer(4)],
+        [Scale(2.0)],
+        [Scale(3.0)],
+        [Poly(0.5), AsyncBuffer()],
+        [AsyncBuffer(), Poly(0.5)],
+    ]
+    described = [json.dumps(Settings(transforms=chain).credentials()) for chain in chains]
+    assert len(set(described)) == len(chains)
+    assert described[1] == json.dumps(Settings(transforms=(Poly(),)).credentials())
+    assert not any(" at 0x" in text for text in described)
+
+
+class Scale(Transform):
+    def __init__(self, factor: float) -> None:
+        self._factor = factor
+        self._device = torch.device("cpu")
+        self._something = object()
+
+    def update(self, pseudo_gradient: torch.Tensor, state: dict[str, Any], context: Context) -> torch.Tensor:
+        return pseudo_gradient.mul_(self._factor)
 
 
 class DelayedPace:

@@ -293,7 +293,10 @@ common, rest = given
 expected = {"local_steps": 7, "grace_period": 0.5, "quorum": 2, "overlap": False, "budget": "per_worker",
             "codec": "bf16", "outer_device": "cpu", "timeout": 90.0}
 assert {name: common[name] for name in expected} == expected, common
-assert "DynamicLocalUpdates" in common["pace"]
+assert common["pace"].endswith("DynamicLocalUpdates(tolerance=0.2)"), common
+assert len(common["transforms"]) == 2, common
+assert common["transforms"][0].endswith("PolyThres(power=0.25, threshold=5)"), common
+assert common["transforms"][1].endswith("AsyncBuffer(size=3)"), common
 assert rest[:3] == (False, "gloo", "SGD") and rest[3]["lr"] == 0.25 and rest[3]["nesterov"] is True, rest
 """
 ADAPTED = """
@@ -309,6 +312,11 @@ trainer:
       pace:
         class_path: lightning_async_localsgd.pace.DynamicLocalUpdates
         init_args: {tolerance: 0.2}
+      transforms:
+        - class_path: lightning_async_localsgd.outer.PolyThres
+          init_args: {power: 0.25, threshold: 5}
+        - class_path: lightning_async_localsgd.outer.AsyncBuffer
+          init_args: {size: 3}
       grace_period: 0.5
       quorum: 2
       overlap: false

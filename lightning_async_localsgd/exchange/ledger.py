@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from lightning_async_localsgd.budget import Budget
 from lightning_async_localsgd.exchange.header import Flag, Header
+from lightning_async_localsgd.outer import Arrival
 from lightning_async_localsgd.pace import make_pace
 from lightning_async_localsgd.settings import Settings
 
@@ -94,8 +95,11 @@ class LedgerState(Protocol):
 
     version: int
 
-    def apply(self, deltas: int = 1) -> None:
-        """Make one outer update of the sum of that many deltas."""
+    def apply(self, arrivals: Sequence[Arrival]) -> None:
+        """Make one outer update of the sum of these deltas."""
+
+    def begin_rounds(self, workers: Iterable[int]) -> None:
+        """These workers start their next rounds from the state of now."""
 
 
 class Ledger:
@@ -153,7 +157,7 @@ class Ledger:
             alignment: what is known of their mean.
         """
         stalenesses = [self._state.version - header.start_version for header in group]
-        self._state.apply(len(group))
+        self._state.apply([Arrival(h.worker, staleness) for h, staleness in zip(group, stalenesses, strict=True)])
         self._updates += len(group)
         self._total_staleness += sum(stalenesses)
         self._max_staleness = max(self._max_staleness, *stalenesses)
@@ -189,9 +193,10 @@ class Ledger:
             bytes_sent: by this worker in all; the only thing, with what it has received, that is not alike everywhere.
             bytes_received: by this worker in all.
         """
-        for header in headers:
-            if Flag.DROPPED in header.flags:
-                self._dropped[header.worker] += 1
+        dropped = [header.worker for header in headers if Flag.DROPPED in header.flags]
+        self._state.begin_rounds(dropped + [header.worker for header in applied])
+        for worker in dropped:
+            self._dropped[worker] += 1
         for header in applied:
             if header.worker == 0:
                 self._beat = Beat(header.round, tuple(h.worker for h in applied))

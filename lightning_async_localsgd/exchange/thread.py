@@ -154,7 +154,10 @@ class ExchangeThread:
         if Flag.ABORT in live.flags:
             raise PeerAbortedError(f"{self._roster.name(self._roster.rank)} stopped: {_reason(live.message)}")
         updates, applied = self._apply(headers)
-        progress = self._ledger.close_turn(headers, applied, self._transport.bytes_sent, self._transport.bytes_received)
+        with self._mailbox.global_state():
+            progress = self._ledger.close_turn(
+                headers, applied, self._transport.bytes_sent, self._transport.bytes_received
+            )
         adoption = self._adopt(applied, finite)
         self._mailbox.wait_for_bell(self._turn)
         if self._turn > 0 and self._roster.rank == 0:

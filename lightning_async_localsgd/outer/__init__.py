@@ -1,6 +1,26 @@
-"""The outer level: the global state and the optimizers that move it. Pure: no threads, no communication."""
+"""The outer level: the global state and what moves it. Pure: no threads, no communication."""
 
 from lightning_async_localsgd.outer.delayed_nesterov import DelayedNesterov
 from lightning_async_localsgd.outer.state import GlobalState, OuterOptimizerFactory
+from lightning_async_localsgd.outer.transforms import (
+    Arrival,
+    AsyncBuffer,
+    Context,
+    DelayCompensation,
+    Poly,
+    PolyThres,
+    Transform,
+)
 
-__all__ = ["DelayedNesterov", "GlobalState", "OuterOptimizerFactory"]
+__all__ = [
+    "Arrival",
+    "AsyncBuffer",
+    "Context",
+    "DelayCompensation",
+    "DelayedNesterov",
+    "GlobalState",
+    "OuterOptimizerFactory",
+    "Poly",
+    "PolyThres",
+    "Transform",
+]

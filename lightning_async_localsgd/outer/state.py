@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 
 from lightning_async_localsgd.layout import Layout
 from lightning_async_localsgd.outer.delayed_nesterov import DelayedNesterov
+from lightning_async_localsgd.outer.starts import RoundStarts
+from lightning_async_localsgd.outer.transforms import Arrival, Context, Transform, check_transforms
 
 __all__ = ["GlobalState", "OuterOptimizerFactory"]
 
@@ -32,9 +34,11 @@ class GlobalState:
         workers: number of workers; a ``DelayedNesterov`` whose ``buffer_size`` is open gets it from here.
         quorum: deltas that one outer update takes the mean of (1: each delta is an outer update of its own).
         device: where the state lives.
+        transforms: what the pseudo-gradient goes through, in this order, before the outer optimizer.
 
     Raises:
-        ValueError: if the outer optimizer's settings are impossible for this number of workers.
+        ValueError: if the outer optimizer's settings are impossible for this number of workers, or the transformations
+            for this quorum.
     """
 
     def __init__(
@@ -44,7 +48,9 @@ class GlobalState:
         workers: int = 1,
         quorum: int = 1,
         device: torch.device | str = "cpu",
+        transforms: Sequence[Transform] = (),
     ) -> None:
+        check_transforms(transforms, quorum)
         self.layout = layout
         self.workers = workers
         self.flat = layout.empty(device)
@@ -56,41 +62,81 @@ class GlobalState:
             parameter.grad = gradient
         make = outer_optimizer or partial(DelayedNesterov, lr=0.7, momentum=0.9)
         self.optimizer = make(self.parameters)
+        # An update by the mean of `quorum` deltas counts as one, so a buffer of all workers' deltas is shorter.
+        self._default_buffer_size = max(1, round(workers / quorum))
         if isinstance(self.optimizer, DelayedNesterov):
-            # An update by the mean of `quorum` deltas counts as one, so a buffer of all workers' deltas is shorter.
-            self.optimizer.set_default_buffer_size(max(1, round(workers / quorum)))
+            self.optimizer.set_default_buffer_size(self._default_buffer_size)
+        self.transforms = tuple(transforms)
+        self._flat_parameters = self.flat[: layout.parameter_numel]
+        self._transform_states = self._initial_transform_states()
+        needs_start = any(transform.needs_start for transform in self.transforms)
+        self._starts = RoundStarts(self._flat_parameters, workers) if needs_start else None
         self.version = 0
         """Number of outer updates applied so far."""
 
     def _parameter_views(self, flat: Tensor) -> list[Tensor]:
         return self.layout.views(flat)[: self.layout.parameter_count]
 
-    @torch.no_grad()
-    def apply(self, deltas: int = 1) -> None:
-        """Make one outer update from :attr:`pseudo_gradient`.
+    def _initial_transform_states(self) -> list[dict[str, Any]]:
+        return [transform.init(self._flat_parameters) for transform in self.transforms]
 
-        Parameters go through the outer optimizer. Buffers are mixed: each worker's delta weighs 1/workers.
+    @torch.no_grad()
+    def apply(self, arrivals: Sequence[Arrival]) -> None:
+        """Make one outer update from :attr:`pseudo_gradient`, which is used up.
+
+        The mean of the deltas goes through the transformations and then, unless one of them holds it back, through the
+        outer optimizer. Buffers are mixed in any case: each worker's delta weighs 1/workers.
 
         Args:
-            deltas: how many workers' deltas ``pseudo_gradient`` is the sum of; the update is by their mean.
+            arrivals: whose deltas ``pseudo_gradient`` is the sum of, at least one.
         """
+        deltas = len(arrivals)
         if deltas > 1:
             self.pseudo_gradient.div_(deltas)
-        self.optimizer.step()
+        if self._transform(arrivals):
+            if self._starts is not None:
+                self._starts.before_move()
+            self.optimizer.step()
         start = self.layout.parameter_numel
         if start < self.layout.numel:
             self.flat[start:].sub_(self.pseudo_gradient[start:].mul_(deltas / self.workers))
         self.version += 1
 
+    def _transform(self, arrivals: Sequence[Arrival]) -> bool:
+        """Put the pseudo-gradient through the transformations; returns whether it is to move the parameters now."""
+        if not self.transforms:
+            return True
+        arrived = self.pseudo_gradient[: self.layout.parameter_numel]
+        start = None if self._starts is None else self._starts.of(arrivals[0].worker)
+        context = Context(arrivals, self._flat_parameters, start, self._default_buffer_size)
+        pseudo_gradient = arrived
+        for transform, state in zip(self.transforms, self._transform_states, strict=True):
+            transformed = transform.update(pseudo_gradient, state, context)
+            if transformed is None:
+                return False
+            pseudo_gradient = transformed
+        if pseudo_gradient is not arrived:
+            arrived.copy_(pseudo_gradient)
+        return True
+
+    def begin_rounds(self, workers: Iterable[int]) -> None:
+        """These workers start their next rounds from the state of now; their first rounds start from the first state.
+
+        To be called for every worker that adopts the state, before the next update: transformations with
+        ``needs_start`` are to see it when that worker's delta is applied.
+        """
+        if self._starts is not None:
+            self._starts.begin(workers)
+
     @torch.no_grad()
     def measure(self, deltas: int = 1) -> tuple[float, float]:
-        """L2 norm of the mean delta over the parameters, and its cosine with the outer momentum.
+        """L2 norm of what :attr:`pseudo_gradient` is the sum of, and its cosine with the outer momentum.
+
+        Of parameters alone, before any transformation. The cosine is NaN while there is no momentum. Between momentum
+        updates that of delayed Nesterov holds the pseudo-gradients gathered since the last one as well.
 
         Args:
-            deltas: how many workers' deltas ``pseudo_gradient`` is the sum of.
-
-        The cosine is NaN while there is no momentum. Between momentum updates that of delayed Nesterov holds the
-        pseudo-gradients gathered since the last one as well.
+            deltas: how many workers' deltas ``pseudo_gradient`` is the sum of; the norm is that of their mean.
         """
         products = torch.zeros(3, dtype=torch.float64)
         for parameter in self.parameters:
@@ -110,33 +156,43 @@ class GlobalState:
         return int(self.flat.view(torch.int64).sum())
 
     def digest(self) -> str:
-        """BLAKE2b hash (hex) of version, global parameters, buffers and outer optimizer state."""
+        """BLAKE2b hash (hex) of version, global parameters, buffers and the state of what moves them."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(str(self.version).encode())
         _hash_tensor(digest, self.flat)
         for parameter in self.parameters:
-            for name, value in sorted(self.optimizer.state[parameter].items()):
-                digest.update(name.encode())
-                if isinstance(value, Tensor):
-                    _hash_tensor(digest, value)
-                else:
-                    digest.update(repr(value).encode())
+            _hash_state(digest, self.optimizer.state[parameter])
         for group in self.optimizer.param_groups:
             digest.update(repr([(k, v) for k, v in sorted(group.items()) if k != "params"]).encode())
+        for state in self._transform_states:
+            _hash_state(digest, state)
+        if self._starts is not None:
+            starts = self._starts.state_dict()
+            digest.update(repr(starts["began"]).encode())
+            for copy in starts["copies"]:
+                _hash_tensor(digest, copy)
         return digest.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
-        """Version, global parameters and buffers by name, and the outer optimizer's state; all copies."""
+        """Version, global parameters and buffers by name, state of outer optimizer and transformations; all copies."""
         tensors = self.layout.views(self.flat)
         return {
             "version": self.version,
             "tensors": {s.name: t.detach().clone() for s, t in zip(self.layout.slots, tensors, strict=True)},
             "optimizer": deepcopy(self.optimizer.state_dict()),
+            "transforms": [
+                {"name": type(transform).__qualname__, "state": deepcopy(state)}
+                for transform, state in zip(self.transforms, self._transform_states, strict=True)
+            ],
+            "starts": None if self._starts is None else deepcopy(self._starts.state_dict()),
         }
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state saved by :meth:`state_dict`.
+
+        Transformations that it does not know begin anew, and rounds of which it does not tell where they started are
+        taken to start from it.
 
         Raises:
             ValueError: if it belongs to another model; the difference is named and nothing is changed.
@@ -159,8 +215,26 @@ class GlobalState:
             if buffer_size is not None:  # there may be more or fewer workers now
                 group["buffer_size"] = buffer_size
                 group["received"] %= buffer_size
+        self._transform_states = self._initial_transform_states()
+        for i, (transform, saved) in enumerate(zip(self.transforms, state_dict.get("transforms", ()), strict=False)):
+            if saved["name"] == type(transform).__qualname__:
+                self._transform_states[i] = {name: self._own_copy(value) for name, value in saved["state"].items()}
+        if self._starts is not None:
+            self._starts.load_state_dict(state_dict.get("starts"))
         self.version = state_dict["version"]
+
+    def _own_copy(self, value: Any) -> Any:
+        return value.to(self.flat.device, copy=True) if isinstance(value, Tensor) else deepcopy(value)
 
 
 def _hash_tensor(digest: hashlib.blake2b, tensor: Tensor) -> None:
     digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def _hash_state(digest: hashlib.blake2b, state: Mapping[str, Any]) -> None:
+    for name, value in sorted(state.items()):
+        digest.update(name.encode())
+        if isinstance(value, Tensor):
+            _hash_tensor(digest, value)
+        else:
+            digest.update(repr(value).encode())

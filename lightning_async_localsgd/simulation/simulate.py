@@ -174,7 +174,12 @@ class Simulation:
         settings = self.settings
         layout = Layout(self._module, frozen=bool(settings.exchange_frozen))
         state = self._state = GlobalState(
-            layout, settings.outer_optimizer, size, settings.quorum, torch.device(settings.outer_device)
+            layout,
+            settings.outer_optimizer,
+            size,
+            settings.quorum,
+            torch.device(settings.outer_device),
+            settings.transforms,
         )
         with torch.no_grad():
             torch._foreach_copy_(layout.views(state.flat), layout.tensors(self._module))

@@ -267,6 +267,7 @@ class Timeline:
         lane.rounds.beat = self.progress.beat
         lane.began = self.now
         self._replicas.join(lane.rank)
+        self._state.begin_rounds([lane.rank])
         self._report(lane)
         self._go_on(lane)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_async_localsgd.layout import Layout
-from lightning_async_localsgd.outer import GlobalState
+from lightning_async_localsgd.outer import Arrival, GlobalState
 from tests.modules import make_net
 
 
@@ -28,7 +28,7 @@ def deltas(layout: Layout, count: int) -> list[Tensor]:
 
 def apply(state: GlobalState, flat: Tensor) -> None:
     state.pseudo_gradient.copy_(flat)
-    state.apply()
+    state.apply([Arrival(worker=0, staleness=0)])
 
 
 @pytest.mark.parametrize(
@@ -78,6 +78,21 @@ def test_buffers_are_averaged_and_parameters_are_optimized() -> None:
     assert after["running_mean"].tolist() == [1.0] * 3  # a quarter of the way: one of four workers
     assert after["weight"][0].item() == pytest.approx(0.7 * 1.0)
     assert "num_batches_tracked" not in after
+
+
+def test_a_sum_of_deltas_is_applied_and_measured_as_their_mean() -> None:
+    layout = Layout(nn.BatchNorm1d(3))
+    of_sum, of_mean = (GlobalState(layout, partial(torch.optim.SGD, lr=1.0), workers=4, quorum=3) for _ in range(2))
+    arrived = deltas(layout, 3)
+    total = torch.stack(arrived).sum(0)
+    of_sum.pseudo_gradient.copy_(total)
+    of_mean.pseudo_gradient.copy_(total / 3)
+    assert of_sum.measure(3)[0] == pytest.approx(of_mean.measure()[0])
+    of_sum.apply([Arrival(worker, 0) for worker in range(3)])
+    numel = layout.parameter_numel
+    assert torch.equal(of_sum.flat[:numel], -(total / 3)[:numel])
+    torch.testing.assert_close(of_sum.flat[numel:], -total[numel:] / 4)  # each of the four workers weighs a quarter
+    assert of_sum.version == 1
 
 
 def test_a_foreign_state_is_refused_and_changes_nothing() -> None:

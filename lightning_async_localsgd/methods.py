@@ -1,0 +1,169 @@
+"""All methods by name: what each passes to the strategy, a loop or a simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from lightning_async_localsgd.outer import AsyncBuffer, DelayCompensation, DelayedNesterov, Poly, PolyThres, Transform
+from lightning_async_localsgd.pace import make_pace
+
+__all__ = ["METHODS", "Method", "make_method"]
+
+_NESTEROV = partial(torch.optim.SGD, nesterov=True)
+_LIU = "Liu et al. 2024 (arXiv 2401.09135)"
+_TUNED = "tuned in the paper to 0.05 to 0.1; 0.05 was best in this library's benchmark time_to_loss"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method: a transformation of the pseudo-gradient, an outer optimizer and when updates take place."""
+
+    description: str
+    """What it does, in one line."""
+    reference: str
+    outer_lr: float
+    """Default outer learning rate."""
+    outer_lr_source: str
+    """Where that default comes from."""
+    optimizer: Callable[..., torch.optim.Optimizer] = _NESTEROV
+    """Makes the outer optimizer; takes ``lr`` and ``momentum``."""
+    outer_momentum: float = 0.9
+    """Default outer momentum."""
+    transform: Callable[..., Transform] | None = None
+    """What the pseudo-gradient goes through before."""
+    pace: str = "fixed"
+    """Default pace: that of the paper."""
+    synchronous: bool = False
+    """Whether every update waits for the deltas of all workers, and all workers for it."""
+
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        "sync": Method(
+            "Synchronous DiLoCo: one Nesterov step on the mean of all workers' pseudo-gradients",
+            "Douillard et al. 2023, DiLoCo (arXiv 2311.08105), Algorithm 1",
+            outer_lr=0.7,
+            outer_lr_source="the paper's",
+            synchronous=True,
+        ),
+        "async-nesterov": Method(
+            "Async DiLoCo: a Nesterov step on every pseudo-gradient as it arrives",
+            _LIU,
+            outer_lr=0.05,
+            outer_lr_source=_TUNED,
+        ),
+        "async-sgd": Method(
+            "Async SGD: a plain gradient step on every pseudo-gradient",
+            _LIU,
+            outer_lr=0.5,
+            outer_lr_source="sqrt(k)/k of four workers, by which the paper's authors scale deltas in their toy",
+            optimizer=torch.optim.SGD,
+            outer_momentum=0.0,
+        ),
+        "async-momentum": Method(
+            "Async SGD with momentum: a heavy-ball step on every pseudo-gradient",
+            _LIU,
+            outer_lr=0.05,
+            outer_lr_source="as async-nesterov, whose steps are about as long",
+            optimizer=torch.optim.SGD,
+        ),
+        "poly": Method(
+            "Polynomial penalty: stale pseudo-gradients weigh less, then Nesterov",
+            f"Xie et al. 2019 (arXiv 1903.03934); {_LIU}",
+            outer_lr=0.05,
+            outer_lr_source="as async-nesterov",
+            transform=Poly,
+        ),
+        "polythres": Method(
+            "Polynomial penalty with a threshold: very stale pseudo-gradients are dropped, then Nesterov",
+            _LIU,
+            outer_lr=0.05,
+            outer_lr_source="as async-nesterov",
+            transform=PolyThres,
+        ),
+        "delay-compensation": Method(
+            "Delay compensation: pseudo-gradients corrected by how far the parameters have moved since, then Nesterov",
+            f"Zheng et al. 2017 (arXiv 1609.08326); {_LIU}",
+            outer_lr=0.05,
+            outer_lr_source="as async-nesterov",
+            transform=DelayCompensation,
+        ),
+        "async-buffer": Method(
+            "Async buffer (FedBuff): one Nesterov step on the mean of every N pseudo-gradients",
+            f"Nguyen et al. 2022 (arXiv 2106.06639); {_LIU}",
+            outer_lr=0.7,
+            outer_lr_source="as sync: its steps are on means of as many pseudo-gradients",
+            transform=AsyncBuffer,
+        ),
+        "dn": Method(
+            "Delayed Nesterov: the gradient part on every pseudo-gradient, momentum once per N of them",
+            f"{_LIU}, Algorithm 3; with DyLU, Eq. 6",
+            outer_lr=0.7,
+            outer_lr_source="the paper's",
+            optimizer=DelayedNesterov,
+            pace="dylu",
+        ),
+    }
+)
+"""All methods, by name."""
+
+
+def make_method(
+    name: str,
+    workers: int,
+    outer_lr: float | None = None,
+    outer_momentum: float | None = None,
+    pace: str | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """The settings of a method: keyword arguments for the strategy, ``AsyncLocalSGD``, ``Settings`` or ``simulate``.
+
+    Example::
+
+        AsyncLocalSGDStrategy(local_steps=50, **make_method("poly", workers=4, pace="dylu"))
+
+    Args:
+        name: a key of :data:`METHODS`.
+        workers: number of workers.
+        outer_lr: outer learning rate; None: the method's.
+        outer_momentum: outer momentum; None: the method's.
+        pace: ``"fixed"`` or ``"dylu"``; None: the paper's, which is DyLU for ``"dn"`` and fixed for all others.
+        **options: further arguments of the method's transformation (``power``, ``threshold``, ``strength``, ``size``)
+            or, if it has none, of its outer optimizer (``momentum_activation``).
+
+    Returns:
+        ``outer_optimizer``, ``transforms``, ``pace`` and ``quorum``; for ``"sync"`` also ``overlap=False``.
+
+    Raises:
+        ValueError: if there is no such method, or an argument is outside its range.
+        TypeError: if the method has no such option.
+    """
+    if name not in METHODS:
+        raise ValueError(f"There is no method {name!r}. Known are: {', '.join(sorted(METHODS))}.")
+    if workers < 1:
+        raise ValueError(f"`workers` must be at least 1, got {workers}.")
+    method = METHODS[name]
+    momentum = method.outer_momentum if outer_momentum is None else outer_momentum
+    arguments = {"lr": method.outer_lr if outer_lr is None else outer_lr, "momentum": momentum}
+    if method.transform is None:
+        arguments |= options
+        options = {}
+    optimizer = partial(method.optimizer, **arguments)
+    optimizer([torch.nn.Parameter(torch.zeros(1))])  # its own checks speak here
+    pace = method.pace if pace is None else pace
+    make_pace(pace)
+    settings: dict[str, Any] = {
+        "outer_optimizer": optimizer,
+        "transforms": () if method.transform is None else (method.transform(**options),),
+        "pace": pace,
+        "quorum": workers if method.synchronous else 1,
+    }
+    if method.synchronous:
+        settings["overlap"] = False
+    return settings
