@@ -89,7 +89,7 @@ class Run:
         if self.method == PRETRAINED:
             return 1.0
         if self.task == TOY:
-            return 0.0015 * self.steps * self.workers
+            return 0.0017 * self.steps * self.workers
         per_step = 0.002 + 20e-9 * parameters(self.task)
         return 5 + per_step * self.steps * max(self.workers, 2 if self.method == SINGLE else 1)
 

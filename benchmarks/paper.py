@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing.pool import Pool
 from pathlib import Path
 
 import torch
@@ -68,8 +69,7 @@ def heterogeneity_cells() -> Iterator[Cell]:
 
 def baseline_cells() -> Iterator[Cell]:
     for method in LESSER:
-        for level in (NONE, VERY):
-            yield method, {"heterogeneity": level}
+        yield method, {}
     for method in (ASYNC_DILOCO, ASYNC_BUFFER, *LESSER):
         yield method, {"pace": "dylu"}
 
@@ -145,13 +145,13 @@ def execute_missing(tables: list[str], grid: Grid, results: Results, cache: Path
     """Make all runs of these tables whose result is not there yet, in ``jobs`` processes."""
     load_tokens(cache, Task())
     with multiprocessing.get_context("spawn").Pool(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        execute_all(tuning_runs(tables, grid), results, cache, pool)
         for table in tables:
             print(f"{table}:", flush=True)
+            execute_all(tuning_runs([table], grid), results, cache, pool)
             execute_all(table_runs(table, grid, results), results, cache, pool)
 
 
-def execute_all(runs: list[Run], results: Results, cache: Path, pool: "multiprocessing.pool.Pool") -> None:
+def execute_all(runs: list[Run], results: Results, cache: Path, pool: Pool) -> None:
     missing = [run for run in dict.fromkeys(runs) if run not in results]
     starts = {(run.task, run.pretrain_steps, run.seed, cache) for run in missing if run.task != TOY}
     pool.starmap(prepare, sorted(starts), chunksize=1)
@@ -200,7 +200,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--document", type=Path, default=REPOSITORY / "docs/reproduction.md", help="takes the tables")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder for tokens and pretrained parameters")
     parser.add_argument("--steps", type=int, default=1000, help="local steps per worker; half as many for 16 workers")
-    parser.add_argument("--toy-steps", type=int, default=2000, help="the same for the toy task")
+    parser.add_argument("--toy-steps", type=int, default=1000, help="the same for the toy task: together one pass")
     parser.add_argument("--local-steps", type=int, default=50, help="H of the language models")
     parser.add_argument("--pretrain-steps", type=int, default=Task().pretrain_steps)
     parser.add_argument("--full", action="store_true", help="the paper's own scale; has options of its own")
