@@ -240,8 +240,10 @@ def tuning_table(figures: Figures) -> str:
     for method in TUNED:
         losses = figures.results.tuning(figures.grid, method)
         tried = ", ".join(f"{lr:g}: {number(perplexity({'loss': loss}))}" for lr, loss in losses.items())
-        lines.append([LABELS[method], tried])
-    return as_table(["method", "perplexity by outer learning rate"], lines)
+        chosen = figures.results.tuned_outer_lr(figures.grid, method)
+        at_edge = " (the edge of what was tried)" if chosen in (TUNED[method][0], TUNED[method][-1]) else ""
+        lines.append([LABELS[method], tried, f"{chosen:g}{at_edge}" if chosen is not None else ""])
+    return as_table(["method", "perplexity by outer learning rate", "best"], lines)
 
 
 def workers_table(figures: Figures) -> str:
@@ -361,7 +363,7 @@ def _holds(verdict: bool | None) -> str:
 
 def draw_heterogeneity(figures: Figures, path: Path) -> None:
     """Left: what is published, dashed, and ours over heterogeneity. Right: all methods with very unequal devices."""
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(12, 5.4), layout="constrained")
     levels, bars = figure.subplots(1, 2, width_ratios=(1.2, 1))
     positions = range(len(LEVELS))
     levels.axhline(1, color=COLORS[SYNC], linewidth=1)
@@ -380,7 +382,7 @@ def draw_heterogeneity(figures: Figures, path: Path) -> None:
     levels.set_ylabel("perplexity over synchronous DiLoCo's")
     levels.set_title("Heterogeneity, mean of the seeds", loc="left")
     levels.grid(alpha=0.25)
-    levels.legend(frameon=False, fontsize=8, loc="center right", bbox_to_anchor=(1.0, 0.4))
+    figure.legend(*levels.get_legend_handles_labels(), loc="outside lower left", ncols=4, frameon=False, fontsize=8)
     _draw_methods(bars, figures)
     for axes in (levels, bars):
         axes.spines[["top", "right"]].set_visible(False)
