@@ -1,0 +1,122 @@
+"""What a simulated run was: every round, outer update and evaluation, and what became of each worker's time."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["Evaluation", "LossPoint", "SimulatedRound", "SimulatedUpdate", "SimulationResult"]
+
+
+@dataclass(frozen=True)
+class SimulatedUpdate:
+    """One delta of one worker, as the outer state received it."""
+
+    time: float
+    """Virtual seconds since the start of the run."""
+    version: int
+    """Outer updates applied, this one included."""
+    worker: int
+    round: int
+    local_steps: int
+    samples: int
+    staleness: int
+    """Versions that passed between the start of the round and this update."""
+
+
+@dataclass(frozen=True)
+class LossPoint:
+    """The mean training loss of one round."""
+
+    time: float
+    """Virtual seconds at the end of the round."""
+    local_steps: int
+    """Local steps of all workers together until then."""
+    worker: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of the global model at one moment."""
+
+    time: float
+    """Virtual seconds."""
+    version: int
+    local_steps: int
+    """Local steps of all workers together until then."""
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class SimulatedRound:
+    """One round of one worker, in virtual seconds."""
+
+    worker: int
+    round: int
+    begin: float
+    end: float
+    """When its last local step was made."""
+    local_steps: int
+    adopted: float
+    """When the worker went on from the global parameters that hold this round; with overlap it trained meanwhile."""
+
+
+@dataclass(frozen=True)
+class SimulationResult:
+    """A simulated run, or as much of it as there was when it was asked for. Times are virtual seconds."""
+
+    workers: int
+    settings: dict[str, Any]
+    """The settings of the run, as JSON values."""
+    seconds: float
+    """Length of the run."""
+    local_steps: tuple[int, ...]
+    """Local steps of each worker."""
+    version: int
+    """Outer updates applied."""
+    updates: list[SimulatedUpdate]
+    losses: list[LossPoint]
+    evaluations: list[Evaluation]
+    rounds: list[SimulatedRound]
+    busy_seconds: tuple[float, ...]
+    """Time each worker spent on local steps."""
+    waiting_seconds: tuple[float, ...]
+    """Time each worker was blocked on the exchange."""
+    bytes_sent: tuple[int, ...]
+    """Bytes each worker sent."""
+    bytes_received: tuple[int, ...]
+    mean_staleness: float
+    """Mean over all updates."""
+    max_staleness: int
+    dropped: tuple[int, ...]
+    """Deltas of each worker that were not applied."""
+    digest: str
+    """Hash (hex) of the final global parameters and outer state."""
+    state_dict: dict[str, Tensor]
+    """Global parameters by name."""
+
+    @property
+    def total_local_steps(self) -> int:
+        """Local steps of all workers together."""
+        return sum(self.local_steps)
+
+    @property
+    def utilization(self) -> float:
+        """Local steps made over those the devices could have made in ``seconds``: busy time over available time.
+
+        Between 0 and 1; 0 for a run that has not begun.
+        """
+        available = self.workers * self.seconds
+        return sum(self.busy_seconds) / available if available else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the parameters, the properties too, as values that the ``json`` module writes."""
+        kept = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "state_dict"}
+        for name in ("updates", "losses", "evaluations", "rounds"):
+            kept[name] = [asdict(entry) for entry in kept[name]]
+        for name, value in kept.items():
+            kept[name] = list(value) if isinstance(value, tuple) else value
+        return kept | {"total_local_steps": self.total_local_steps, "utilization": self.utilization}
