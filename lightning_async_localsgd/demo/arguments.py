@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_async_localsgd.argument_types import more_than_zero, whole
+
 # What these import takes seconds: `--help` and mistyped arguments shall not wait for it.
 if TYPE_CHECKING:
     from lightning_async_localsgd.demo.language_model import LanguageModel
@@ -22,18 +24,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--dataset", metavar="NAME", help="a data set of the Hugging Face hub, streamed: allenai/c4")
     text.add_argument("--dataset-config", metavar="CONFIG", help="its configuration: en")
     text.add_argument("--text-column", default="text", metavar="COLUMN", help="its column of text")
-    text.add_argument("--vocab-size", type=int, default=1024)
+    text.add_argument("--vocab-size", type=whole(257), default=1024, help="256 bytes, one end, and what is merged")
 
     model = parser.add_argument_group("model")
-    model.add_argument("--width", type=int, default=128)
-    model.add_argument("--layers", type=int, default=4)
-    model.add_argument("--heads", type=int, default=4)
-    model.add_argument("--context", type=int, default=128, help="tokens that the model reads at a time")
+    model.add_argument("--width", type=whole(1), default=128, help="size of the residual stream")
+    model.add_argument("--layers", type=whole(1), default=4, help="blocks")
+    model.add_argument("--heads", type=whole(1), default=4, help="attention heads per block")
+    model.add_argument("--context", type=whole(1), default=128, help="tokens that the model reads at a time")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--batch-size", type=int, default=16, help="per worker")
-    training.add_argument("--learning-rate", type=float, default=1.5e-3)
-    training.add_argument("--warmup-steps", type=int, default=40)
+    training.add_argument("--batch-size", type=whole(1), default=16, help="per worker")
+    training.add_argument("--learning-rate", type=more_than_zero, default=1.5e-3, help="highest, of AdamW")
+    training.add_argument("--warmup-steps", type=whole(0), default=40, help="until it is reached")
 
 
 def build_data(args: argparse.Namespace, folder: Path) -> TextDataModule:

@@ -31,18 +31,18 @@ class LanguageModel(L.LightningModule):
         self.perplexity = Perplexity()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        logits, targets = self._predict(batch)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss = self.loss(batch["tokens"])
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.perplexity(*self._predict(batch))
+        tokens = batch["tokens"]
+        self.perplexity(self.gpt(tokens[:, :-1]), tokens[:, 1:])
         self.log("perplexity", self.perplexity)
 
-    def _predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        tokens = batch["tokens"]
-        return self.gpt(tokens[:, :-1]), tokens[:, 1:]
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Mean cross-entropy, in nats per token, over blocks `[batch, length + 1]`."""
+        return F.cross_entropy(self.gpt(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         # Weight decay is for what multiplies; gains and biases are left alone.
@@ -60,3 +60,17 @@ class LanguageModel(L.LightningModule):
         progress = (step - self.warmup_steps) / max(1, self.trainer.max_steps - self.warmup_steps)
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return self.LOWEST_LEARNING_RATE + (1 - self.LOWEST_LEARNING_RATE) * cosine
+
+
+@torch.inference_mode()
+def held_out_metrics(model: LanguageModel, blocks: Tensor, batch_size: int = 64) -> dict[str, float]:
+    """Mean loss (nats per token) and perplexity of a model, without a trainer.
+
+    Args:
+        model: The model.
+        blocks: Held-out blocks of tokens, shape ``(blocks, block_size + 1)``.
+        batch_size: Blocks that the model reads at a time.
+    """
+    losses = [model.loss(batch).item() * len(batch) for batch in blocks.split(batch_size)]
+    loss = sum(losses) / len(blocks)
+    return {"held_out_loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # a run that diverged shall go on
