@@ -66,9 +66,11 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     network.add_argument("--bandwidth", type=more_than_zero, metavar="MBIT", help="Mbit/s of each worker; no limit")
 
     method = parser.add_argument_group("method (settings that are not given are the method's)")
-    method.add_argument("--method", default="dn_dylu", metavar="NAME", help="an unknown name lists all")
+    method.add_argument("--method", default="dn", metavar="NAME", help="one of --list-methods")
+    method.add_argument("--list-methods", action=_ListMethods, help="show the methods and exit")
     method.add_argument("--local-steps", type=whole(1), default=20, metavar="H", help="per round of the fastest worker")
     method.add_argument("--outer-lr", type=more_than_zero, metavar="LR", help="outer learning rate")
+    method.add_argument("--outer-momentum", type=at_least(0), metavar="BETA", help="momentum of the outer optimizer")
     method.add_argument("--pace", metavar="NAME", help="dylu or fixed")
     method.add_argument("--grace-period", type=at_least(0), metavar="SECONDS", help="virtual")
     method.add_argument("--quorum", type=whole(1), metavar="N", help="deltas per outer update")
@@ -78,6 +80,20 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     add_arguments(parser)
     # Small, so that a run without arguments takes a minute.
     parser.set_defaults(run=run, width=64, layers=2, context=64, batch_size=8)
+
+
+class _ListMethods(argparse.Action):
+    """Prints the methods and what each does, and exits."""
+
+    def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from lightning_async_localsgd.methods import METHODS
+
+        width = max(map(len, METHODS))
+        print("\n".join(f"{name.ljust(width)}  {method.description}" for name, method in METHODS.items()))
+        parser.exit()
 
 
 def _speeds(args: argparse.Namespace) -> list[float]:
@@ -101,12 +117,10 @@ def _check_budget(args: argparse.Namespace, workers: int) -> None:
 
 def _settings(args: argparse.Namespace, workers: int) -> dict[str, Any]:
     """The method's fields of `Settings`, and over them what was given; checked."""
-    from lightning_async_localsgd.methods import METHODS, make_method
+    from lightning_async_localsgd.methods import make_method
     from lightning_async_localsgd.settings import Settings
 
-    if args.method not in METHODS:
-        raise UsageError(f"unknown method {args.method!r}: choose from {', '.join(sorted(METHODS))}")
-    fields = make_method(args.method, workers, outer_lr=args.outer_lr, pace=args.pace)
+    fields = make_method(args.method, workers, args.outer_lr, args.outer_momentum, args.pace)
     names = ("local_steps", "grace_period", "quorum", "overlap", "codec")
     fields |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     Settings(**fields).check_workers(workers)
