@@ -134,7 +134,9 @@ def test_the_same_seed_gives_the_same_run(simulate: list[str], tmp_path: Path) -
     def result(seed: str, folder: str) -> dict[str, Any]:
         out = tmp_path / folder
         assert main([*simulate, "--max-steps", "12", "--noise", "0.3", "--seed", seed, "--output-dir", str(out)]) == 0
-        return dict(json.loads((out / "result.json").read_text()))
+        read: dict[str, Any] = json.loads((out / "result.json").read_text())
+        assert read.pop("arguments")["seed"] == int(seed)
+        return read
 
     first = result("1", "a")
     assert result("1", "b") == first

@@ -152,7 +152,9 @@ def run(args: argparse.Namespace) -> int:
         code = _run(simulation)
 
     result = simulation.result()
-    write_json(result, args.output_dir / "result.json", finished=code == 0)
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    del arguments["run"]
+    write_json(result, args.output_dir / "result.json", finished=code == 0, arguments=arguments)
     write_csv(result, args.output_dir)
     draw(result, args.output_dir / "run.png")
     print(format_table(result))
