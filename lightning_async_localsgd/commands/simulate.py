@@ -14,7 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from lightning_async_localsgd.argument_types import at_least, more_than_zero, whole
-from lightning_async_localsgd.commands.usage import HelpFormatter, UsageError, refusals
+from lightning_async_localsgd.commands.usage import HelpFormatter, UsageError, one_line, refusals
 from lightning_async_localsgd.demo.arguments import add_arguments, build_data, build_model
 
 if TYPE_CHECKING:
@@ -211,29 +211,36 @@ def _simulation(
 
 
 def _run(simulation: Simulation) -> int:
-    """Runs to the end, or until somebody has had enough; returns the exit code."""
-    try:
-        with _sigterm_raises():
+    """Runs to the end, or until somebody has had enough; returns the exit code.
+
+    Raises:
+        UsageError: if it is refused only now, with the data at hand.
+    """
+    with _interrupts() as received:
+        try:
             simulation.run()
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except _TerminatedError:
-        return 128 + signal.SIGTERM
+        except KeyboardInterrupt:
+            return 128 + (received[0] if received else signal.SIGINT)
+        except ValueError as error:
+            _, local_steps, _ = simulation.moment
+            if local_steps:
+                raise
+            raise UsageError(one_line(error)) from error
     return 0
 
 
-class _TerminatedError(BaseException):
-    """SIGTERM came. Like KeyboardInterrupt no Exception, so that nobody takes it for a failure and goes on."""
-
-
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise _TerminatedError
+def _interrupts() -> Iterator[list[int]]:
+    """SIGTERM ends a run as Ctrl-C does; yields the signals that were it."""
+    received: list[int] = []
 
-    before: Callable[[int, FrameType | None], Any] | int | None = signal.signal(signal.SIGTERM, terminate)
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    before: Callable[[int, FrameType | None], Any] | int | None = signal.signal(signal.SIGTERM, interrupt)
     try:
-        yield
+        yield received
     finally:
         signal.signal(signal.SIGTERM, before)
 

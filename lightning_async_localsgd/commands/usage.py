@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["HelpFormatter", "UsageError", "refusals"]
+__all__ = ["HelpFormatter", "UsageError", "one_line", "refusals"]
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -30,4 +30,9 @@ def refusals() -> Iterator[None]:
     try:
         yield
     except (ValueError, ImportError, OSError) as error:
-        raise UsageError(" ".join(str(error).split()) or type(error).__name__) from error
+        raise UsageError(one_line(error)) from error
+
+
+def one_line(error: Exception) -> str:
+    """An error's text without its line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
