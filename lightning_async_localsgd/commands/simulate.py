@@ -198,7 +198,7 @@ def _simulation(
         data if stream is None else lambda rank, size: data.stream_dataloader(stream, rank, size),
         workers,
         args.max_steps,
-        evaluate=(lambda module: held_out_metrics(module, held_out)) if every else None,
+        evaluate=(lambda _: held_out_metrics(model, held_out)) if every else None,
         evaluate_every=every or None,
         network=Network(latency=args.latency / 1000, bandwidth=bandwidth),
         seed=args.seed,
