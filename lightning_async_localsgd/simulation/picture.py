@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from lightning_async_localsgd.simulation.report import format_duration
-from lightning_async_localsgd.simulation.result import Evaluation, SimulatedRound, SimulationResult
+from lightning_async_localsgd.simulation.result import Evaluation, LossPoint, SimulatedRound, SimulationResult
 
 try:
     from matplotlib.axes import Axes
@@ -64,7 +64,7 @@ def make_figure(result: SimulationResult) -> Figure:
 def _draw_loss_over_updates(axes: Axes, result: SimulationResult) -> None:
     times = [update.time for update in result.updates]
     versions = [0, *(update.version for update in result.updates)]
-    trained = [float(versions[bisect_right(times, point.time)]) for point in result.losses]
+    trained = [float(versions[bisect_right(times, point.time)]) for point in _by_time(result.losses)]
     _draw_losses(axes, result, trained, [float(evaluation.version) for evaluation in result.evaluations])
     axes.set_xlabel("outer updates")
     axes.set_title("loss over outer updates", loc="left", fontsize="medium")
@@ -72,14 +72,14 @@ def _draw_loss_over_updates(axes: Axes, result: SimulationResult) -> None:
 
 def _draw_loss_over_time(axes: Axes, result: SimulationResult) -> None:
     scale, unit = _unit(result.seconds)
-    trained = [point.time / scale for point in result.losses]
+    trained = [point.time / scale for point in _by_time(result.losses)]
     _draw_losses(axes, result, trained, [evaluation.time / scale for evaluation in result.evaluations])
     axes.set_xlabel(f"virtual time ({unit})")
     axes.set_title("loss over virtual time", loc="left", fontsize="medium")
 
 
 def _draw_losses(axes: Axes, result: SimulationResult, trained: list[float], evaluated: list[float]) -> None:
-    losses = [point.loss for point in result.losses]
+    losses = [point.loss for point in _by_time(result.losses)]
     axes.plot(trained, losses, ".", color=COLORS[0], alpha=0.35, markersize=5, markeredgewidth=0)
     axes.plot(trained, _smoothed(losses), color=COLORS[0], label="training, mean of neighbouring rounds")
     if name := _loss_name(result.evaluations):
@@ -90,6 +90,11 @@ def _draw_losses(axes: Axes, result: SimulationResult, trained: list[float], eva
     axes.spines[["top", "right"]].set_visible(False)
     if result.losses or result.evaluations:
         axes.legend(frameon=False, loc="upper right")
+
+
+def _by_time(losses: list[LossPoint]) -> list[LossPoint]:
+    """Rounds are told of when their deltas have been applied, which need not be in the order in which they ended."""
+    return sorted(losses, key=lambda point: point.time)
 
 
 def _loss_name(evaluations: list[Evaluation]) -> str | None:
@@ -162,8 +167,8 @@ def _draw_staleness(axes: Axes, result: SimulationResult) -> None:
     )
     axes.axvline(result.mean_staleness, color="black", linewidth=0.8, linestyle="--")
     axes.set_xlim(-0.6, (max(bars) + 1) * wide - 0.4)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel("staleness (outer updates)")
     axes.set_ylabel("deltas")
     axes.set_title(
