@@ -81,15 +81,16 @@ def _draw_loss_over_time(axes: Axes, result: SimulationResult) -> None:
 def _draw_losses(axes: Axes, result: SimulationResult, trained: list[float], evaluated: list[float]) -> None:
     losses = [point.loss for point in _by_time(result.losses)]
     axes.plot(trained, losses, ".", color=COLORS[0], alpha=0.35, markersize=5, markeredgewidth=0)
-    axes.plot(trained, _smoothed(losses), color=COLORS[0], label="training, mean of neighbouring rounds")
+    axes.plot(trained, _smoothed(losses), color=COLORS[0], label="training, smoothed")
     if name := _loss_name(result.evaluations):
         held_out = [evaluation.metrics.get(name, float("nan")) for evaluation in result.evaluations]
-        axes.plot(evaluated, held_out, "D-", color="black", markersize=4, linewidth=0.8, label=f"{name}, global model")
+        axes.plot(evaluated, held_out, "D-", color="black", markersize=4, linewidth=0.8, label=name)
     axes.set_ylabel("loss")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if result.losses or result.evaluations:
-        axes.legend(frameon=False, loc="upper right")
+        # Above the axes, where no curve is.
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncols=2, fontsize="small")
 
 
 def _by_time(losses: list[LossPoint]) -> list[LossPoint]:
