@@ -4,7 +4,6 @@ import hashlib
 import math
 import platform
 import random
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.utils.data import Dataset
 
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-
-from gpt import GPT
+from lightning_async_localsgd.demo.gpt import GPT
 
 HELD_OUT_FRACTION = 0.05  # of the documents
 _LOWEST_LEARNING_RATE = 0.1  # of the highest
@@ -124,8 +121,8 @@ def load_pretrained(cache: Path, task: Task, seed: int) -> dict[str, Tensor]:
 
 def _tokenize(vocab_size: int) -> dict[str, Tensor]:
     # Slow to import, and only needed here: the workers read what is stored.
-    from corpora import PythonCorpus
-    from text import END_OF_TEXT, train_tokenizer
+    from lightning_async_localsgd.demo.corpora import PythonCorpus
+    from lightning_async_localsgd.demo.text import END_OF_TEXT, train_tokenizer
 
     documents = [text + END_OF_TEXT for text in PythonCorpus().documents() if text.strip()]
     random.Random(0).shuffle(documents)

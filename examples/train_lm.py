@@ -19,69 +19,15 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
-from torchmetrics.text import Perplexity
 
-from corpora import Corpus, FileCorpus, HubCorpus, PythonCorpus
-from gpt import GPT
 from lightning_async_localsgd import AsyncLocalSGDStrategy, RunSummary
+from lightning_async_localsgd.demo.arguments import add_arguments, build_data, build_model
+from lightning_async_localsgd.demo.language_model import LanguageModel
+from lightning_async_localsgd.demo.text import TextDataModule
 from picture import RunRecorder, draw_run
-from text import TextDataModule
-
-
-class LanguageModel(L.LightningModule):
-    """A GPT that learns to predict the next token.
-
-    Args:
-        gpt: The network.
-        learning_rate: Highest learning rate of AdamW.
-        warmup_steps: Steps over which the learning rate rises linearly; from there it follows a cosine.
-    """
-
-    LOWEST_LEARNING_RATE = 0.1  # of the highest
-
-    def __init__(self, gpt: GPT, learning_rate: float, warmup_steps: int) -> None:
-        super().__init__()
-        self.gpt = gpt
-        self.learning_rate = learning_rate
-        self.warmup_steps = warmup_steps
-        self.perplexity = Perplexity()
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        logits, targets = self._predict(batch)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        self.log("train_loss", loss, prog_bar=True)
-        return loss
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.perplexity(*self._predict(batch))
-        self.log("perplexity", self.perplexity)
-
-    def _predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        tokens = batch["tokens"]
-        return self.gpt(tokens[:, :-1]), tokens[:, 1:]
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        # Weight decay is for what multiplies; gains and biases are left alone.
-        matrices = [parameter for parameter in self.parameters() if parameter.ndim >= 2]
-        vectors = [parameter for parameter in self.parameters() if parameter.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.95))
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _learning_rate_factor(self, step: int) -> float:
-        """Linear warm-up, then a cosine to `LOWEST_LEARNING_RATE` at `trainer.max_steps`."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.trainer.max_steps - self.warmup_steps)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        return self.LOWEST_LEARNING_RATE + (1 - self.LOWEST_LEARNING_RATE) * cosine
 
 
 class SlowWorker(L.Callback):
@@ -113,14 +59,6 @@ def choose_accelerator(name: str) -> str | CUDAAccelerator:
     return "cpu"
 
 
-def choose_corpus(args: argparse.Namespace) -> Corpus:
-    if args.text:
-        return FileCorpus(args.text)
-    if args.dataset:
-        return HubCorpus(args.dataset, args.dataset_config, args.text_column)
-    return PythonCorpus()
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train a small GPT with asynchronous Local-SGD.",
@@ -135,27 +73,10 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--slow-worker", type=float, default=0.0, metavar="SECONDS", help="slow the last worker's steps")
     run.add_argument("--seed", type=int, default=0)
 
-    text = parser.add_argument_group("text (default: what ships with Python)")
-    source = text.add_mutually_exclusive_group()
-    source.add_argument("--text", type=Path, metavar="PATH", help="a text file, or a folder of them")
-    source.add_argument("--dataset", metavar="NAME", help="a data set of the Hugging Face hub, streamed: allenai/c4")
-    text.add_argument("--dataset-config", metavar="CONFIG", help="its configuration: en")
-    text.add_argument("--text-column", default="text", metavar="COLUMN", help="its column of text")
-    text.add_argument("--vocab-size", type=int, default=1024)
-    text.add_argument("--prompt", default="The ", help="start of the generated sample")
-
-    model = parser.add_argument_group("model")
-    model.add_argument("--width", type=int, default=128)
-    model.add_argument("--layers", type=int, default=4)
-    model.add_argument("--heads", type=int, default=4)
-    model.add_argument("--context", type=int, default=128, help="tokens that the model reads at a time")
-
-    training = parser.add_argument_group("training")
-    training.add_argument("--max-steps", type=int, default=400, help="local steps per worker, on average")
-    training.add_argument("--local-steps", type=int, default=20, help="local steps per round of the fastest worker")
-    training.add_argument("--batch-size", type=int, default=16, help="per worker")
-    training.add_argument("--learning-rate", type=float, default=1.5e-3)
-    training.add_argument("--warmup-steps", type=int, default=40)
+    run.add_argument("--max-steps", type=int, default=400, help="local steps per worker, on average")
+    run.add_argument("--local-steps", type=int, default=20, help="local steps per round of the fastest worker")
+    run.add_argument("--prompt", default="The ", help="start of the generated sample")
+    add_arguments(parser)
     return parser.parse_args()
 
 
@@ -208,9 +129,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*|.*Using `DistributedSampler`.*")
     L.seed_everything(args.seed)
 
-    data = TextDataModule(choose_corpus(args), args.output_dir / "text", args.vocab_size, args.context, args.batch_size)
-    gpt = GPT(args.vocab_size, args.context, args.width, args.layers, args.heads)
-    model = LanguageModel(gpt, args.learning_rate, args.warmup_steps)
+    data = build_data(args, args.output_dir / "text")
+    model = build_model(args)
     recorder = RunRecorder()
     # For the sums of metrics in `test`; NCCL, the default with GPUs, cannot join two processes of one GPU.
     strategy = AsyncLocalSGDStrategy(local_steps=args.local_steps, process_group_backend="gloo")

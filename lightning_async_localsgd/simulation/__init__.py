@@ -15,7 +15,7 @@ from lightning_async_localsgd.simulation.result import (
     SimulatedUpdate,
     SimulationResult,
 )
-from lightning_async_localsgd.simulation.simulate import Simulation, simulate
+from lightning_async_localsgd.simulation.simulation import Simulation, simulate
 
 __all__ = [
     "ChangingDevice",

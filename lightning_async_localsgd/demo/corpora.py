@@ -1,14 +1,17 @@
 """Where the documents come from: the running Python itself, a local path, or a data set of the Hugging Face hub."""
 
+from __future__ import annotations
+
 import platform
 import random
 import sysconfig
 from collections.abc import Iterable, Iterator
 from itertools import accumulate, takewhile
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from datasets import IterableDataset, load_dataset
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 
 class Corpus(Protocol):
@@ -121,5 +124,7 @@ class HubCorpus:
         return self._rows().skip(self.stored_documents)
 
     def _rows(self) -> IterableDataset:
+        from datasets import load_dataset  # only here: the other corpora do without
+
         rows = load_dataset(self.name, self.config, split="train", streaming=True).select_columns(self.column)
         return rows if self.column == "text" else rows.rename_column(self.column, "text")

@@ -6,12 +6,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
-from datasets import Dataset, DatasetDict, disable_progress_bars, load_from_disk
-from datasets.distributed import split_dataset_by_node
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 
-from corpora import Corpus
+from lightning_async_localsgd.demo.corpora import Corpus
+
+try:
+    from datasets import Dataset, DatasetDict, IterableDataset, disable_progress_bars, load_from_disk
+    from datasets.distributed import split_dataset_by_node
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+except ImportError as error:
+    raise ImportError(
+        f"The text needs a package that is not installed ({error.name}): "
+        "pip install 'lightning-async-localsgd[examples]'"
+    ) from error
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -113,7 +120,11 @@ class TextDataModule(L.LightningDataModule):
             return DataLoader(self.blocks["train"], batch_size=self.batch_size, shuffle=True, drop_last=True)
         # A sampler needs to know how many samples there are: a stream is for the user to divide.
         assert self.trainer is not None
-        shard = split_dataset_by_node(stream, rank=self.trainer.global_rank, world_size=self.trainer.world_size)
+        return self.stream_dataloader(stream, self.trainer.global_rank, self.trainer.world_size)
+
+    def stream_dataloader(self, stream: IterableDataset, rank: int, world_size: int) -> DataLoader[Any]:
+        """Batches of one process's share of a corpus's stream."""
+        shard = split_dataset_by_node(stream, rank=rank, world_size=world_size)
         packer = BlockPacker(self.tokenizer, self.block_size)
         packed = shard.map(packer, batched=True, batch_size=100, remove_columns="text")
         # Neighbouring blocks are of one document: shuffled, a batch holds many.

@@ -372,6 +372,7 @@ class _VirtualLoop(_FitLoop):
 
     def __init__(self, trainer: pl.Trainer, simulate: Callable[[Any], None]) -> None:
         super().__init__(trainer, max_epochs=-1)
+        self.epoch_loop = trainer.fit_loop.epoch_loop  # which knows the trainer's `max_steps`
         self._simulate = simulate
 
     def run(self) -> None:

@@ -1,0 +1,40 @@
+"""The text of the examples: what it needs, and what it says where that is missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MISSING = "import sys; sys.modules.update(datasets=None, tokenizers=None)\n"
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", MISSING + code], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("module", ["gpt", "corpora", "language_model", "arguments"])
+def test_only_the_text_needs_the_optional_packages(module: str) -> None:
+    outcome = run(f"import lightning_async_localsgd.demo.{module}")
+    assert outcome.returncode == 0, outcome.stderr
+
+
+def test_where_they_are_missing_the_error_says_how_to_install_them() -> None:
+    outcome = run("import lightning_async_localsgd.demo.text")
+    assert outcome.returncode == 1
+    assert "pip install 'lightning-async-localsgd[examples]'" in outcome.stderr
+
+
+def test_a_file_makes_blocks_to_train_on_and_others_to_test_on(tmp_path: Path) -> None:
+    from lightning_async_localsgd.demo.corpora import FileCorpus
+    from lightning_async_localsgd.demo.text import TextDataModule
+
+    (tmp_path / "text.txt").write_text("\n".join(f"line {n} of a text that is long enough" for n in range(2_000)))
+    data = TextDataModule(FileCorpus(tmp_path / "text.txt"), tmp_path, vocab_size=300, block_size=16, batch_size=4)
+    data.prepare_data()
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))["tokens"]
+    assert batch.shape == (4, 17) and batch.min() >= 0 and batch.max() < 300
+    assert len(data.blocks["test"]) > 0

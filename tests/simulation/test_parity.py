@@ -1,0 +1,217 @@
+"""The simulation against four real processes: with the same schedule of events, the same bits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import count, groupby
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
+
+from lightning_async_localsgd import AsyncLocalSGDStrategy, Settings, Worker, make_method
+from lightning_async_localsgd.data import Shards
+from lightning_async_localsgd.exchange import Progress
+from lightning_async_localsgd.exchange.header import Flag, Header
+from lightning_async_localsgd.loader import WorkerLoader
+from lightning_async_localsgd.outer import Arrival
+from lightning_async_localsgd.simulation import Simulation, simulate
+from tests.modules import FEATURES, make_trainer, regression_data
+from tests.processes import job_store, results, run_processes
+
+SIZE = 4
+STEPS = 40
+
+
+class Net(L.LightningModule):
+    """A net with BatchNorm, AdamW and a schedule by steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(FEATURES, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 1))
+
+    def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step / 20))
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+def make_loader() -> DataLoader[Any]:
+    return DataLoader(regression_data(128), batch_size=4, shuffle=True)
+
+
+# ---- any schedule: recorded from real workers, replayed on the simulation's replicas ---------------------------------
+
+
+@dataclass
+class Recording:
+    """What one real worker did, in its order: steps (with shard and steps of the job), pushes and adoptions."""
+
+    events: list[tuple[Any, ...]]
+    updates: list[Any]
+    digest: str
+
+
+class RecordedWorker(Worker):
+    """A worker that writes down what it does."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.events: list[tuple[Any, ...]] = []
+        super().__init__(*args, **kwargs)
+
+    def _push(self, *args: Any, **kwargs: Any) -> None:
+        pushed = ("push", self.round)
+        if pushed in self.events:  # the round was extended: it ends here instead
+            self.events.remove(pushed)
+        self.events.append(pushed)
+        super()._push(*args, **kwargs)
+
+    def _adopt(self, adoption: Any) -> None:
+        super()._adopt(adoption)
+        self.events.append(("adopt", self.version))
+
+
+def record(rank: int, settings: Settings) -> Recording:
+    module = Net()
+    [optimizer], [schedule] = module.configure_optimizers()
+    worker = RecordedWorker(module, [optimizer], job_store(), rank, SIZE, settings)
+    sampler = DistributedSampler(regression_data(128), num_replicas=1, rank=0, shuffle=True, seed=0)
+    loader = DataLoader(regression_data(128), batch_size=4, sampler=sampler)
+    own = WorkerLoader(loader, Shards(rank, SIZE, lambda: worker.shard), seed=0, ahead=lambda: 0)
+    worker.start(STEPS)
+    scheduled, running = 0, True
+    for batch in passes(own):
+        worker.events.append(("step", worker.shard, scheduled))
+        time.sleep(0.001 * (1 + rank))  # unequal, so that rounds end in the middle of others
+        optimizer.zero_grad()
+        module.training_step(batch).backward()
+        optimizer.step()
+        running = worker.step(samples=len(batch[0]))
+        for _ in range(scheduled, worker.job_steps):
+            schedule["scheduler"].step()
+        scheduled = max(scheduled, worker.job_steps)
+        if not running:
+            break
+    summary = worker.finish()
+    return Recording(worker.events, worker.take_updates(), summary.digest)
+
+
+def passes(loader: WorkerLoader) -> Iterator[Any]:
+    for number in count():
+        loader.sampler.set_epoch(number)
+        yield from loader
+
+
+class Replay:
+    """A recorded schedule in the place of the timeline."""
+
+    recordings: list[Recording]
+
+    def __init__(
+        self, workers: Any, max_steps: int, settings: Settings, state: Any, replicas: Any, *_: Any, **__: Any
+    ) -> None:
+        self.now, self.over, self.local_steps = 0.0, False, 0
+        self.lanes: list[Any] = []
+        self.progress = Progress.at_start(SIZE, settings.local_steps)
+        self._state, self._replicas, self._settings = state, replicas, settings
+
+    def run(self) -> None:
+        scripts = [iter(recording.events) for recording in self.recordings]
+        adopted = self._adopted_versions()
+        for worker in range(SIZE):
+            self._replicas.join(worker)
+        for _, turn in groupby(self.recordings[0].updates, key=lambda u: adopted[u.worker, u.round]):
+            updates = list(turn)
+            for update in updates:
+                self._advance(update.worker, scripts[update.worker], until=("push", update.round))
+            headers = [Header(u.worker, 0, flags=Flag.DELTA) for u in updates]
+            groups = [headers] if self._settings.quorum > 1 else [[header] for header in headers]
+            for group in self._replicas.trade(groups):
+                self._state.apply(
+                    [Arrival(h.worker, u.staleness) for h in group for u in updates if u.worker == h.worker]
+                )
+            self._replicas.publish([u.worker for u in updates])
+            self._state.begin_rounds([u.worker for u in updates])
+        self.over = True
+
+    def _adopted_versions(self) -> dict[tuple[int, int], int]:
+        """The version that each worker adopted after each of its rounds: alike for all deltas of a turn."""
+        versions: dict[tuple[int, int], int] = {}
+        for worker, recording in enumerate(self.recordings):
+            pushes = [event[1] for event in recording.events if event[0] == "push"]
+            adoptions = [event[1] for event in recording.events if event[0] == "adopt"]
+            versions.update({(worker, r): v for r, v in zip(pushes, adoptions, strict=True)})
+        return versions
+
+    def _advance(self, worker: int, script: Iterator[tuple[Any, ...]], until: tuple[str, int]) -> None:
+        for event in script:
+            if event[0] == "step":
+                rounds = SimpleNamespace(shard=event[1], job_steps=lambda _, steps=event[2]: steps)
+                self._replicas.step(worker, rounds, self.progress)
+            elif event[0] == "adopt":
+                self._replicas.adopt(worker, restart=False)
+            else:
+                self._replicas.push(worker)
+            if event == until:
+                return
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"overlap": True},
+        {"overlap": False},
+        {"overlap": True, "codec": "bf16"},
+        {"overlap": True, "quorum": 2},
+        {"overlap": True} | make_method("delay-compensation", SIZE, strength=10.0),
+        {"overlap": False} | make_method("async-buffer", SIZE),
+    ],
+    ids=["overlap", "no overlap", "bf16", "quorum", "delay compensation", "async buffer"],
+)
+def test_a_schedule_of_real_workers_gives_the_same_bits(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"local_steps": 6, "timeout": timedelta(seconds=30)} | settings
+    recordings = results(run_processes(record, SIZE, Settings(**settings)))
+    assert len({recording.digest for recording in recordings}) == 1
+    assert any(update.staleness > 0 for update in recordings[0].updates) or settings.get("quorum", 1) > 1
+    monkeypatch.setattr(Replay, "recordings", recordings, raising=False)
+    monkeypatch.setattr("lightning_async_localsgd.simulation.simulation.Timeline", Replay)
+    simulation = Simulation(Net(), make_loader(), [1.0] * SIZE, STEPS, **settings)
+    simulation.run()
+    assert simulation.result().digest == recordings[0].digest
+
+
+# ---- a schedule that both find by themselves: synchronous DiLoCo under Lightning -------------------------------------
+
+
+SYNC: dict[str, Any] = {"local_steps": 6, **make_method("sync", SIZE)}
+
+
+def train(rank: int) -> str:
+    L.seed_everything(0, verbose=False)
+    strategy = AsyncLocalSGDStrategy(timeout=timedelta(seconds=30), **SYNC)
+    trainer = make_trainer(SIZE, strategy, max_steps=STEPS, max_epochs=-1, gradient_clip_val=0.5)
+    trainer.fit(Net(), make_loader())
+    assert strategy.summary is not None
+    return strategy.summary.digest
+
+
+def test_in_lockstep_a_simulation_and_four_processes_under_lightning_give_the_same_bits() -> None:
+    digests = results(run_processes(train, SIZE))
+    result = simulate(
+        Net(), make_loader(), [1.0, 2.0, 0.5, 0.7], STEPS, trainer_options={"gradient_clip_val": 0.5}, **SYNC
+    )
+    assert set(digests) == {result.digest}

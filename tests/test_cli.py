@@ -1,0 +1,184 @@
+"""The command `async-localsgd`: what it writes, how it ends when it is told to, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from lightning_async_localsgd.cli import main
+
+TINY = ["--vocab-size", "300", "--width", "16", "--layers", "1", "--heads", "2", "--context", "16", "--batch-size", "4"]
+JOB = ["--local-steps", "4", "--evaluate-every", "6", "--speeds", "2", "1"]
+
+
+@pytest.fixture
+def simulate(tmp_path: Path) -> list[str]:
+    """The command line of a simulation that takes moments; its output is in `tmp_path / "out"`."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {n} of a text, {n * n % 97} and {n * 7 % 31}" for n in range(3_000)))
+    return ["simulate", "--output-dir", str(tmp_path / "out"), "--text", str(text), *TINY, *JOB]
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said about arguments that cannot be; fails if it is anything but one line and the exit code 2."""
+    try:
+        code: Any = main(arguments)
+    except SystemExit as ended:
+        code = ended.code
+    out, err = capsys.readouterr()
+    assert code == 2 and not out
+    assert err.startswith("async-localsgd: error: ") and err.endswith("\n") and err.count("\n") == 1
+    return err
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("", "COMMAND"),
+        ("train", "'train'"),
+        ("simulate --workers 0", "--workers: must be a whole number, at least 1, got 0"),
+        ("simulate --workers two", "--workers: must be a whole number, at least 1, got two"),
+        ("simulate --speeds", "--speeds: expected at least one argument"),
+        ("simulate --speeds 1 0", "--speeds: must be a number, more than 0, got 0"),
+        ("simulate --speeds 1 -2", "--speeds: must be a number, more than 0, got -2"),
+        ("simulate --speeds inf", "--speeds: must be a number, more than 0, got inf"),
+        ("simulate --step-times nan", "--step-times: must be a number, more than 0, got nan"),
+        ("simulate --speeds 1 --step-times 1", "not allowed with"),
+        ("simulate --speeds 1 2 3 --workers 2", "3 speeds for --workers 2"),
+        ("simulate --noise -0.1", "--noise: must be a number, at least 0, got -0.1"),
+        ("simulate --latency -1", "--latency: must be a number, at least 0, got -1"),
+        ("simulate --bandwidth 0", "--bandwidth: must be a number, more than 0, got 0"),
+        ("simulate --method adam", "'adam'"),
+        ("simulate --pace slow", "'slow'"),
+        ("simulate --codec int7", "'int7'"),
+        ("simulate --local-steps 0", "--local-steps: must be a whole number, at least 1, got 0"),
+        ("simulate --max-steps 0", "--max-steps: must be a whole number, at least 1, got 0"),
+        ("simulate --max-steps 2 --speeds 1 1 --local-steps 50", "give at least 25"),
+        ("simulate --quorum 5 --speeds 1 1", "`quorum=5` is larger than the number of workers, 2"),
+        ("simulate --grace-period -1", "--grace-period: must be a number, at least 0, got -1"),
+        ("simulate --vocab-size 10", "--vocab-size: must be a whole number, at least 257, got 10"),
+        ("simulate --width 30 --heads 4", "must be a multiple of the number of heads (4)"),
+        ("simulate --text no/such/file.txt", "no/such/file.txt"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    arguments: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert said in refusal(arguments.split(), capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refusal_leaves_an_earlier_run_as_it_was(simulate: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    out = Path(simulate[2])
+    out.mkdir()
+    (out / "rounds.csv").write_text("of an earlier run")
+    refusal([*simulate, "--quorum", "5"], capsys)
+    assert (out / "rounds.csv").read_text() == "of an earlier run"
+
+
+def test_a_text_that_is_too_small_is_refused(simulate: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path(simulate[4]).write_text("too small")
+    assert "The corpus" in refusal(simulate, capsys)
+
+
+def test_mistyped_arguments_do_not_wait_for_the_text() -> None:
+    code = "import sys; from lightning_async_localsgd.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = code.replace("sys.exit(", "code = (") + "; assert 'datasets' not in sys.modules; sys.exit(code)"
+    command = [sys.executable, "-c", code, "simulate", "--max-steps", "1"]
+    outcome = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert outcome.returncode == 2 and outcome.stderr.startswith("async-localsgd: error: --max-steps 1 is")
+
+
+# ---- what is written -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_result_as_json_csv_picture_and_table(
+    simulate: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*simulate, "--max-steps", "24", "--bandwidth", "1", "--latency", "10"]) == 0
+    out = tmp_path / "out"
+    result = json.loads((out / "result.json").read_text())
+    assert result["finished"] is True
+    assert result["workers"] == 2 and result["total_local_steps"] == 48
+    for name in ("rounds", "losses", "updates"):
+        expected = [{key: str(value) for key, value in entry.items()} for entry in result[name]]
+        assert rows(out / f"{name}.csv") == expected and expected
+    metrics = [(r["metric"], float(r["value"])) for r in rows(out / "evaluations.csv")]
+    assert metrics == [pair for entry in result["evaluations"] for pair in entry["metrics"].items()]
+    assert {name for name, _ in metrics} == {"held_out_loss", "perplexity"}
+    with Image.open(out / "run.png") as picture:
+        assert picture.format == "PNG"
+    printed = capsys.readouterr().out
+    assert "48 together" in printed and "unfinished" not in printed
+
+
+def test_the_same_seed_gives_the_same_run(simulate: list[str], tmp_path: Path) -> None:
+    def result(seed: str, folder: str) -> dict[str, Any]:
+        out = tmp_path / folder
+        assert main([*simulate, "--max-steps", "12", "--noise", "0.3", "--seed", seed, "--output-dir", str(out)]) == 0
+        read: dict[str, Any] = json.loads((out / "result.json").read_text())
+        assert read.pop("arguments")["seed"] == int(seed)
+        return read
+
+    first = result("1", "a")
+    assert result("1", "b") == first
+    assert result("2", "c")["digest"] != first["digest"]
+
+
+@pytest.mark.parametrize("method", ["sync", "dn", "poly"])
+def test_methods_are_taken_by_name(method: str, simulate: list[str], tmp_path: Path) -> None:
+    assert main([*simulate, "--max-steps", "12", "--method", method, "--evaluate-every", "0"]) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["version"] > 0 and not result["evaluations"]
+
+
+def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["simulate", "--list-methods"])
+    assert ended.value.code == 0
+    assert {"dn", "sync", "poly"} <= {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+
+
+# ---- how it ends early -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_whoever_interrupts_a_run_gets_what_there_was_until_then(
+    number: signal.Signals, code: int, simulate: list[str], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "lightning_async_localsgd", *simulate, "--max-steps", "1000000"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    seen = b""
+    while b"version=" not in seen:  # the bar has shown a round
+        read = process.stderr.read1()
+        assert read, seen
+        seen += read
+    process.send_signal(number)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == code and b"Traceback" not in errors
+    assert b"unfinished" in printed
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["finished"] is False
+    assert 0 < result["total_local_steps"] < 2_000_000
+    assert len(rows(tmp_path / "out" / "rounds.csv")) == len(result["rounds"]) > 0
+    assert (tmp_path / "out" / "run.png").stat().st_size > 0
