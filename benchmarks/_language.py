@@ -86,7 +86,7 @@ def next_token_loss(gpt: GPT, windows: Tensor) -> Tensor:
 
 
 def make_optimizer(gpt: GPT, task: Task) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(gpt.parameters(), lr=task.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    return torch.optim.AdamW(gpt.parameters(), lr=task.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
 @torch.inference_mode()
