@@ -99,9 +99,10 @@ def record(rank: int, settings: Settings) -> Recording:
         module.training_step(batch).backward()
         optimizer.step()
         running = worker.step(samples=len(batch[0]))
-        for _ in range(scheduled, worker.job_steps):
+        job_steps = worker.job_steps  # read once: it goes on while the exchange does
+        for _ in range(scheduled, job_steps):
             schedule["scheduler"].step()
-        scheduled = max(scheduled, worker.job_steps)
+        scheduled = job_steps
         if not running:
             break
     summary = worker.finish()
