@@ -18,7 +18,7 @@ from lightning_async_localsgd.commands.job import (
     read_settings,
     read_speeds,
 )
-from lightning_async_localsgd.commands.usage import HelpFormatter, refusals
+from lightning_async_localsgd.commands.usage import HelpFormatter, UsageError, refusals
 
 if TYPE_CHECKING:
     from lightning_async_localsgd.simulation import Plan, Recommendation
@@ -72,14 +72,15 @@ def run(args: argparse.Namespace) -> int:
         network = read_network(args, len(speeds))
         from lightning_async_localsgd.simulation import plan, recommend
 
-        if args.json is not None:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
+        if args.json is not None and args.json.is_dir():
+            raise UsageError(f"--json {args.json} is a folder: give the file to write")
         options = {"noise": args.noise, "memory_bandwidth": args.memory_bandwidth * 1e9, "seed": args.seed}
         parameters = round(args.parameters)
         asked = plan(parameters, speeds, network=network, **options, **settings)
         others = {name: value for name, value in settings.items() if name not in ("local_steps", "codec")}
         recommended = recommend(parameters, speeds, network=network, **options, **others)
         if args.json is not None:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(_to_json(asked, recommended), indent=2) + "\n")
     print(f"{_describe(asked)}\n\n{_compare(recommended.plans)}\n\n{recommended.sentence}")
     return 0
@@ -101,7 +102,9 @@ def _describe(plan: Plan) -> str:
     exposed = sum(plan.exposed_seconds) / plan.workers
     longer = "" if plan.keeps_rounds else f", not {plan.local_steps}: they wait for the exchange before them"
     flight = f", {plan.steps_in_flight:.1f} steps of the fastest worker" if plan.overlap else ""
-    need = f"{_mbit(plan.link_need)} if exchanges are to keep up" if plan.link_need < float("inf") else "no rate keeps up"
+    need = (
+        f"{_mbit(plan.link_need)} if exchanges are to keep up" if plan.link_need < float("inf") else "no rate keeps up"
+    )
     rows = (
         ("setting", f"{plan.workers} workers, {plan.parameters:,} parameters, H = {plan.local_steps}, {plan.codec}"),
         ("utilization", f"{plan.utilization:.1%}, {plan.steps_per_second:.4g} local steps per second together"),
