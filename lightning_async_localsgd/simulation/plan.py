@@ -1,4 +1,4 @@
-"""Planning: what a setting costs in time, traffic and memory, from the timeline of a run whose workers learn nothing."""
+"""Planning: what a setting costs in time, traffic and memory, on the timeline of a run whose workers learn nothing."""
 
 from __future__ import annotations
 
@@ -103,8 +103,10 @@ class Plan:
 
     @property
     def keeps_rounds(self) -> bool:
-        """Whether rounds are as long as asked for. With overlap nobody waits for a network that is too slow: rounds get
-        longer instead, as if H were larger."""
+        """Whether rounds are as long as asked for.
+
+        With overlap nobody waits for a network that is too slow: rounds get longer instead, as if H were larger.
+        """
         return self.round_steps <= _LONGEST_ROUND * self.local_steps
 
     @property

@@ -194,7 +194,7 @@ class Timeline:
         elements: of a delta.
         element_bytes: bytes of an element on the wire.
         update_seconds: virtual time that an outer update takes each worker's exchange thread.
-        turn_seconds: virtual time for which the exchange threads are busy with their own deltas, in a turn that has any.
+        turn_seconds: virtual time that a turn with deltas takes each exchange thread for its own.
         seed: seed of what is random in the devices.
     """
 

@@ -6,6 +6,7 @@ import math
 import re
 import sys
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import lightning as L
@@ -59,7 +60,7 @@ def test_more_bandwidth_is_never_worse(method: str) -> None:
     settings = make_method(method, 4) | {"overlap": False}
     ladder = [planned(network=Network(0.01, rate), local_steps=50, **settings) for rate in (1e6, 1e7, 1e8, 1e9)]
     utilization = [here.utilization for here in ladder]
-    assert all(b > a - 0.005 for a, b in zip(utilization, utilization[1:], strict=False))
+    assert all(b > a - 0.005 for a, b in pairwise(utilization))
     assert utilization[-1] > utilization[0]
 
 
