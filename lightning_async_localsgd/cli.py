@@ -7,13 +7,13 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from lightning_async_localsgd.commands import UsageError, simulate
+from lightning_async_localsgd.commands import UsageError, plan, simulate
 
 __all__ = ["main"]
 
 PROGRAM = "async-localsgd"
 # Each has `add_parser(subparsers)`, and a function from the arguments to the exit code as the default of `run`.
-COMMANDS = (simulate,)
+COMMANDS = (simulate, plan)
 
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 

@@ -76,6 +76,20 @@ def rows(path: Path) -> list[dict[str, str]]:
         ("simulate --vocab-size 10", "--vocab-size: must be a whole number, at least 257, got 10"),
         ("simulate --width 30 --heads 4", "must be a multiple of the number of heads (4)"),
         ("simulate --text no/such/file.txt", "no/such/file.txt"),
+        ("simulate --sites 0 1 --speeds 1 1 1", "--sites gives 2 sites for 3 workers"),
+        ("plan --parameters 0", "--parameters: must be a number, at least 1, got 0"),
+        ("plan --parameters many", "--parameters: must be a number, at least 1, got many"),
+        ("plan --memory-bandwidth 0", "--memory-bandwidth: must be a number, more than 0, got 0"),
+        ("plan --bandwidth -5", "--bandwidth: must be a number, more than 0, got -5"),
+        ("plan --local-steps 2.5", "--local-steps: must be a whole number, at least 1, got 2.5"),
+        ("plan --step-times 1 0", "--step-times: must be a number, more than 0, got 0"),
+        ("plan --speeds 1 2 3 --workers 2", "3 speeds for --workers 2"),
+        ("plan --sites 0 1", "--sites gives 2 sites for 4 workers"),
+        ("plan --site-bandwidth 5", "give the --sites"),
+        ("plan --codec int7", "'int7'"),
+        ("plan --method adam", "'adam'"),
+        ("plan --quorum 5", "`quorum=5` is larger than the number of workers, 4"),
+        ("plan --json .", "--json"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(
@@ -155,6 +169,18 @@ def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         main(["simulate", "--list-methods"])
     assert ended.value.code == 0
     assert {"dn", "sync", "poly"} <= {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+
+
+def test_a_plan_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "folder" / "plan.json"
+    arguments = "plan --parameters 1e6 --speeds 2 1 --bandwidth 100 --latency 20 --local-steps 20 --codec bf16 --json"
+    assert main([*arguments.split(), str(path)]) == 0
+    written = json.loads(path.read_text())
+    assert written["plan"]["parameters"] == 1_000_000 and written["plan"]["codec"] == "bf16"
+    assert written["plan"] in written["tried"] and written["best"] in written["tried"]
+    printed = capsys.readouterr().out
+    assert f"utilization  {written['plan']['utilization']:.1%}" in printed
+    assert printed.endswith(written["recommendation"] + "\n")
 
 
 # ---- how it ends early -----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Codec", "make_codec"]
+__all__ = ["Codec", "codecs_by_name", "make_codec"]
 
 
 class Codec(Protocol):
@@ -28,15 +28,20 @@ class Codec(Protocol):
         """The fp32 form of ``wire`` (shape ``(n,)``). May be ``wire`` itself."""
 
 
+def codecs_by_name() -> dict[str, Codec]:
+    """All codecs that have a name."""
+    from lightning_async_localsgd.codecs.floats import BF16, FP32
+
+    return {codec.name: codec for codec in (FP32(), BF16())}
+
+
 def make_codec(codec: str | Codec) -> Codec:
     """The codec of this name, or the codec object itself.
 
     Raises:
         ValueError: if ``codec`` is neither a known name nor an object with ``encode`` and ``decode``.
     """
-    from lightning_async_localsgd.codecs.floats import BF16, FP32
-
-    known: dict[str, Codec] = {c.name: c for c in (FP32(), BF16())}
+    known = codecs_by_name()
     if isinstance(codec, str):
         if codec in known:
             return known[codec]

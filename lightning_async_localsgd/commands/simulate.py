@@ -8,24 +8,31 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import cycle, islice
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from lightning_async_localsgd.argument_types import at_least, more_than_zero, whole
+from lightning_async_localsgd.argument_types import whole
+from lightning_async_localsgd.commands.job import (
+    STEP_TIMES,
+    add_method,
+    add_network,
+    add_workers,
+    read_network,
+    read_settings,
+    read_speeds,
+)
 from lightning_async_localsgd.commands.usage import HelpFormatter, UsageError, one_line, refusals
 from lightning_async_localsgd.demo.arguments import add_arguments, build_data, build_model
 
 if TYPE_CHECKING:
     from lightning_async_localsgd.demo.language_model import LanguageModel
     from lightning_async_localsgd.demo.text import TextDataModule
-    from lightning_async_localsgd.simulation import Device, Simulation
+    from lightning_async_localsgd.simulation import Device, Network, Simulation
     from lightning_async_localsgd.simulation.result import Evaluation, LossPoint, SimulatedRound
 
 __all__ = ["add_parser", "run"]
 
-STEP_TIMES = (0.58, 0.75, 1.51, 3.33)  # seconds: the devices of the paper's toy experiment
 HELD_OUT_BLOCKS = 512  # that an evaluation reads
 _EVALUATE_EVERY = "job steps (local steps over workers) between evaluations; 0: none; not given: a tenth of --max-steps"
 DESCRIPTION = f"""
@@ -52,57 +59,12 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     job.add_argument("--evaluate-every", type=whole(0), metavar="STEPS", help=_EVALUATE_EVERY)
     job.add_argument("--output-dir", type=Path, default=Path("runs/simulate"), help="result, picture, tokenized text")
 
-    workers = parser.add_argument_group("workers")
-    workers.add_argument("--workers", type=whole(1), metavar="N", help="their number; the speeds are repeated in turn")
-    device = workers.add_mutually_exclusive_group()
-    device.add_argument("--speeds", type=more_than_zero, nargs="+", metavar="S", help="local steps per second")
-    device.add_argument("--step-times", type=more_than_zero, nargs="+", metavar="S", help="seconds per local step")
-    workers.add_argument("--noise", type=at_least(0), default=0.0, help="deviation of step times, as a part of them")
-
-    network = parser.add_argument_group("network")
-    network.add_argument(
-        "--latency", type=at_least(0), default=0.0, metavar="MS", help="of every exchange, in milliseconds"
-    )
-    network.add_argument("--bandwidth", type=more_than_zero, metavar="MBIT", help="Mbit/s of each worker; no limit")
-
-    method = parser.add_argument_group("method (settings that are not given are the method's)")
-    method.add_argument("--method", default="dn", metavar="NAME", help="one of --list-methods")
-    method.add_argument("--list-methods", action=_ListMethods, help="show the methods and exit")
-    method.add_argument("--local-steps", type=whole(1), default=20, metavar="H", help="per round of the fastest worker")
-    method.add_argument("--outer-lr", type=more_than_zero, metavar="LR", help="outer learning rate")
-    method.add_argument("--outer-momentum", type=at_least(0), metavar="BETA", help="momentum of the outer optimizer")
-    method.add_argument("--pace", metavar="NAME", help="dylu or fixed")
-    method.add_argument("--grace-period", type=at_least(0), metavar="SECONDS", help="virtual")
-    method.add_argument("--quorum", type=whole(1), metavar="N", help="deltas per outer update")
-    method.add_argument("--overlap", action=argparse.BooleanOptionalAction, help="train during an exchange")
-    method.add_argument("--codec", metavar="NAME", help="how deltas are sent: fp32, bf16, ...")
-
+    add_workers(parser)
+    add_network(parser)
+    add_method(parser, local_steps=20)
     add_arguments(parser)
     # Small, so that a run without arguments takes a minute.
     parser.set_defaults(run=run, width=64, layers=2, context=64, batch_size=8)
-
-
-class _ListMethods(argparse.Action):
-    """Prints the methods and what each does, and exits."""
-
-    def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from lightning_async_localsgd.methods import METHODS
-
-        width = max(map(len, METHODS))
-        print("\n".join(f"{name.ljust(width)}  {method.description}" for name, method in METHODS.items()))
-        parser.exit()
-
-
-def _speeds(args: argparse.Namespace) -> list[float]:
-    given = args.speeds or [1 / seconds for seconds in args.step_times or STEP_TIMES]
-    chosen = bool(args.speeds or args.step_times)
-    workers = args.workers or len(given)
-    if chosen and workers < len(given):
-        raise UsageError(f"{len(given)} speeds for --workers {workers}: give at most as many as there are workers")
-    return list(islice(cycle(given), workers))
 
 
 def _check_budget(args: argparse.Namespace, workers: int) -> None:
@@ -115,18 +77,6 @@ def _check_budget(args: argparse.Namespace, workers: int) -> None:
         )
 
 
-def _settings(args: argparse.Namespace, workers: int) -> dict[str, Any]:
-    """The method's fields of `Settings`, and over them what was given; checked."""
-    from lightning_async_localsgd.methods import make_method
-    from lightning_async_localsgd.settings import Settings
-
-    fields = make_method(args.method, workers, args.outer_lr, args.outer_momentum, args.pace)
-    names = ("local_steps", "grace_period", "quorum", "overlap", "codec")
-    fields |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    Settings(**fields).check_workers(workers)
-    return fields
-
-
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
@@ -136,18 +86,19 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UsageError: if they describe nothing that can be simulated.
     """
-    speeds = _speeds(args)
+    speeds = read_speeds(args)
     _check_budget(args, len(speeds))
     # A data loader without processes of its own is what a simulation wants.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     with refusals():
-        settings = _settings(args, len(speeds))
+        settings = read_settings(args, len(speeds))
+        network = read_network(args, len(speeds))
         from lightning_async_localsgd.simulation.picture import draw  # refuses to be imported without matplotlib
         from lightning_async_localsgd.simulation.report import format_table, write_csv, write_json
 
         model, data = _model_and_data(args)
         progress = _Progress(args.output_dir, args.max_steps * len(speeds))
-        simulation = _simulation(args, settings, speeds, model, data, progress)
+        simulation = _simulation(args, settings, network, speeds, model, data, progress)
     with progress:
         code = _run(simulation)
 
@@ -178,18 +129,18 @@ def _model_and_data(args: argparse.Namespace) -> tuple[LanguageModel, TextDataMo
 def _simulation(
     args: argparse.Namespace,
     settings: dict[str, Any],
+    network: Network,
     speeds: list[float],
     model: LanguageModel,
     data: TextDataModule,
     progress: _Progress,
 ) -> Simulation:
     from lightning_async_localsgd.demo.language_model import held_out_metrics
-    from lightning_async_localsgd.simulation import ConstantDevice, Network, NoisyDevice, Simulation
+    from lightning_async_localsgd.simulation import ConstantDevice, NoisyDevice, Simulation
 
     workers: list[Device] = [
         NoisyDevice(speed, args.noise) if args.noise else ConstantDevice(speed) for speed in speeds
     ]
-    bandwidth = math.inf if args.bandwidth is None else args.bandwidth * 1e6 / 8
     every = max(1, args.max_steps // 10) if args.evaluate_every is None else args.evaluate_every
     held_out = data.blocks["test"][:HELD_OUT_BLOCKS]["tokens"]
     stream = data.corpus.stream()
@@ -200,7 +151,7 @@ def _simulation(
         args.max_steps,
         evaluate=(lambda _: held_out_metrics(model, held_out)) if every else None,
         evaluate_every=every or None,
-        network=Network(latency=args.latency / 1000, bandwidth=bandwidth),
+        network=network,
         seed=args.seed,
         trainer_options={"gradient_clip_val": 1.0},
         on_round=progress.on_round,

@@ -8,6 +8,7 @@ from lightning_async_localsgd.simulation.devices import (
     VirtualWorker,
 )
 from lightning_async_localsgd.simulation.network import Network
+from lightning_async_localsgd.simulation.plan import Plan, Recommendation, plan, recommend
 from lightning_async_localsgd.simulation.result import (
     Evaluation,
     LossPoint,
@@ -25,10 +26,14 @@ __all__ = [
     "LossPoint",
     "Network",
     "NoisyDevice",
+    "Plan",
+    "Recommendation",
     "SimulatedRound",
     "SimulatedUpdate",
     "Simulation",
     "SimulationResult",
     "VirtualWorker",
+    "plan",
+    "recommend",
     "simulate",
 ]

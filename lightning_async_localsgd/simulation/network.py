@@ -75,14 +75,17 @@ class Network:
         seconds = self.trip(workers) + self._load_seconds(senders, workers, beginning * element_bytes)
         rest = (elements - beginning) * element_bytes
         if rest:
-            seconds += sum(self.trip(workers) + self._load_seconds([s], workers, rest) for s in senders)
+            trip = self.trip(workers)
+            # Senders of one site take as long as each other.
+            of_site = {self._site(s): trip + self._load_seconds([s], workers, rest) for s in self._one_of_each(senders)}
+            seconds += sum(of_site[self._site(s)] for s in senders)
         return seconds
 
     def _load_seconds(self, senders: Iterable[int], workers: Sequence[int], size: int) -> float:
         """Seconds until each sender has given ``size`` bytes to each worker but itself, all at once."""
         peers = len(workers) - 1
         senders = set(senders)
-        most_received = max(len(senders - {worker}) for worker in workers)
+        most_received = len(senders) - (1 if senders.issuperset(workers) else 0)
         seconds = size * max(peers, most_received) / self.bandwidth
         if self.sites is not None:
             there = Counter(self._site(worker) for worker in workers)
@@ -95,5 +98,8 @@ class Network:
     def _site(self, worker: int) -> int:
         return self.sites[worker] if self.sites is not None else 0
 
+    def _one_of_each(self, workers: Iterable[int]) -> Iterable[int]:
+        return {self._site(worker): worker for worker in workers}.values()
+
     def _sites_of(self, workers: Iterable[int]) -> int:
-        return len({self._site(worker) for worker in workers})
+        return 1 if self.sites is None else len({self._site(worker) for worker in workers})

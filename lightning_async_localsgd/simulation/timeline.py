@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import random
+from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
@@ -174,6 +175,10 @@ class Lane:
         """Whether its last push has not come back yet."""
         return self.push is not None or self.pending is not None or self.adoption is not None
 
+    def waited_until(self, now: float) -> float:
+        """:attr:`waiting_seconds`, and what it waits for in vain so far."""
+        return self.waiting_seconds + (now - self.waits_since if self.wait is not None else 0.0)
+
 
 class Timeline:
     """Lets virtual workers make their rounds, in virtual time.
@@ -189,6 +194,7 @@ class Timeline:
         elements: of a delta.
         element_bytes: bytes of an element on the wire.
         update_seconds: virtual time that an outer update takes each worker's exchange thread.
+        turn_seconds: virtual time that a turn with deltas takes each exchange thread for its own.
         seed: seed of what is random in the devices.
     """
 
@@ -204,12 +210,15 @@ class Timeline:
         elements: int,
         element_bytes: int,
         update_seconds: float = 0.0,
+        turn_seconds: float = 0.0,
         seed: int = 0,
     ) -> None:
         size = len(workers)
         self.now = 0.0
         """Virtual time in seconds."""
         self.over = False
+        self.local_steps = 0
+        """Local steps of all workers so far."""
         self.lanes = [Lane(w, worker, size, settings, seed, lambda: self.now) for w, worker in enumerate(workers)]
         self._settings = settings
         self._state = state
@@ -219,6 +228,7 @@ class Timeline:
         self._elements = elements
         self._element_bytes = element_bytes
         self._update_seconds = update_seconds
+        self._turn_seconds = turn_seconds
         budget = Budget(max_steps, size, settings.shares_budget(size))
         start = Progress.at_start(size, settings.local_steps)
         late = [worker.joins > 0 for worker in workers]
@@ -231,24 +241,23 @@ class Timeline:
         self._turn_open = False
         self._held_by: set[int] = set()
         self._headers: dict[int, Header] = {}  # of this turn
+        self._present: list[int] = []  # who is there, in order of rank
         for lane in self.lanes:
             lane.rounds.max_steps = max_steps
             self._at(lane.worker.joins, _Phase.DEVICES, self._join, lane)
             if lane.worker.leaves < float("inf"):
                 self._at(lane.worker.leaves, _Phase.DEVICES, self._leave, lane)
 
-    @property
-    def local_steps(self) -> int:
-        """Local steps of all workers so far."""
-        return sum(lane.rounds.local_steps for lane in self.lanes)
-
-    def run(self) -> None:
+    def run(self, until: Callable[[], bool] = lambda: False) -> None:
         """Let time go on until the run is over, and apply what was learned.
+
+        Args:
+            until: asked before each event; the run stands still while it is true.
 
         Raises:
             RuntimeError: if all wait for each other, which no run should.
         """
-        while not self.over:
+        while not self.over and not until():
             if not self._events:
                 waits = {lane.rank: lane.wait.value for lane in self.lanes if lane.wait is not None}
                 raise RuntimeError(f"Nothing happens any more, though the run is not over; workers wait for {waits}.")
@@ -262,6 +271,7 @@ class Timeline:
 
     def _join(self, lane: Lane) -> None:
         lane.present = True
+        insort(self._present, lane.rank)
         lane.flags = Flag.NONE
         lane.version = self._state.version
         lane.rounds.beat = self.progress.beat
@@ -273,6 +283,7 @@ class Timeline:
 
     def _leave(self, lane: Lane) -> None:
         lane.present = False
+        self._present.remove(lane.rank)
         lane.present_until = self.now
         lane.flags = Flag.FINAL
         lane.speed = 0.0
@@ -292,6 +303,7 @@ class Timeline:
             return
         lane.busy_seconds += seconds
         lane.stopwatch.step()
+        self.local_steps += 1
         lane.rounds.count(samples=0)  # samples are counted when the step is really made, at the latest by the push
         self._adopt_if_ready(lane)
         self._report(lane)
@@ -395,10 +407,6 @@ class Timeline:
 
     # ---- the exchange -----------------------------------------------------------------------------------------------
 
-    @property
-    def _present(self) -> list[int]:
-        return [lane.rank for lane in self.lanes if lane.present]
-
     def _tell(self, lane: Lane) -> None:
         """There is news from a worker: it opens a turn, or holds one open no longer."""
         lane.news = True
@@ -471,17 +479,18 @@ class Timeline:
         self._count_bytes(senders)
         present = sorted({*self._present, *senders})
         seconds = self._network.delta_seconds(senders, present, self._elements, self._element_bytes)
-        seconds += len(groups) * self._update_seconds
+        seconds += len(groups) * self._update_seconds + (self._turn_seconds if senders else 0.0)
         self._at(self.now + seconds, _Phase.EXCHANGE, self._publish, headers, groups)
 
     def _count_bytes(self, senders: Sequence[int]) -> None:
         present = self._present
         told = HEADER_BYTES * (2 if self._settings.overlap else 1)
         delta = self._elements * self._element_bytes
+        sending = set(senders)
         for rank in present:
-            lane, peers = self.lanes[rank], len(present) - 1
-            lane.bytes_sent += peers * (told + (delta if rank in senders else 0))
-            lane.bytes_received += peers * told + delta * sum(sender != rank for sender in senders)
+            lane, peers, sends = self.lanes[rank], len(present) - 1, rank in sending
+            lane.bytes_sent += peers * (told + delta * sends)
+            lane.bytes_received += peers * told + delta * (len(senders) - sends)
 
     def _publish(self, headers: list[Header], groups: list[list[Header]]) -> None:
         for group in self._replicas.trade(groups):

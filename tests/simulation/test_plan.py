@@ -1,0 +1,220 @@
+"""Planning: what is known without it comes out, and what it recommends does what it says."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_async_localsgd import Settings
+from lightning_async_localsgd.exchange.transport import CHUNK
+from lightning_async_localsgd.methods import METHODS, make_method
+from lightning_async_localsgd.outer import AsyncBuffer, DelayCompensation, DelayedNesterov, Poly
+from lightning_async_localsgd.simulation import Network, Plan, plan, recommend, simulate
+from lightning_async_localsgd.simulation.plan import LOCAL_STEPS, TARGET, memory_bytes
+
+SPEEDS = [1 / seconds for seconds in (0.58, 0.75, 1.51, 3.33)]
+PARAMETERS = 10_000_000
+MIB4 = 4 * CHUNK
+
+planned = partial(plan, PARAMETERS, SPEEDS, memory_bandwidth=math.inf)
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+
+def test_nobody_waits_where_messages_take_no_time() -> None:
+    here = planned(local_steps=50)
+    assert here.utilization == pytest.approx(1)
+    assert here.steps_per_second == pytest.approx(sum(SPEEDS))
+    assert here.exposed_seconds == pytest.approx([0] * 4)
+    assert here.keeps_rounds and here.reaches_target
+
+
+def test_synchronous_workers_wait_for_the_slowest() -> None:
+    here = planned(local_steps=50, **make_method("sync", 4))
+    assert here.utilization == pytest.approx(4 * min(SPEEDS) / sum(SPEEDS))
+    assert here.round_seconds == pytest.approx(50 / min(SPEEDS))
+    assert here.mean_staleness == 0
+
+
+def test_a_synchronous_round_lasts_as_long_as_its_steps_and_its_exchange() -> None:
+    network = Network(latency=0.1, bandwidth=1e7)
+    here = planned(network=network, local_steps=50, **make_method("sync", 4))
+    everyone = range(4)
+    exchange = network.header_seconds(everyone) + network.delta_seconds(everyone, everyone, PARAMETERS, 4)
+    assert here.round_seconds == pytest.approx(50 / min(SPEEDS) + exchange)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_more_bandwidth_is_never_worse(method: str) -> None:
+    settings = make_method(method, 4) | {"overlap": False}
+    ladder = [planned(network=Network(0.01, rate), local_steps=50, **settings) for rate in (1e6, 1e7, 1e8, 1e9)]
+    utilization = [here.utilization for here in ladder]
+    assert all(b > a - 0.005 for a, b in pairwise(utilization))
+    assert utilization[-1] > utilization[0]
+
+
+def test_a_slow_network_makes_rounds_longer_and_nobody_wait() -> None:
+    slow = planned(network=Network(bandwidth=1e6), local_steps=10)
+    assert slow.utilization > TARGET and not slow.keeps_rounds and not slow.reaches_target
+    assert slow.round_steps == pytest.approx(slow.round_seconds * SPEEDS[0], rel=0.02)
+    at_need = planned(network=Network(bandwidth=slow.link_need), local_steps=10)
+    assert at_need.keeps_rounds
+
+
+def test_copies_take_time_where_memory_is_slow() -> None:
+    fast, slow = (plan(PARAMETERS, SPEEDS, local_steps=50, memory_bandwidth=rate) for rate in (1e11, 1e9))
+    assert slow.utilization < fast.utilization < 1
+    assert slow.exchange_seconds > fast.exchange_seconds
+
+
+def test_steps_that_are_simulated_as_one_change_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"network": Network(0.02, 1e8), "local_steps": 200}
+    fine = [planned(**settings), planned(overlap=False, **settings)]
+    for name in ("_MOST_STEPS", "_MOST_STEPS_PER_WORKER"):
+        monkeypatch.setattr(sys.modules[Plan.__module__], name, 500)  # by its name one would find the function `plan`
+    coarse = [planned(**settings), planned(overlap=False, **settings)]
+    for a, b in zip(fine, coarse, strict=True):
+        assert b.utilization == pytest.approx(a.utilization, abs=0.01)
+        assert b.round_steps == pytest.approx(a.round_steps, rel=0.1)
+        assert b.bytes_per_round == pytest.approx(a.bytes_per_round, rel=0.01)
+
+
+def test_noise_makes_synchronous_workers_wait() -> None:
+    equal = partial(plan, PARAMETERS, [1.0] * 4, memory_bandwidth=math.inf, local_steps=20, **make_method("sync", 4))
+    assert equal().utilization == pytest.approx(1)
+    assert equal(noise=0.5).utilization < 0.99
+    assert equal(noise=0.5) == equal(noise=0.5) != equal(noise=0.5, seed=1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_can_be_planned(method: str) -> None:
+    here = planned(network=Network(0.01, 1e8), local_steps=20, **make_method(method, 4))
+    assert 0 < here.utilization <= 1 and here.memory > 4 * 4 * PARAMETERS
+
+
+# ---- traffic ---------------------------------------------------------------------------------------------------------
+
+
+class Net(L.LightningModule):
+    """65,792 parameters and no buffers: a delta is much longer than a header."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(256, 256)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.net(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["sync", "dn"])
+def test_traffic_is_what_a_simulation_counts(method: str, codec: str) -> None:
+    settings: dict[str, Any] = {"local_steps": 4, "codec": codec, **make_method(method, 4)}
+    module, network = Net(), Network(0.01, 1e7)
+    speeds = [2.0, 2.0, 1.0, 1.0]
+    loader = DataLoader(TensorDataset(torch.zeros(32, 256)), batch_size=1)
+    result = simulate(module, loader, speeds, 40, network=network, **settings)
+    here = plan(sum(p.numel() for p in module.parameters()), speeds, network=network, **settings)
+    for worker in range(4):
+        rounds = sum(round_.worker == worker for round_ in result.rounds)
+        sent, received = result.bytes_sent[worker], result.bytes_received[worker]
+        if method == "sync":
+            assert (sent, received) == (rounds * here.sent_per_round[worker], rounds * here.received_per_round[worker])
+        else:  # a round may come with a turn of its own, or with others in one
+            assert sent / rounds == pytest.approx(here.sent_per_round[worker], rel=0.1)
+    assert sum(here.sent_per_round) == pytest.approx(sum(here.received_per_round))
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "copies", "messages"),
+    [
+        ({}, 5, MIB4),
+        ({"codec": "bf16"}, 5, 2 * MIB4),
+        ({"quorum": 4}, 5, 2 * MIB4),
+        ({"outer_optimizer": partial(DelayedNesterov, momentum_activation=0.1)}, 6, MIB4),
+        ({"outer_optimizer": partial(torch.optim.SGD, lr=0.7)}, 4, MIB4),
+        ({"outer_optimizer": partial(torch.optim.SGD, lr=0.7, momentum=0.9)}, 5, MIB4),
+        ({"outer_optimizer": partial(torch.optim.Adam, lr=0.7)}, 6, MIB4),
+        ({"transforms": [Poly()]}, 5, MIB4),
+        ({"transforms": [AsyncBuffer()]}, 6, MIB4),
+        ({"transforms": [DelayCompensation()]}, 5 + 4, MIB4),
+    ],
+)
+def test_memory_is_what_the_state_keeps(settings: dict[str, Any], copies: int, messages: int) -> None:
+    assert memory_bytes(PARAMETERS, Settings(**settings), 4) == 4 * PARAMETERS * copies + messages
+
+
+# ---- what is recommended ---------------------------------------------------------------------------------------------
+
+
+def test_what_is_recommended_reaches_the_target_and_less_does_not() -> None:
+    network = Network(0.02, 2e7)
+    found = recommend(PARAMETERS, SPEEDS, network=network)
+    best = found.best
+    assert best is not None and best.reaches_target
+    assert f"H = {best.local_steps} with {best.codec}" in found.sentence
+    again = plan(PARAMETERS, SPEEDS, network=network, local_steps=best.local_steps, codec=best.codec)
+    assert again == best and again.utilization >= TARGET
+    assert not any(other.reaches_target for other in found.plans if other.local_steps < best.local_steps)
+    assert {(p.codec, p.local_steps) for p in found.plans} == {(c, h) for c in ("fp32", "bf16") for h in LOCAL_STEPS}
+
+
+def test_where_the_network_is_too_slow_it_says_how_fast_it_must_be() -> None:
+    found = recommend(PARAMETERS, SPEEDS, network=Network(0.02, 1e4))
+    assert found.best is None
+    stated = re.search(r"H = (\d+) with (\w+) needs ([\d.,e+]+) Mbit/s", found.sentence)
+    assert stated is not None
+    local_steps, codec, mbit = int(stated[1]), stated[2], float(stated[3].replace(",", ""))
+    network = Network(0.02, 1.01 * mbit * 1e6 / 8)  # it was rounded
+    assert plan(PARAMETERS, SPEEDS, network=network, local_steps=local_steps, codec=codec).reaches_target
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (make_method("sync", 4), "workers wait for each other"),
+        ({"memory_bandwidth": 1e6}, "memory bandwidth"),
+        ({"network": Network(latency=1e3), "overlap": False}, "overlap"),
+    ],
+)
+def test_where_nothing_helps_it_says_why(options: dict[str, Any], said: str) -> None:
+    found = recommend(PARAMETERS, SPEEDS, **options)
+    assert found.best is None and said in found.sentence
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"parameters": 0}, "`parameters`"),
+        ({"workers": []}, "at least one worker"),
+        ({"workers": [1.0, 0.0]}, "speed must be positive"),
+        ({"workers": [1.0], "quorum": 2}, "`quorum=2`"),
+        ({"workers": [1.0], "network": Network(sites=(0, 1))}, "`sites`"),
+        ({"noise": -1.0}, "`deviation`"),
+        ({"memory_bandwidth": 0.0}, "`memory_bandwidth`"),
+        ({"codec": "int7"}, "`codec`"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        plan(**({"parameters": 1000, "workers": SPEEDS} | arguments))
