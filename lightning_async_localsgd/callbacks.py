@@ -10,13 +10,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
-from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_async_localsgd.data import Leases
-from lightning_async_localsgd.loader import OpenEnded, WorkerLoader
+from lightning_async_localsgd.loader import OpenEnded, WorkerLoader, count_samples
 from lightning_async_localsgd.membership import StaticJob, as_json, from_json
 
 if TYPE_CHECKING:
@@ -475,11 +474,3 @@ class _JobSchedulers:
         """Give the schedulers back to Lightning."""
         for config, frequency in self._taken + self._followed:
             config.frequency = frequency
-
-
-def count_samples(batch: Any) -> int:
-    """Samples in a batch; 0 where Lightning cannot tell."""
-    try:
-        return extract_batch_size(batch)
-    except (MisconfigurationException, RecursionError):
-        return 0

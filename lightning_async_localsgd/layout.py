@@ -68,6 +68,7 @@ class Layout:
             for (name, t), size, end in zip(named, sizes, ends, strict=True)
         ]
         self.parameter_count = len(parameters)
+        self._parameter_names = {name for name, _ in parameters}
         self.numel = ends[-1]
         self.parameter_numel = ends[self.parameter_count - 1]
 
@@ -100,6 +101,20 @@ class Layout:
         shared = {slot.name for slot in self.slots}
         named = dict(module.named_parameters()) | dict(module.named_buffers())
         return [tensor.detach() for name, tensor in named.items() if name not in shared and tensor.numel() > 0]
+
+    def check_trainable(self, module: nn.Module) -> None:
+        """Refuse a parameter that was unfrozen on the way: it would train apart on every worker.
+
+        Raises:
+            RuntimeError: naming it.
+        """
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and name not in self._parameter_names:
+                raise RuntimeError(
+                    f"Parameter {name!r} was frozen (or not there) when training started and is trainable now: it is "
+                    "not exchanged. Pass `exchange_frozen=True`, so that frozen parameters can be unfrozen at any "
+                    "time, or call `fit` again for each stage of fine-tuning."
+                )
 
     def describe(self) -> Iterator[str]:
         """One line per tensor, to compare the models of two workers."""

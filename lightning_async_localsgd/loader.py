@@ -15,6 +15,7 @@ import torch
 from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from lightning.fabric.utilities.distributed import _DatasetSamplerWrapper
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -26,7 +27,7 @@ from lightning_async_localsgd.data import Division, Leases, Pass, Shards, Shared
 if TYPE_CHECKING:
     from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
 
-__all__ = ["OpenEnded", "Orders", "TrainingLoaders", "WorkerLoader"]
+__all__ = ["OpenEnded", "Orders", "TrainingLoaders", "WorkerLoader", "count_samples"]
 
 _COMPARED = 256  # batches of a pass that workers compare
 
@@ -61,7 +62,7 @@ class WorkerLoader:
         self._ahead = ahead
         self._fetched: deque[tuple[Pass, int]] = deque()
         source = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
-        self.sampler = _WorkerBatches(source, division, seed, device, devices, orders or Orders(kept=0))
+        self.sampler = _WorkerBatches(source, division, seed, device, devices, orders)
         # DataLoader refuses to have its sampler exchanged, for an iterator may be at work: here there is none yet.
         vars(loader)["batch_sampler" if loader.batch_sampler is not None else "sampler"] = self.sampler
 
@@ -132,7 +133,9 @@ class _WorkerBatches(Sampler[Any]):
     Begun again within an epoch, it goes on where it was; after the end of a pass with the next pass of the epoch.
     """
 
-    def __init__(self, source: Any, division: Division, seed: int, device: int, devices: int, orders: Orders) -> None:
+    def __init__(
+        self, source: Any, division: Division, seed: int, device: int, devices: int, orders: Orders | None
+    ) -> None:
         self.source = source
         self.drawn: deque[tuple[Pass, int]] = deque()
         """What was drawn, by pass and unit, and has not been fetched yet."""
@@ -186,7 +189,8 @@ class _WorkerBatches(Sampler[Any]):
         if self.at_the_end:
             self._pass, self.at_the_end = (self._pass[0], self._pass[1] + 1), False
         name = self._pass
-        batches = self._orders.get(name, partial(self._draw_order, name))
+        draw = partial(self._draw_order, name)
+        batches = draw() if self._orders is None else self._orders.get(name, draw)
         self._total = self._units(len(batches))
         for unit in self._division.units(name, self._total):
             self.drawn.append((name, unit))
@@ -309,3 +313,11 @@ class OpenEnded:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.loaders)
+
+
+def count_samples(batch: Any) -> int:
+    """Samples in a batch; 0 where Lightning cannot tell."""
+    try:
+        return extract_batch_size(batch)
+    except (MisconfigurationException, RecursionError):
+        return 0

@@ -37,10 +37,6 @@ class Rounds:
         self.round_steps = 0
         """Local steps of the current round."""
         self.round_samples = 0
-        self.max_steps: int | None = None
-        """Local steps per worker that the run has; None: no limit."""
-        self.open_end = False
-        """``max_steps`` is only what is expected."""
         self.beat = Progress.at_start(size, settings.local_steps).beat
         """The latest beat that this worker has kept."""
         self.shard_generator = torch.Generator().manual_seed(rank)
@@ -49,8 +45,27 @@ class Rounds:
         self._pace = make_pace(settings.pace)
         self._lockstep = settings.lockstep(size)
         self._shared_budget = settings.shares_budget(size)
+        self._max_steps: int | None = None
+        self._open_end = False
         self._shift = 0  # local steps by which this round is to be longer than planned
+        self._pushed_steps = 0  # of the round before
+        self._ahead = 0  # in lockstep: own steps that the others did not make as well
         self._job_steps = 0
+
+    def start(self, max_steps: int | None, open_end: bool = False) -> None:
+        """Begin the run.
+
+        Args:
+            max_steps: local steps per worker that it has; None: no limit.
+            open_end: ``max_steps`` is only what is expected.
+        """
+        self._max_steps = max_steps
+        self._open_end = open_end
+
+    def join(self, progress: Progress) -> None:
+        """Begin in the middle of a run, as the others are."""
+        self.beat = progress.beat
+        self._ahead = -max(progress.steps)
 
     # ---- the round --------------------------------------------------------------------------------------------------
 
@@ -68,13 +83,15 @@ class Rounds:
             draw: whether to draw its shard; else that of now stays.
         """
         self.round += 1
-        self.restart()
+        self._pushed_steps = self.round_steps
+        self.round_steps = self.round_samples = 0
         self._shift = 0
         if draw:
             self.shard = draw_shard([1] * self._size, progress.shard_samples, self.shard_generator)
 
     def restart(self) -> None:
-        """Forget what was learned in this round."""
+        """Forget what was learned in the round before, which was dropped, and since."""
+        self._ahead += self._pushed_steps + self.round_steps
         self.round_steps = self.round_samples = 0
 
     def reopen(self, steps: int, samples: int) -> None:
@@ -160,7 +177,7 @@ class Rounds:
 
     def has_step(self, progress: Progress) -> bool:
         """Whether a step is left for this worker in its share of the budget."""
-        return self.open_end or progress.caps is None or self.local_steps < progress.caps[self.rank]
+        return self._open_end or progress.caps is None or self.local_steps < progress.caps[self.rank]
 
     @property
     def may_get_more(self) -> bool:
@@ -169,7 +186,7 @@ class Rounds:
 
     def budget_spent(self, progress: Progress) -> bool:
         """Whether no step is left for this worker, whatever the others do."""
-        if self.open_end:
+        if self._open_end:
             return False
         return progress.exhausted or (not self.has_step(progress) and not self._shared_budget)
 
@@ -180,7 +197,7 @@ class Rounds:
         however late. Learning-rate schedules count these.
         """
         if self._lockstep:
-            return self._reach(self.local_steps)
+            return self._reach(self.local_steps - self._ahead)
         estimate = estimate_total(progress.steps, progress.round_steps, self.rank, self.local_steps)
         return self._reach(estimate // self._size)
 
@@ -189,7 +206,7 @@ class Rounds:
         return self._reach(sum(progress.steps) // self._size)
 
     def _reach(self, job_steps: int) -> int:
-        if self.max_steps is not None:
-            job_steps = min(job_steps, self.max_steps)
+        if self._max_steps is not None:
+            job_steps = min(job_steps, self._max_steps)
         self._job_steps = max(self._job_steps, job_steps)
         return self._job_steps

@@ -126,7 +126,6 @@ class Worker:
         self.size = size
         self._rounds = Rounds(rank, size, settings)
         self._layout = Layout(module, frozen=bool(settings.exchange_frozen))
-        self._exchanged = {slot.name for slot in self._layout.parameter_slots}
         self._state = GlobalState(
             self._layout,
             settings.outer_optimizer,
@@ -190,8 +189,7 @@ class Worker:
                 the fast ones more of it. None: until :meth:`step` is no longer called.
             open_end: ``max_steps`` is only what is expected, of epochs for instance: :meth:`step` does not end the run.
         """
-        self._rounds.max_steps = max_steps
-        self._rounds.open_end = open_end
+        self._rounds.start(max_steps, open_end)
         budget = Budget(max_steps, self.size, self._settings.shares_budget(self.size), open_end)
         steps, round_steps = self._progress.steps, self._progress.round_steps
         progress = replace(
@@ -512,6 +510,7 @@ class Worker:
             # Without updates since the round began, the base is the global state itself.
             "base": None if version == self._state.version else base.to("cpu", copy=True),
             "round": self.round - (push is not None),
+            "version": version,
             "round_steps": steps,
             "round_samples": samples,
             "shard": shard,
@@ -554,6 +553,7 @@ class Worker:
         self._rounds.round_samples = saved["round_samples"]
         tensors = self._layout.tensors(self._module)
         torch._foreach_copy_(tensors, saved["tensors"])
+        self.version = saved.get("version", self.version)  # it stays as stale as it was
         if saved["base"] is not None:  # learned on top of older global parameters: rebase it, as an adoption would
             correction = (self._state.flat - saved["base"].to(self._state.flat.device)).to(self._device)
             torch._foreach_add_(tensors, self._layout.views(correction))
@@ -581,7 +581,7 @@ class Worker:
         """
         assert self._base is not None and self._snapshot is not None
         tensors = self._layout.tensors(self._module)
-        self._check_trainable()
+        self._layout.check_trainable(self._module)
         with record_function("async_localsgd::push"):
             torch._foreach_copy_(self._layout.views(self._snapshot), tensors, True)
             push = Push(
@@ -610,16 +610,6 @@ class Worker:
         self._rounds.reopen(push.steps, push.samples)
         self._round_started -= push.seconds
         self._push(shard=push.shard)  # samples of the next one may be on their way already
-
-    def _check_trainable(self) -> None:
-        """A parameter that was unfrozen on the way would train apart on every worker."""
-        for name, parameter in self._module.named_parameters():
-            if parameter.requires_grad and name not in self._exchanged:
-                raise RuntimeError(
-                    f"Parameter {name!r} was frozen (or not there) when training started and is trainable now: it is "
-                    "not exchanged. Pass `exchange_frozen=True`, so that frozen parameters can be unfrozen at any "
-                    "time, or call `fit` again for each stage of fine-tuning."
-                )
 
     def _synchronize(self) -> None:
         """Wait for copies to the accelerator, before what they read changes."""

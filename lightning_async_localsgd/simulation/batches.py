@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from itertools import count
 from typing import Any
 
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.trainer.connectors.data_connector import _get_distributed_sampler
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -16,6 +18,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_async_localsgd.data import Shards
 from lightning_async_localsgd.loader import Orders, WorkerLoader
+from lightning_async_localsgd.simulation.steps import Passes
 
 __all__ = ["VirtualLoaders"]
 
@@ -49,15 +52,15 @@ class VirtualLoaders:
             for loader in self._combined.flattened:
                 _check(loader)
 
-    def batches(self, worker: int, current_shard: Callable[[], int]) -> Iterator[tuple[Any, int]]:
-        """A worker's batches without an end, each with its number in the pass.
+    def passes(self, worker: int, current_shard: Callable[[], int]) -> Passes:
+        """A worker's data.
 
         Args:
             worker: whose.
             current_shard: tells the shard that its current round has drawn.
 
         Raises:
-            ValueError: if a pass has no batch.
+            ValueError: by the batches, if a pass has none.
         """
         loaders: list[WorkerLoader] = []
         source: Any
@@ -70,6 +73,10 @@ class VirtualLoaders:
             ]
             source = copy(self._combined)
             source.flattened = loaders
+        length = sized_len(source if self._own else iter(source))
+        return Passes(self._batches(worker, source, loaders), math.inf if length is None else length)
+
+    def _batches(self, worker: int, source: Any, loaders: Sequence[WorkerLoader]) -> Iterator[tuple[Any, int]]:
         for number in count():
             for loader in loaders:
                 loader.sampler.set_epoch(number)

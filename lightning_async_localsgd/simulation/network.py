@@ -85,6 +85,8 @@ class Network:
         """Seconds until each sender has given ``size`` bytes to each worker but itself, all at once."""
         peers = len(workers) - 1
         senders = set(senders)
+        if peers < 1:
+            return 0.0
         most_received = len(senders) - (1 if senders.issuperset(workers) else 0)
         seconds = size * max(peers, most_received) / self.bandwidth
         if self.sites is not None:

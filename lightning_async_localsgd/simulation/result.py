@@ -81,6 +81,8 @@ class SimulationResult:
     losses: list[LossPoint]
     evaluations: list[Evaluation]
     rounds: list[SimulatedRound]
+    present_seconds: tuple[float, ...]
+    """Time each worker was there."""
     busy_seconds: tuple[float, ...]
     """Time each worker spent on local steps."""
     waiting_seconds: tuple[float, ...]
@@ -105,11 +107,11 @@ class SimulationResult:
 
     @property
     def utilization(self) -> float:
-        """Local steps made over those the devices could have made in ``seconds``: busy time over available time.
+        """Local steps made over those the devices could have made while they were there: busy over available time.
 
         Between 0 and 1; 0 for a run that has not begun.
         """
-        available = self.workers * self.seconds
+        available = sum(self.present_seconds)
         return sum(self.busy_seconds) / available if available else 0.0
 
     def to_json(self) -> dict[str, Any]:

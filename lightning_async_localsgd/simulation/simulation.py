@@ -13,9 +13,12 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_async_localsgd.codecs import make_codec
 from lightning_async_localsgd.exchange.ledger import OuterUpdate
@@ -38,6 +41,7 @@ from lightning_async_localsgd.simulation.timeline import FinishedRound, Timeline
 __all__ = ["Simulation", "simulate"]
 
 _OURS = ("max_steps", "max_epochs", "strategy", "devices", "num_nodes", "num_sanity_val_steps")
+_UNHEEDED = ("limit_train_batches", "overfit_batches", "max_time", "fast_dev_run", "reload_dataloaders_every_n_epochs")
 
 
 class Simulation:
@@ -53,7 +57,7 @@ class Simulation:
         workers: of each worker its speed in local steps per second, its device (:class:`NoisyDevice`,
             :class:`ChangingDevice`), or a :class:`VirtualWorker` that joins or leaves on the way.
         max_steps: local steps per worker, as ``Trainer(max_steps=...)``.
-        val_dataloaders: validation data, if ``data`` does not bring it.
+        val_dataloaders: validation data, if ``data`` is no data module.
         evaluate: gives metrics of the module it is called with, which then holds the global parameters; None: what the
             module's ``validation_step`` logs, if there is validation data.
         evaluate_every: steps of the job between two evaluations; None: only before the first step and after the last.
@@ -108,8 +112,12 @@ class Simulation:
                 f"{type(module).__name__} steps its optimizers itself (manual optimization), and a simulation has no "
                 "way to tell its workers' steps apart. Set `automatic_optimization=True`."
             )
-        if ours := [name for name in _OURS if name in (trainer_options or {})]:
-            raise ValueError(f"`trainer_options` cannot set {', '.join(ours)}: that is the simulation's own.")
+        if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+            raise ValueError("A simulation gives batches to `training_step`, not a `dataloader_iter`.")
+        if isinstance(data, pl.LightningDataModule) and val_dataloaders is not None:
+            raise ValueError("Pass the validation data in the data module, or the loaders of both without one.")
+        if refused := [name for name in _OURS + _UNHEEDED if name in (trainer_options or {})]:
+            raise ValueError(f"`trainer_options` cannot set {', '.join(refused)}: who trains how long is simulated.")
         self._module = module
         self._data = data
         self._max_steps = max_steps
@@ -170,6 +178,11 @@ class Simulation:
 
     def _simulate(self, data: Any) -> None:
         """What Lightning calls to train."""
+        if getattr(self._trainer.precision_plugin, "scaler", None) is not None:
+            raise ValueError(
+                "Gradients that are scaled (`precision='16-mixed'`) have one scaler for all virtual workers. Use "
+                "'bf16-mixed' or '32-true'."
+            )
         size = len(self._workers)
         settings = self.settings
         layout = Layout(self._module, frozen=bool(settings.exchange_frozen))
@@ -184,7 +197,7 @@ class Simulation:
         with torch.no_grad():
             torch._foreach_copy_(layout.views(state.flat), layout.tensors(self._module))
         loaders = VirtualLoaders(data, size, self._seed)
-        batches = [partial(loaders.batches, worker) for worker in range(size)]
+        batches = [partial(loaders.passes, worker) for worker in range(size)]
         replicas = self._replicas = TrainingReplicas(self._trainer, self._module, state, settings, batches)
         self._timeline = Timeline(
             self._workers,
@@ -201,8 +214,10 @@ class Simulation:
         )
         try:
             with self._unlogged():
+                call._call_lightning_module_hook(self._trainer, "on_train_start")
                 self._evaluate_if_due()
                 self._timeline.run()
+                call._call_lightning_module_hook(self._trainer, "on_train_end")
         except KeyboardInterrupt as interrupt:
             self._interrupt = interrupt
         finally:
@@ -230,6 +245,8 @@ class Simulation:
 
     def finished(self, rounds: Sequence[FinishedRound]) -> None:
         """See :meth:`Observer.finished`."""
+        if self._trainer.received_sigterm:  # Lightning leaves it to its loops to heed
+            raise SIGTERMException
         for r in rounds:
             self._rounds.append(SimulatedRound(r.worker, r.round, r.begin, r.end, r.local_steps, r.adopted))
             self._losses.append(LossPoint(r.end, r.all_steps, r.worker, r.loss))
@@ -243,7 +260,8 @@ class Simulation:
         assert self._timeline is not None and self._state is not None
         steps = self._timeline.local_steps
         every = self._evaluate_every * len(self._workers) if self._evaluate_every is not None else None
-        if steps > 0 and not self._timeline.over and (every is None or steps // every < self._evaluations_due):
+        begun = self._evaluations_due > 0
+        if begun and not self._timeline.over and (every is None or steps // every < self._evaluations_due):
             return
         self._evaluations_due = steps // every + 1 if every is not None else 1
         metrics = self._metrics()
@@ -261,11 +279,14 @@ class Simulation:
         with self._replicas.lend_global(), self._logged():
             if self._evaluate is None:
                 return self._validate()
+            modes = {name: module.training for name, module in self._module.named_modules()}
             self._module.eval()
-            with torch.no_grad():
-                metrics = {name: float(value) for name, value in self._evaluate(self._module).items()}
-            self._module.train()
-            return metrics
+            try:
+                with torch.no_grad():
+                    return {name: float(value) for name, value in self._evaluate(self._module).items()}
+            finally:
+                for name, module in self._module.named_modules():
+                    module.training = modes[name]
 
     @property
     def _has_validation(self) -> bool:
@@ -321,6 +342,7 @@ class Simulation:
             losses=list(self._losses),
             evaluations=list(self._evaluations),
             rounds=list(self._rounds),
+            present_seconds=tuple(lane.present_until(self.moment[0]) for lane in lanes) or (0.0,) * len(self._workers),
             busy_seconds=tuple(lane.busy_seconds for lane in lanes) or (0.0,) * len(self._workers),
             waiting_seconds=tuple(lane.waiting_seconds for lane in lanes) or (0.0,) * len(self._workers),
             bytes_sent=tuple(lane.bytes_sent for lane in lanes) or nothing,
@@ -377,7 +399,6 @@ class _VirtualLoop(_FitLoop):
 
     def run(self) -> None:
         """Train."""
-        self.trainer.lightning_module.train()
         self._simulate(_request_dataloader(self._data_source))
 
 

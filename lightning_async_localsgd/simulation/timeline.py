@@ -150,9 +150,8 @@ class Lane:
         """Virtual time it has trained."""
         self.waiting_seconds = 0.0
         """Virtual time it has waited for the exchange or the others, before its last step."""
-        self.present_since = worker.joins
-        self.present_until: float | None = None
         self.present = False
+        self.present_seconds = 0.0  # until it left
         self.bytes_sent = 0
         self.bytes_received = 0
         self.stopwatch = Stopwatch(settings.local_steps, clock)
@@ -174,6 +173,10 @@ class Lane:
     def in_flight(self) -> bool:
         """Whether its last push has not come back yet."""
         return self.push is not None or self.pending is not None or self.adoption is not None
+
+    def present_until(self, now: float) -> float:
+        """Virtual time it has been there."""
+        return self.present_seconds + (now - self.worker.joins if self.present else 0.0)
 
     def waited_until(self, now: float) -> float:
         """:attr:`waiting_seconds`, and what it waits for in vain so far."""
@@ -239,11 +242,13 @@ class Timeline:
         self._order = count()
         self._turn = 0
         self._turn_open = False
-        self._held_by: set[int] = set()
+        self._awaited: set[int] = set()  # who has not let go of the open turn yet
+        self._held_by: set[int] = set()  # who holds it open for its push
         self._headers: dict[int, Header] = {}  # of this turn
         self._present: list[int] = []  # who is there, in order of rank
+        self._to_come = size
         for lane in self.lanes:
-            lane.rounds.max_steps = max_steps
+            lane.rounds.start(max_steps)
             self._at(lane.worker.joins, _Phase.DEVICES, self._join, lane)
             if lane.worker.leaves < float("inf"):
                 self._at(lane.worker.leaves, _Phase.DEVICES, self._leave, lane)
@@ -272,9 +277,10 @@ class Timeline:
     def _join(self, lane: Lane) -> None:
         lane.present = True
         insort(self._present, lane.rank)
+        self._to_come -= 1
         lane.flags = Flag.NONE
         lane.version = self._state.version
-        lane.rounds.beat = self.progress.beat
+        lane.rounds.join(self.progress)
         lane.began = self.now
         self._replicas.join(lane.rank)
         self._state.begin_rounds([lane.rank])
@@ -284,7 +290,7 @@ class Timeline:
     def _leave(self, lane: Lane) -> None:
         lane.present = False
         self._present.remove(lane.rank)
-        lane.present_until = self.now
+        lane.present_seconds = self.now - lane.worker.joins
         lane.flags = Flag.FINAL
         lane.speed = 0.0
         lane.push = lane.wait = None
@@ -293,6 +299,9 @@ class Timeline:
         self._tell(lane)
 
     def _begin_step(self, lane: Lane) -> None:
+        if lane.wait is not None:  # at the end of the run it would not have waited for its next step
+            lane.waiting_seconds += self.now - lane.waits_since
+            lane.wait = None
         seconds = lane.worker.device.step_seconds(self.now, lane.chance)
         self._replicas.step(lane.rank, lane.rounds, self.progress)
         lane.stopwatch.resume()
@@ -383,8 +392,9 @@ class Timeline:
         lane.adoption = None
 
     def _wait(self, lane: Lane, wait: _Wait) -> None:
+        if lane.wait is None:
+            lane.waits_since = self.now
         lane.wait = wait
-        lane.waits_since = self.now
 
     def _wake(self, lane: Lane) -> None:
         """After a turn: go on, if what the worker waits for has come."""
@@ -396,14 +406,10 @@ class Timeline:
             return
         if wait == _Wait.BUDGET and not (lane.rounds.over(self.progress) or lane.rounds.has_step(self.progress)):
             return
-        lane.wait = None
         if wait == _Wait.LAST_ADOPTION:
             self._finish(lane)
-            return
-        waited = self.now - lane.waits_since
-        self._go_on(lane)
-        if lane.wait is None:  # else it was the end of the run that it waited for, not its next step
-            lane.waiting_seconds += waited
+        else:
+            self._go_on(lane)
 
     # ---- the exchange -----------------------------------------------------------------------------------------------
 
@@ -417,33 +423,37 @@ class Timeline:
             self._release(lane, self._turn)
 
     def _open_turn(self) -> None:
-        none_to_come = Flag.IDLE | Flag.FINAL
-        heard = self._network.trip(self._present)
-        held = []
+        """The bell rings: at once for who opens the turn, a trip later for the others."""
+        self._awaited = {lane.rank for lane in self.lanes}
+        trip = self._network.trip(self._present)
         for lane in self.lanes:
-            if lane.pending is None and lane.push is None and not lane.flags & none_to_come and lane.patience > 0:
-                held.append(lane)
-            elif not self._settings.overlap:
-                self._take(lane)
-        self._held_by = {lane.rank for lane in held}
-        for lane in held:
-            self._at(self.now + heard + lane.patience, _Phase.EXCHANGE, self._release, lane, self._turn)
-        if not held:
-            self._close_window()
+            if trip == 0 or lane.news or not lane.present:
+                self._hear(lane, self._turn)
+            else:
+                self._at(self.now + trip, _Phase.EXCHANGE, self._hear, lane, self._turn)
+
+    def _hear(self, lane: Lane, turn: int) -> None:
+        """A worker has heard of the turn: it holds it open, if that is worth it for its push."""
+        none_to_come = Flag.IDLE | Flag.FINAL
+        if lane.pending is None and lane.push is None and not lane.flags & none_to_come and lane.patience > 0:
+            self._held_by.add(lane.rank)
+            self._at(self.now + lane.patience, _Phase.EXCHANGE, self._release, lane, turn)
+        else:
+            self._let_go(lane)
 
     def _release(self, lane: Lane, turn: int) -> None:
         """A worker holds the turn open no longer."""
-        if turn != self._turn or lane.rank not in self._held_by:
-            return
-        self._held_by.discard(lane.rank)
+        if turn == self._turn and lane.rank in self._held_by:
+            self._held_by.discard(lane.rank)
+            self._let_go(lane)
+
+    def _let_go(self, lane: Lane) -> None:
+        self._awaited.discard(lane.rank)
         if not self._settings.overlap:
             self._take(lane)
-        if not self._held_by:
-            self._close_window()
-
-    def _close_window(self) -> None:
-        ready = self._network.trip(self._present) if self._settings.overlap else 0.0
-        self._at(self.now + ready, _Phase.EXCHANGE, self._take_all)
+        if not self._awaited:
+            ready = self._network.trip(self._present) if self._settings.overlap else 0.0
+            self._at(self.now + ready, _Phase.EXCHANGE, self._take_all)
 
     def _take_all(self) -> None:
         for lane in self.lanes:
@@ -510,7 +520,8 @@ class Timeline:
         self._turn += 1
         self._turn_open = False
         self._headers = {}
-        self.over = self.progress.over
+        # Who is still to come finds work, if all others have left before it was done.
+        self.over = self.progress.over and (self.progress.exhausted or self._to_come == 0)
         self._observer.finished(finished)
         for lane in self.lanes:
             if lane.present:

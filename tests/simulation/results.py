@@ -71,6 +71,7 @@ def make_result(speeds: tuple[float, ...] = (2.0, 1.0), rounds: int = 3, wait: f
         losses=losses,
         evaluations=evaluations,
         rounds=made,
+        present_seconds=(max(round_.adopted for round_ in made),) * len(speeds),
         busy_seconds=tuple(sum(r.end - r.begin for r in made if r.worker == worker) for worker in everyone),
         waiting_seconds=(rounds * wait,) * len(speeds),
         bytes_sent=(1_500_000,) * len(speeds),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -133,6 +135,14 @@ def test_random_numbers_outside_are_left_alone() -> None:
 # ---- what Lightning modules do --------------------------------------------------------------------------------------
 
 
+class Noisy(Regression):
+    """Draws from all generators of random numbers."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        noise = torch.rand(()) + random.random() + np.random.rand()
+        return self.loss(batch) * (1 + noise.item())
+
+
 class Watched(Regression):
     """Notes what it sees in each step; with BatchNorm."""
 
@@ -142,13 +152,16 @@ class Watched(Regression):
         self.max_steps: set[int] = set()
         self.rates: list[float] = []
         self.batches = 0
+        self.losses: list[float] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.log("train_loss", 1.0)
         self.max_steps.add(self.trainer.max_steps)
         self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
         self.batches += 1
-        return self.loss((self.norm(batch[0]), batch[1]))
+        loss = self.loss((self.norm(batch[0]), batch[1]))
+        self.losses.append(loss.item())
+        return loss
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
@@ -164,12 +177,83 @@ def test_schedules_count_the_steps_of_the_job() -> None:
     assert steps[0] == 0 and 17 <= max(steps) <= 20
 
 
-def test_gradients_are_accumulated_within_a_step() -> None:
+def test_gradients_are_accumulated_within_a_step_but_not_beyond_a_pass() -> None:
     module = Watched()
-    result = simulate(module, loader(), TOY, 20, local_steps=5, trainer_options={"accumulate_grad_batches": 3})
+    options = {"accumulate_grad_batches": 3, "gradient_clip_val": 0.01}
+    result = simulate(module, loader(), TOY, 20, local_steps=5, trainer_options=options)
     assert result.total_local_steps == 80
-    assert module.batches == 240
-    assert sum(update.samples for update in result.updates) == 4 * 240
+    # A shard has 8 batches: steps of 3, 3 and 2, as Lightning makes them.
+    assert module.batches == sum(8 * (steps // 3) + 3 * (steps % 3) for steps in result.local_steps)
+    assert sum(update.samples for update in result.updates) == 4 * module.batches
+    assert result.losses[0].loss == pytest.approx(sum(module.losses[:13]) / 13, rel=0.2)  # not a third of it
+
+
+class Epochs(Regression):
+    """Writes down its hooks, and has a schedule by epochs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hooks: list[str] = []
+        self.epochs: set[int] = set()
+
+    def on_train_start(self) -> None:
+        self.hooks.append("train start")
+
+    def on_train_end(self) -> None:
+        self.hooks.append("train end")
+
+    def on_train_epoch_end(self) -> None:
+        self.hooks.append(f"epoch {self.current_epoch} of {self.trainer.num_training_batches} batches")
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch", "frequency": 2}}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        assert self.trainer.optimizers[0].param_groups[0]["lr"] == 0.5 ** (self.current_epoch // 2)
+        self.epochs.add(self.current_epoch)
+        return 0.01 * self.loss(batch)
+
+
+def test_epochs_are_each_workers_own_passes() -> None:
+    module = Epochs()
+    result = simulate(module, loader(), [1.0, 1.0], 80, local_steps=8)
+    assert result.local_steps == (80, 80)
+    assert module.epochs == set(range(5))  # a shard of two has 16 batches
+    assert module.hooks[0] == "train start" and module.hooks[-1] == "train end"
+    ended = [f"epoch {epoch} of 16 batches" for epoch in range(4)]
+    assert sorted(module.hooks[1:-1]) == sorted(2 * ended)
+
+
+def test_layers_in_evaluation_mode_stay_so() -> None:
+    module = Watched()
+    module.norm.eval()
+    result = simulate(
+        module,
+        loader(),
+        TOY,
+        20,
+        local_steps=5,
+        evaluate=lambda _: {},
+        evaluate_every=5,
+        trainer_options={"gradient_clip_val": 0.01},
+    )
+    assert torch.equal(result.state_dict["norm.running_mean"], torch.zeros(8))
+    assert not module.norm.training and module.net.training
+
+
+def test_training_that_changes_what_workers_share_is_refused() -> None:
+    class Teacher(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.average = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.average.add_(1)
+
+    with pytest.raises(RuntimeError, match=r"'average'.*register it as a buffer"):
+        simulate(Teacher(), loader(), TOY, 20, local_steps=5)
 
 
 def test_statistics_of_batch_norm_are_shared_and_counters_follow_worker_0() -> None:
@@ -194,11 +278,11 @@ def test_what_validation_logs_is_an_evaluation() -> None:
 
 def test_evaluating_changes_nothing() -> None:
     def measure(module: L.LightningModule) -> dict[str, float]:
-        torch.rand(3)
+        torch.rand(3), random.random(), np.random.rand()
         return {"norm": float(sum(p.norm() for p in module.parameters()))}
 
-    plain = simulate(Watched(), loader(), TOY, 20, local_steps=5)
-    evaluated = simulate(Watched(), loader(), TOY, 20, local_steps=5, evaluate=measure, evaluate_every=1)
+    plain = simulate(Noisy(), loader(), TOY, 20, local_steps=5)
+    evaluated = simulate(Noisy(), loader(), TOY, 20, local_steps=5, evaluate=measure, evaluate_every=1)
     assert evaluated.digest == plain.digest
     assert len(evaluated.evaluations) > 5
 
@@ -254,6 +338,15 @@ def test_workers_join_and_leave() -> None:
     assert 0 < lost < 5  # what it had not pushed
     assert final(result).item() == 120 - lost
     assert result.local_steps[2] > 0
+
+
+def test_who_is_still_to_come_finds_the_work_that_all_others_have_left() -> None:
+    workers = [VirtualWorker(1.0, leaves=10.5), VirtualWorker(1.0, joins=20.0)]
+    result = simulate(Counter(), loader(), workers, 30, outer_optimizer=PLAIN, local_steps=5, overlap=False)
+    assert result.local_steps == (10, 50)
+    assert result.utilization == pytest.approx(60 / 60.5, abs=0.01)
+    nobody = simulate(Counter(), loader(), [VirtualWorker(1.0, leaves=10.5)], 30, local_steps=5)
+    assert nobody.local_steps == (10,)
 
 
 def test_synchronous_workers_go_on_without_one_that_leaves() -> None:
@@ -336,6 +429,7 @@ class Plateau(Regression):
         ({"module": Manual()}, "automatic_optimization"),
         ({"module": Plateau()}, "ReduceLROnPlateau"),
         ({"trainer_options": {"devices": 2}}, "devices"),
+        ({"trainer_options": {"limit_train_batches": 2}}, "limit_train_batches"),
         ({"data": DataLoader(Batches(0), batch_size=None)}, "function of rank and size"),
         ({"data": DataLoader(TensorDataset(torch.zeros(0, 8)), batch_size=4)}, "no batch"),
         ({"pace": "quick"}, "pace"),

@@ -1,0 +1,189 @@
+"""The live module: one module in memory, which is every replica's in its turn."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_async_localsgd.layout import Layout
+
+__all__ = ["LiveModule", "Own"]
+
+
+class _ParameterPlace:
+    """A parameter of the live module. Its values change hands; the object, which optimizers know, stays."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self._parameter = parameter
+
+    def get(self) -> Tensor:
+        return self._parameter.data
+
+    def set(self, values: Tensor) -> None:
+        self._parameter.data = values
+
+
+class _BufferPlace:
+    """A buffer of the live module, which may be registered under several names."""
+
+    def __init__(self, owners: Sequence[tuple[nn.Module, str]]) -> None:
+        self._owners = owners
+
+    def get(self) -> Tensor:
+        owner, name = self._owners[0]
+        buffer = owner._buffers[name]
+        assert buffer is not None
+        return buffer
+
+    def set(self, values: Tensor) -> None:
+        for owner, name in self._owners:
+            owner._buffers[name] = values
+
+
+class _Random(NamedTuple):
+    """The state of all generators of random numbers."""
+
+    python: Any
+    numpy: Any
+    torch: Tensor
+    cuda: Tensor | None
+
+
+class Own:
+    """What is one replica's own of the module: parameters and buffers, and where its random numbers are."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []  # by place; while it is live, those of the module
+        self.random: _Random | None = None
+
+
+class LiveModule:
+    """Lends one module to many replicas, one at a time: swaps tensors in and out without copying them.
+
+    What replicas share are frozen parameters without a slot in the layout, and what is neither parameter nor buffer.
+
+    Args:
+        module: the module, on its device.
+        layout: what is exchanged.
+    """
+
+    def __init__(self, module: nn.Module, layout: Layout) -> None:
+        self._module = module
+        self._layout = layout
+        self._device = next(module.parameters()).device
+        self._places, self._slots = _find_places(module, layout)
+        self._original = [place.get() for place in self._places]
+        self._live: Own | None = None
+        self._random = self._get_random()
+        exchanged = {slot.name for slot in layout.parameter_slots}
+        self._shared = {name: p for name, p in module.named_parameters() if name not in exchanged}
+        self._versions = {name: p._version for name, p in self._shared.items()}
+
+    def adopt(self, own: Own, like: Own) -> None:
+        """Give a new replica copies of another one's tensors, or of the module's if that has none yet."""
+        own.tensors = [tensor.clone() for tensor in self._tensors(like) or self._original]
+        own.random = self._random  # alike for all, as in processes that are seeded alike
+
+    def exchanged(self, own: Own) -> list[Tensor]:
+        """A replica's tensors that are exchanged, in the order of the layout."""
+        tensors = self._tensors(own)
+        return [tensors[place] for place in self._slots]
+
+    def enter(self, own: Own) -> bool:
+        """Have the module be this replica's; returns whether it was another's before."""
+        if own is self._live:
+            return False
+        self._leave()
+        for place, tensor in zip(self._places, own.tensors, strict=True):
+            place.set(tensor)
+        assert own.random is not None
+        self._set_random(own.random)
+        self._live = own
+        return True
+
+    def _leave(self) -> None:
+        if self._live is not None:
+            self._tensors(self._live)
+            self._live.random = self._get_random()
+            self._live = None
+
+    def _tensors(self, own: Own) -> list[Tensor]:
+        if own is self._live:
+            own.tensors = [place.get() for place in self._places]
+        return own.tensors
+
+    def check_unshared(self) -> None:
+        """Refuse training that changes what all replicas share.
+
+        Raises:
+            RuntimeError: naming the parameter.
+        """
+        self._layout.check_trainable(self._module)
+        for name, parameter in self._shared.items():
+            if parameter._version != self._versions[name]:
+                raise RuntimeError(
+                    f"Parameter {name!r} has `requires_grad=False` and was changed in training (is it an average of "
+                    "others?). A simulation keeps one copy of such parameters for all workers: register it as a "
+                    "buffer instead, of which each worker has its own."
+                )
+
+    @contextmanager
+    def lend(self, values: Tensor, leader: Own) -> Iterator[None]:
+        """Have the module be the one of these global values (flat), and for the rest the leader's."""
+        self._leave()
+        with torch.no_grad():
+            tensors = [tensor.clone() for tensor in leader.tensors or self._original]
+            torch._foreach_copy_([tensors[place] for place in self._slots], self._layout.views(values))
+        state = self._get_random()
+        for place, tensor in zip(self._places, tensors, strict=True):
+            place.set(tensor)
+        try:
+            yield
+        finally:
+            self._set_random(state)
+
+    @torch.no_grad()
+    def close(self, values: Tensor, leader: Own) -> None:
+        """Give the module back with these global values, in the tensors that it came with."""
+        with self.lend(values, leader):
+            final = [place.get() for place in self._places]
+        for place, original, tensor in zip(self._places, self._original, final, strict=True):
+            place.set(original.copy_(tensor))
+
+    def _get_random(self) -> _Random:
+        cuda = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
+        return _Random(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
+
+    def _set_random(self, state: _Random) -> None:
+        random.setstate(state.python)
+        np.random.set_state(state.numpy)
+        torch.set_rng_state(state.torch)
+        if state.cuda is not None:
+            torch.cuda.set_rng_state(state.cuda, self._device)
+
+
+def _find_places(module: nn.Module, layout: Layout) -> tuple[list[_ParameterPlace | _BufferPlace], list[int]]:
+    """The places of the module where replicas differ, and for each slot of the layout its place."""
+    places: list[_ParameterPlace | _BufferPlace] = []
+    found: dict[str, int] = {}
+    parameters = dict(module.named_parameters())
+    for slot in layout.parameter_slots:
+        found[slot.name] = len(places)
+        places.append(_ParameterPlace(parameters[slot.name]))
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for prefix, owner in module.named_modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is None:
+                continue
+            if id(buffer) not in owners:
+                owners[id(buffer)] = []
+                found[f"{prefix}.{name}" if prefix else name] = len(places)
+                places.append(_BufferPlace(owners[id(buffer)]))
+            owners[id(buffer)].append((owner, name))
+    return places, [found[slot.name] for slot in layout.slots]

@@ -1,0 +1,127 @@
+"""The local steps of one virtual worker, made by Lightning's own loop."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
+from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
+from lightning.pytorch.loops.progress import _BatchProgress, _Progress
+from lightning.pytorch.trainer import call
+
+from lightning_async_localsgd.loader import count_samples
+
+__all__ = ["LocalSteps", "MakeBatches", "Passes"]
+
+
+class Passes(NamedTuple):
+    """A worker's training data."""
+
+    batches: Iterator[tuple[Any, int]]
+    """Its batches without an end, each with its number in the pass."""
+    length: int | float
+    """Batches of a pass; infinite where that is not known."""
+
+
+MakeBatches = Callable[[Callable[[], int]], Passes]
+"""Makes a worker's data, from what tells the shard of its current round."""
+
+
+class LocalSteps:
+    """What a worker trains with: its inner optimizer, schedules, batches, and where it is in its passes.
+
+    Args:
+        trainer: whose loop, strategy and precision make the steps. It must be fitting.
+        make_batches: makes the worker's data.
+
+    Raises:
+        ValueError: if a learning-rate schedule watches a metric.
+    """
+
+    def __init__(self, trainer: pl.Trainer, make_batches: MakeBatches) -> None:
+        self._trainer = trainer
+        self._module = trainer.lightning_module
+        self.optimizers, self._schedulers = _init_optimizers_and_lr_schedulers(self._module)
+        if any(config.reduce_on_plateau for config in self._schedulers):
+            raise ValueError(
+                "A simulation cannot step a `ReduceLROnPlateau`, which waits for a metric. Use a schedule by steps."
+            )
+        self._loop = _AutomaticOptimization(trainer)
+        self._batch_progress = _BatchProgress()
+        self._epoch_progress = _Progress()
+        self._shard = 0
+        self._passes = make_batches(lambda: self._shard)
+        self._scheduled = 0  # steps of the job that the schedules have made
+
+    def enter(self) -> None:
+        """Have the trainer's loop be this worker's."""
+        strategy, fit_loop = self._trainer.strategy, self._trainer.fit_loop
+        strategy.optimizers, strategy.lr_scheduler_configs = self.optimizers, self._schedulers
+        fit_loop.epoch_loop.automatic_optimization = self._loop
+        fit_loop.epoch_loop.batch_progress = self._batch_progress
+        fit_loop.epoch_progress = self._epoch_progress
+        fit_loop.max_batches = self._passes.length
+
+    def make(self, shard: int, job_steps: int) -> tuple[int, float]:
+        """Make one local step: as many batches as gradients are accumulated over, fewer at the end of a pass.
+
+        Args:
+            shard: what the worker's current round reads from.
+            job_steps: steps of the job before it, which the learning-rate schedules count.
+
+        Returns:
+            Samples, and the mean of their training loss.
+        """
+        self._shard = shard
+        self._schedule(job_steps)
+        epoch_loop = self._trainer.fit_loop.epoch_loop
+        samples, loss, stepped = 0, 0.0, False
+        while not stepped:
+            batch, batch_idx = next(self._passes.batches)
+            if batch_idx == 0:
+                self._begin_pass()
+            samples += count_samples(batch)
+            self._batch_progress.increment_ready()
+            stepped = not epoch_loop._should_accumulate()
+            outputs = self._make_batch(batch, batch_idx)
+            loss += float(outputs.get("loss", 0.0))  # divided by the batches of a step already
+            self._batch_progress.increment_completed()
+        return samples, loss
+
+    def _make_batch(self, batch: Any, batch_idx: int) -> Any:
+        trainer, module = self._trainer, self._module
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+        call._call_lightning_module_hook(trainer, "on_train_batch_start", batch, batch_idx)
+        self._batch_progress.increment_started()
+        kwargs = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx)
+        outputs = self._loop.run(trainer.optimizers[0], batch_idx, kwargs)
+        self._batch_progress.increment_processed()
+        call._call_lightning_module_hook(trainer, "on_train_batch_end", outputs, batch, batch_idx)
+        return outputs
+
+    def _schedule(self, job_steps: int) -> None:
+        for step in range(self._scheduled + 1, job_steps + 1):
+            self._step_schedules("step", step)
+        self._scheduled = max(self._scheduled, job_steps)
+
+    def _begin_pass(self) -> None:
+        """End the pass before, if there was one, and begin the next, which is an epoch of this worker alone."""
+        if self._batch_progress.total.ready > 0:
+            self._epoch_progress.increment_processed()
+            call._call_lightning_module_hook(self._trainer, "on_train_epoch_end")
+            self._step_schedules("epoch", self._trainer.current_epoch + 1)
+            self._epoch_progress.increment_completed()
+        self._batch_progress.reset_on_run()
+        self._epoch_progress.increment_ready()
+        call._call_lightning_module_hook(self._trainer, "on_train_epoch_start")
+        self._epoch_progress.increment_started()
+
+    def _step_schedules(self, interval: str, count: int) -> None:
+        for config in self._schedulers:
+            if config.interval == interval and count % config.frequency == 0:
+                self._module.lr_scheduler_step(config.scheduler, None)
