@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
-from lightning_async_localsgd.argument_types import at_least, more_than_zero, whole
 from lightning_async_localsgd.commands.usage import UsageError
+from lightning_async_localsgd.demo.argument_types import at_least, more_than_zero, whole
 
 if TYPE_CHECKING:
     from lightning_async_localsgd.simulation import Network
@@ -37,7 +37,7 @@ def add_network(parser: argparse.ArgumentParser) -> None:
     """What joins them."""
     network = parser.add_argument_group("network")
     network.add_argument(
-        "--latency", type=at_least(0), default=0.0, metavar="MS", help="of every exchange, in milliseconds"
+        "--latency", type=at_least(0), default=0.0, metavar="MS", help="milliseconds that any message takes"
     )
     network.add_argument("--bandwidth", type=more_than_zero, metavar="MBIT", help="Mbit/s of each worker; no limit")
     network.add_argument("--sites", type=whole(0), nargs="+", metavar="SITE", help="number of each worker's site; one")

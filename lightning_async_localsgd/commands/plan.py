@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_async_localsgd.argument_types import at_least, more_than_zero, whole
 from lightning_async_localsgd.commands.job import (
     STEP_TIMES,
     add_method,
@@ -19,6 +18,7 @@ from lightning_async_localsgd.commands.job import (
     read_speeds,
 )
 from lightning_async_localsgd.commands.usage import HelpFormatter, UsageError, refusals
+from lightning_async_localsgd.demo.argument_types import at_least, more_than_zero, whole
 
 if TYPE_CHECKING:
     from lightning_async_localsgd.simulation import Plan, Recommendation

@@ -6,13 +6,12 @@ import argparse
 import math
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from lightning_async_localsgd.argument_types import whole
 from lightning_async_localsgd.commands.job import (
     STEP_TIMES,
     add_method,
@@ -22,14 +21,15 @@ from lightning_async_localsgd.commands.job import (
     read_settings,
     read_speeds,
 )
-from lightning_async_localsgd.commands.usage import HelpFormatter, UsageError, one_line, refusals
+from lightning_async_localsgd.commands.usage import HelpFormatter, UsageError, refusals
+from lightning_async_localsgd.demo.argument_types import whole
 from lightning_async_localsgd.demo.arguments import add_arguments, build_data, build_model
 
 if TYPE_CHECKING:
     from lightning_async_localsgd.demo.language_model import LanguageModel
     from lightning_async_localsgd.demo.text import TextDataModule
     from lightning_async_localsgd.simulation import Device, Network, Simulation
-    from lightning_async_localsgd.simulation.result import Evaluation, LossPoint, SimulatedRound
+    from lightning_async_localsgd.simulation.result import Evaluation, LossPoint, SimulatedRound, SimulationResult
 
 __all__ = ["add_parser", "run"]
 
@@ -94,20 +94,20 @@ def run(args: argparse.Namespace) -> int:
         settings = read_settings(args, len(speeds))
         network = read_network(args, len(speeds))
         from lightning_async_localsgd.simulation.picture import draw  # refuses to be imported without matplotlib
-        from lightning_async_localsgd.simulation.report import format_table, write_csv, write_json
+        from lightning_async_localsgd.simulation.report import format_table, write_json
 
         model, data = _model_and_data(args)
         progress = _Progress(args.output_dir, args.max_steps * len(speeds))
         simulation = _simulation(args, settings, network, speeds, model, data, progress)
-    with progress:
-        code = _run(simulation)
-
-    result = simulation.result()
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    del arguments["run"]
-    write_json(result, args.output_dir / "result.json", finished=code == 0, arguments=arguments)
-    write_csv(result, args.output_dir)
-    draw(result, args.output_dir / "run.png")
+    with _interrupts() as received:
+        with progress:
+            code = _run(simulation, received)
+            result = simulation.result()
+            progress.add_updates(result)
+        arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        del arguments["run"]
+        write_json(result, args.output_dir / "result.json", finished=code == 0, arguments=arguments)
+        draw(result, args.output_dir / "run.png")
     print(format_table(result))
     if code:
         print("unfinished: the run was interrupted, and this is what there was until then")
@@ -121,8 +121,11 @@ def _model_and_data(args: argparse.Namespace) -> tuple[LanguageModel, TextDataMo
     torch.manual_seed(args.seed)
     model = build_model(args)
     data = build_data(args, args.output_dir / "text")
+    args.output_dir.mkdir(parents=True, exist_ok=True)  # what cannot be written is refused before the text is read
     data.prepare_data()
     data.setup("fit")
+    if data.corpus.stream() is None and len(data.train_dataloader()) == 0:
+        raise ValueError(f"The text has not enough blocks of {args.context} tokens for a batch of {args.batch_size}.")
     return model, data
 
 
@@ -161,39 +164,31 @@ def _simulation(
     return simulation
 
 
-def _run(simulation: Simulation) -> int:
-    """Runs to the end, or until somebody has had enough; returns the exit code.
-
-    Raises:
-        UsageError: if it is refused only now, with the data at hand.
-    """
-    with _interrupts() as received:
-        try:
-            simulation.run()
-        except KeyboardInterrupt:
-            return 128 + (received[0] if received else signal.SIGINT)
-        except ValueError as error:
-            _, local_steps, _ = simulation.moment
-            if local_steps:
-                raise
-            raise UsageError(one_line(error)) from error
+def _run(simulation: Simulation, received: list[int]) -> int:
+    """Runs to the end, or until somebody has had enough; returns the exit code."""
+    try:
+        simulation.run()
+    except KeyboardInterrupt:
+        return 128 + (received[0] if received else signal.SIGINT)
     return 0
 
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """SIGTERM ends a run as Ctrl-C does; yields the signals that were it."""
+    """Ctrl-C and SIGTERM end a run, once: what is there is then written undisturbed. Yields the signal that it was."""
     received: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        raise KeyboardInterrupt
+        if not received:
+            received.append(number)
+            raise KeyboardInterrupt
 
-    before: Callable[[int, FrameType | None], Any] | int | None = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Progress:
@@ -229,3 +224,6 @@ class _Progress:
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
         self._tables.add([evaluation])
+
+    def add_updates(self, result: SimulationResult) -> None:
+        self._tables.add(result.updates)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_async_localsgd.argument_types import more_than_zero, whole
+from lightning_async_localsgd.demo.argument_types import more_than_zero, whole
 
 # What these import takes seconds: `--help` and mistyped arguments shall not wait for it.
 if TYPE_CHECKING:

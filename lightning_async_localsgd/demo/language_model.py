@@ -71,6 +71,6 @@ def held_out_metrics(model: LanguageModel, blocks: Tensor, batch_size: int = 64)
         blocks: Held-out blocks of tokens, shape ``(blocks, block_size + 1)``.
         batch_size: Blocks that the model reads at a time.
     """
-    losses = [model.loss(batch).item() * len(batch) for batch in blocks.split(batch_size)]
+    losses = [model.loss(batch.to(model.device)).item() * len(batch) for batch in blocks.split(batch_size)]
     loss = sum(losses) / len(blocks)
     return {"held_out_loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # a run that diverged shall go on

@@ -101,8 +101,8 @@ class ChangingDevice:
 class VirtualWorker:
     """A worker that comes late or goes early.
 
-    Who joins starts from the global parameters of that moment. Who leaves takes along what it has not pushed yet, as a
-    spot instance that is taken away does; the others go on without it.
+    Who joins starts from the global parameters of that moment. Who leaves takes along what has not been applied yet, as
+    a spot instance that is taken away does; the others go on without it.
 
     Args:
         device: its device, or its speed in local steps per second.

@@ -110,7 +110,9 @@ def write_json(result: SimulationResult, path: Path, **more: Any) -> None:
         **more: Further JSON values of the object.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite(result.to_json() | more), indent=1) + "\n")
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(_finite(result.to_json() | more), indent=1) + "\n")
+    unfinished.replace(path)  # whole, or not there
 
 
 def _finite(value: Any) -> Any:

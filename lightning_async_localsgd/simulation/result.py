@@ -61,7 +61,7 @@ class SimulatedRound:
     """When its last local step was made."""
     local_steps: int
     adopted: float
-    """When the worker went on from the global parameters that hold this round; with overlap it trained meanwhile."""
+    """When the global parameters that hold this round were there; with overlap the worker trained meanwhile."""
 
 
 @dataclass(frozen=True)

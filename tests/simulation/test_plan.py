@@ -51,7 +51,8 @@ def test_a_synchronous_round_lasts_as_long_as_its_steps_and_its_exchange() -> No
     network = Network(latency=0.1, bandwidth=1e7)
     here = planned(network=network, local_steps=50, **make_method("sync", 4))
     everyone = range(4)
-    exchange = network.header_seconds(everyone) + network.delta_seconds(everyone, everyone, PARAMETERS, 4)
+    bell = network.trip(everyone)
+    exchange = bell + network.header_seconds(everyone) + network.delta_seconds(everyone, everyone, PARAMETERS, 4)
     assert here.round_seconds == pytest.approx(50 / min(SPEEDS) + exchange)
 
 
