@@ -6,9 +6,9 @@
 Four real workers train with the strategy, their devices simulated as in throughput.py. Two step times of the fastest
 worker, two distributions of speeds; with slow links (network namespaces joined by a switch, `tc tbf`) with and without
 overlap. The figure is predicted over real throughput: local steps of all workers per second, from the first step of any
-to the last step of any. The prediction knows the number of parameters, the rate of the links, and how long a step of each
-worker takes where it trains alone: measured just before, as anybody would who plans (all four at the same time, without
-knowing of each other, for two cores serve them). `ratio_nominal` goes by what the devices are set to instead.
+to the last step of any. The prediction knows the number of parameters, the rate of the links, and how long a step of
+each worker takes where it trains alone: measured just before, as anybody would who plans (all four at the same time,
+without knowing of each other, for two cores serve them). `ratio_nominal` goes by what the devices are set to instead.
 """
 
 import argparse
@@ -173,7 +173,8 @@ def describe(row: dict[str, Any]) -> str:
         )
     )
     times = f"{row['distribution']}, {row['step_seconds'][0] * 1e3:g} ms, {link}, {overlap}"
-    return f"{times}: ratio {row['ratio']:.3f} (nominal {row['ratio_nominal']:.3f}); predicted / real: {', '.join(figures)}"
+    ratios = f"ratio {row['ratio']:.3f} (nominal {row['ratio_nominal']:.3f})"
+    return f"{times}: {ratios}; predicted / real: {', '.join(figures)}"
 
 
 def main() -> None:
