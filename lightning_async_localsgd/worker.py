@@ -151,6 +151,7 @@ class Worker:
         """Version of the global parameters that this worker has adopted."""
         self.blocked_seconds = 0.0
         self._round_started = 0.0
+        self._start_version = 0  # of the global parameters that this round has begun from
         self._pauses = 0
         self._own: list[Tensor] | None = None  # what `lend_global` has put aside
         self._progress = Progress.at_start(size, settings.local_steps)
@@ -496,7 +497,7 @@ class Worker:
         Progress that is not applied yet, pushed or not, is the difference between ``tensors`` and ``base``.
         """
         steps, samples, shard = self._rounds.round_steps, self._rounds.round_samples, self.shard
-        base, version = self._base, self.version
+        base, version = self._base, self._start_version
         assert self._exchange is not None
         push = self._mailbox.untaken_push() or self._exchange.pending
         if push is not None:
@@ -510,7 +511,7 @@ class Worker:
             # Without updates since the round began, the base is the global state itself.
             "base": None if version == self._state.version else base.to("cpu", copy=True),
             "round": self.round - (push is not None),
-            "version": version,
+            "start_version": version,
             "round_steps": steps,
             "round_samples": samples,
             "shard": shard,
@@ -532,7 +533,7 @@ class Worker:
         if not same_workers:
             self._state.begin_rounds(range(self.size))
         self._copy_to_module(self._state.flat)
-        self.version = self._state.version
+        self.version = self._start_version = self._state.version
         self._progress = replace(self._progress, version=self.version)
         if same_workers:
             saved: dict[str, Any] = state_dict["progress"] | {"beat": Beat(*state_dict["progress"]["beat"])}
@@ -553,7 +554,7 @@ class Worker:
         self._rounds.round_samples = saved["round_samples"]
         tensors = self._layout.tensors(self._module)
         torch._foreach_copy_(tensors, saved["tensors"])
-        self.version = saved.get("version", self.version)  # it stays as stale as it was
+        self._start_version = saved.get("start_version", self.version)  # the round stays as stale as it was
         if saved["base"] is not None:  # learned on top of older global parameters: rebase it, as an adoption would
             correction = (self._state.flat - saved["base"].to(self._state.flat.device)).to(self._device)
             torch._foreach_add_(tensors, self._layout.views(correction))
@@ -593,7 +594,7 @@ class Worker:
                 samples=self._rounds.round_samples,
                 seconds=time.monotonic() - self._round_started,
                 shard=self.shard if shard is None else shard,
-                start_version=self.version,
+                start_version=self._start_version,
             )
             self._base = self._snapshot = None
             self._rounds.begin(self._mailbox.progress, draw=shard is None)
@@ -648,7 +649,7 @@ class Worker:
                 correction = adoption.correction.to(self._device, non_blocking=True)
                 torch._foreach_add_(self._own_tensors, self._layout.views(correction))
             self._base, self._snapshot = adoption.base, adoption.correction
-            self.version = adoption.version
+            self.version = self._start_version = adoption.version
 
     @property
     def _own_tensors(self) -> list[Tensor]:

@@ -166,7 +166,9 @@ def save(folder: str, rank: int, name: str, state: dict[str, Any]) -> None:
     torch.save(state, f"{folder}/{name}-{rank}.pt")
 
 
-def interrupted(rank: int, folder: str, max_steps: int, settings: dict[str, Any]) -> Any:
+def interrupted(
+    rank: int, folder: str, max_steps: int, settings: dict[str, Any], pauses: tuple[float, float] = (0.002, 0.002)
+) -> Any:
     """Writes a checkpoint at worker 0's step 20."""
     module, optimizer, job = parts(rank, max_steps=max_steps, on_checkpoint=partial(save, folder, rank), **settings)
     batches = iter(Batches(100 + rank))
@@ -176,7 +178,7 @@ def interrupted(rank: int, folder: str, max_steps: int, settings: dict[str, Any]
             nn.functional.mse_loss(module(x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
-            time.sleep(0.002)
+            time.sleep(pauses[rank])
             if rank == 0 and job.worker.local_steps == 20:
                 job.checkpoint("middle")
     return job.summary
@@ -215,6 +217,16 @@ def test_a_checkpoint_is_one_moment_of_all_workers_and_the_run_goes_on_from_it(
         assert version == first["global"]["version"]
         assert own_steps == states[rank]["worker"]["local_steps"]
         assert abs(summary.total_local_steps - 120) <= 2 * 5 and summary.digest == ends[0][3].digest
+
+
+def test_a_round_that_a_checkpoint_cuts_stays_as_stale_as_it_was(tmp_path: Path) -> None:
+    settings = {"pace": "fixed", "grace_period": 0.0}
+    results(run_processes(interrupted, 2, str(tmp_path), 30, settings, (0.002, 0.4)))  # worker 1 is in its first round
+    states = [torch.load(tmp_path / f"middle-{rank}.pt", weights_only=True) for rank in range(2)]
+    stale = states[1]["global"]["global"]["version"] - states[1]["worker"]["start_version"]
+    assert stale >= 3 and states[1]["global"]["progress"]["max_staleness"] < stale
+    ends = results(run_processes(resumed, 2, str(tmp_path), -1, 40, settings))
+    assert ends[0][3].max_staleness >= stale
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
