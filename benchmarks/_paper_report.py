@@ -35,6 +35,7 @@ from _paper_runs import (
     Run,
     parameters,
     seconds_per_step,
+    tuning_level,
 )
 
 PUBLISHED_HETEROGENEITY = {
@@ -126,7 +127,8 @@ class Figures:
     def runs(self, row: str, **differences: Any) -> list[Run]:
         """The runs of a row: a method, or a variant of delayed Nesterov."""
         method, _, variant = row.partition("-") if row.startswith(f"{DN}-") else (row, "", "")
-        options: dict[str, Any] = {"outer_lr": self.results.tuned_outer_lr(self.grid, method), **differences}
+        level = differences.get("heterogeneity", VERY)
+        options: dict[str, Any] = {"outer_lr": self.results.tuned_outer_lr(self.grid, method, level), **differences}
         if options["outer_lr"] is None:
             return []
         variants: dict[str, dict[str, Any]] = {
@@ -237,13 +239,14 @@ def methods_table(figures: Figures) -> str:
 
 def tuning_table(figures: Figures) -> str:
     lines = []
-    for method in TUNED:
-        losses = figures.results.tuning(figures.grid, method)
+    tuned = [(method, level) for method in TUNED for level in LEVELS if tuning_level(method, level) == level]
+    for method, level in tuned:
+        losses = figures.results.tuning(figures.grid, method, level)
         tried = ", ".join(f"{lr:g}: {number(perplexity({'loss': loss}))}" for lr, loss in losses.items())
-        chosen = figures.results.tuned_outer_lr(figures.grid, method)
+        chosen = figures.results.tuned_outer_lr(figures.grid, method, level)
         at_edge = " (the edge of what was tried)" if chosen in (TUNED[method][0], TUNED[method][-1]) else ""
-        lines.append([LABELS[method], tried, f"{chosen:g}{at_edge}" if chosen is not None else ""])
-    return as_table(["method", "perplexity by outer learning rate", "best"], lines)
+        lines.append([LABELS[method], level, tried, f"{chosen:g}{at_edge}" if chosen is not None else ""])
+    return as_table(["method", "devices", "perplexity by outer learning rate", "best"], lines)
 
 
 def workers_table(figures: Figures) -> str:

@@ -41,7 +41,7 @@ LESSER = ("async-sgd", "async-momentum", "poly", "polythres", "delay-compensatio
 TUNING_SEED = 0
 """The outer learning rates of the baselines are tuned on it, and nothing else is: it is in no table."""
 TUNED = {
-    ASYNC_DILOCO: (0.025, 0.05, 0.1),
+    ASYNC_DILOCO: (0.025, 0.05, 0.1, 0.2),
     ASYNC_BUFFER: (0.175, 0.35, 0.7),
     "async-sgd": (0.25, 0.5, 1.0),
     "async-momentum": (0.025, 0.05, 0.1),
@@ -49,8 +49,8 @@ TUNED = {
     "polythres": (0.05, 0.1, 0.2),
     "delay-compensation": (0.025, 0.05, 0.1),
 }
-"""What each baseline's outer learning rate is tuned over, with very unequal devices. That of synchronous DiLoCo and of
-delayed Nesterov is the paper's 0.7, untuned."""
+"""What each baseline's outer learning rate is tuned over. That of synchronous DiLoCo and of delayed Nesterov is the
+paper's 0.7, untuned."""
 
 CURVE_POINTS = 20
 _CURVE_WINDOWS = 256  # of the held-out text: a curve has many points, and only its last is a result
@@ -260,6 +260,11 @@ def _toy_problem(run: Run) -> _Problem:
 # ---- results --------------------------------------------------------------------------------------------------------
 
 
+def tuning_level(method: str, heterogeneity: str) -> str:
+    """Where a baseline is tuned for this heterogeneity: async DiLoCo right there, the others with very unequal devices."""
+    return heterogeneity if method == ASYNC_DILOCO else VERY
+
+
 class Results:
     """What is known of runs: a file of lines, each written when its run is over."""
 
@@ -281,16 +286,17 @@ class Results:
         """The results that are there, by seed."""
         return {run.seed: self._results[run] for run in runs if run in self._results}
 
-    def tuning(self, grid: Grid, method: str) -> dict[float, float]:
+    def tuning(self, grid: Grid, method: str, level: str = VERY) -> dict[float, float]:
         """Held-out loss of a baseline by outer learning rate, as far as it has been tried."""
-        tried = {lr: self.of(grid.runs(method, outer_lr=lr, seeds=[TUNING_SEED])) for lr in TUNED[method]}
+        runs = {lr: grid.runs(method, outer_lr=lr, heterogeneity=level, seeds=[TUNING_SEED]) for lr in TUNED[method]}
+        tried = {lr: self.of(of_lr) for lr, of_lr in runs.items()}
         return {lr: found[TUNING_SEED]["loss"] for lr, found in tried.items() if found}
 
-    def tuned_outer_lr(self, grid: Grid, method: str) -> float | None:
+    def tuned_outer_lr(self, grid: Grid, method: str, heterogeneity: str = VERY) -> float | None:
         """The outer learning rate to run a method with; None for a baseline that is not tuned yet."""
         if method not in TUNED:
             return METHODS[method].outer_lr if method in METHODS else 0.0
-        losses = self.tuning(grid, method)
+        losses = self.tuning(grid, method, tuning_level(method, heterogeneity))
         if len(losses) < len(TUNED[method]):
             return None
         return min(losses, key=lambda lr: losses[lr] if math.isfinite(losses[lr]) else math.inf)

@@ -45,6 +45,7 @@ from _paper_runs import (
     Run,
     execute,
     prepare,
+    tuning_level,
 )
 
 REPOSITORY = Path(__file__).parents[1]
@@ -115,13 +116,16 @@ TABLES: dict[str, Callable[[], Iterator[Cell]]] = {
 def tuning_runs(tables: list[str], grid: Grid) -> list[Run]:
     """The runs by which the baselines in these tables are tuned."""
     cells = [cell for table in tables for cell in TABLES[table]()]
-    methods = {method for method, differences in cells if method in TUNED and "outer_lr" not in differences}
+    tuned = {
+        (method, tuning_level(method, str(differences.get("heterogeneity", VERY))))
+        for method, differences in cells
+        if method in TUNED and "outer_lr" not in differences
+    }
     runs = (
         run
-        for method in TUNED
-        if method in methods
+        for method, level in sorted(tuned)
         for lr in TUNED[method]
-        for run in grid.runs(method, outer_lr=lr, seeds=[TUNING_SEED])
+        for run in grid.runs(method, outer_lr=lr, heterogeneity=level, seeds=[TUNING_SEED])
     )
     return by_length(runs)
 
@@ -130,7 +134,8 @@ def table_runs(table: str, grid: Grid, results: Results) -> list[Run]:
     """The runs of a table, whose baselines have been tuned."""
     runs: list[Run] = []
     for method, differences in TABLES[table]():
-        runs += grid.runs(method, **{"outer_lr": results.tuned_outer_lr(grid, method), **differences})  # type: ignore[arg-type]
+        outer_lr = results.tuned_outer_lr(grid, method, str(differences.get("heterogeneity", VERY)))
+        runs += grid.runs(method, **{"outer_lr": outer_lr, **differences})  # type: ignore[arg-type]
     return by_length(runs)
 
 
@@ -176,7 +181,8 @@ def print_plan(tables: list[str], grid: Grid, results: Results) -> None:
     runs = tuning_runs(tables, grid)
     for table in tables:
         for method, differences in TABLES[table]():
-            guess = results.tuned_outer_lr(grid, method) or TUNED.get(method, (0.0,))[0]
+            level = str(differences.get("heterogeneity", VERY))
+            guess = results.tuned_outer_lr(grid, method, level) or TUNED.get(method, (0.0,))[0]
             runs += grid.runs(method, **{"outer_lr": guess, **differences})  # type: ignore[arg-type]
     missing = [run for run in dict.fromkeys(runs) if run not in results]
     minutes = sum(run.expected_seconds for run in missing) / 60
