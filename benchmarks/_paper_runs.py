@@ -261,7 +261,7 @@ def _toy_problem(run: Run) -> _Problem:
 
 
 def tuning_level(method: str, heterogeneity: str) -> str:
-    """Where a baseline is tuned for this heterogeneity: async DiLoCo right there, the others with very unequal devices."""
+    """Where a baseline is tuned: async DiLoCo at the same heterogeneity, the others with very unequal devices."""
     return heterogeneity if method == ASYNC_DILOCO else VERY
 
 
