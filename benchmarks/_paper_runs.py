@@ -141,6 +141,8 @@ class Grid:
             heterogeneity, outer_lr, pace = NONE, 0.0, "fixed"
         if outer_lr is None:
             outer_lr = METHODS[method].outer_lr
+        if method == ASYNC_DILOCO:
+            outer_lr *= WORKERS / workers  # as many steps with momentum as there are workers take the place of one
         if grace_period is None:
             grace_period = 2 * max(seconds_per_step(heterogeneity, workers))
         steps = self.toy_steps if task == TOY else self.steps
