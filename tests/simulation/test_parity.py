@@ -31,6 +31,15 @@ SIZE = 4
 STEPS = 40
 
 
+@pytest.fixture(autouse=True)
+def as_many_threads_as_the_processes() -> Iterator[None]:
+    """How a sum is split over threads decides how it is rounded."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Net(L.LightningModule):
     """A net with BatchNorm, AdamW and a schedule by steps."""
 
