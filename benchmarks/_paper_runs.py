@@ -294,6 +294,13 @@ class Results:
         tried = {lr: self.of(of_lr) for lr, of_lr in runs.items()}
         return {lr: found[TUNING_SEED]["loss"] for lr, found in tried.items() if found}
 
+    def common_outer_lr(self, grid: Grid, method: str) -> float | None:
+        """The outer learning rate that is best on average over all levels; None before all have been tried."""
+        tried = [self.tuning(grid, method, level) for level in LEVELS]
+        if any(len(losses) < len(TUNED[method]) for losses in tried):
+            return None
+        return min(TUNED[method], key=lambda lr: sum(losses[lr] for losses in tried))
+
     def tuned_outer_lr(self, grid: Grid, method: str, heterogeneity: str = VERY) -> float | None:
         """The outer learning rate to run a method with; None for a baseline that is not tuned yet."""
         if method not in TUNED:

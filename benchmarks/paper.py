@@ -133,6 +133,8 @@ def tuning_runs(tables: list[str], grid: Grid) -> list[Run]:
 def table_runs(table: str, grid: Grid, results: Results) -> list[Run]:
     """The runs of a table, whose baselines have been tuned."""
     runs: list[Run] = []
+    if table == "heterogeneity" and (common := results.common_outer_lr(grid, ASYNC_DILOCO)) is not None:
+        runs += [r for level in LEVELS for r in grid.runs(ASYNC_DILOCO, outer_lr=common, heterogeneity=level)]
     for method, differences in TABLES[table]():
         outer_lr = results.tuned_outer_lr(grid, method, str(differences.get("heterogeneity", VERY)))
         runs += grid.runs(method, **{"outer_lr": outer_lr, **differences})  # type: ignore[arg-type]
