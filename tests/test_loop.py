@@ -166,19 +166,19 @@ def save(folder: str, rank: int, name: str, state: dict[str, Any]) -> None:
     torch.save(state, f"{folder}/{name}-{rank}.pt")
 
 
-def interrupted(
-    rank: int, folder: str, max_steps: int, settings: dict[str, Any], pauses: tuple[float, float] = (0.002, 0.002)
-) -> Any:
-    """Writes a checkpoint at worker 0's step 20."""
+def interrupted(rank: int, folder: str, max_steps: int, settings: dict[str, Any], slow: int = -1) -> Any:
+    """Writes a checkpoint at worker 0's step 20; the worker ``slow`` is in its first step until it hears of that."""
     module, optimizer, job = parts(rank, max_steps=max_steps, on_checkpoint=partial(save, folder, rank), **settings)
     batches = iter(Batches(100 + rank))
     with job:
         while job.running:
             x, y = next(batches)
+            while rank == slow and job.worker.summary().local_steps[0] < 20:
+                time.sleep(0.001)
             nn.functional.mse_loss(module(x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
-            time.sleep(pauses[rank])
+            time.sleep(0.002)
             if rank == 0 and job.worker.local_steps == 20:
                 job.checkpoint("middle")
     return job.summary
@@ -221,10 +221,10 @@ def test_a_checkpoint_is_one_moment_of_all_workers_and_the_run_goes_on_from_it(
 
 def test_a_round_that_a_checkpoint_cuts_stays_as_stale_as_it_was(tmp_path: Path) -> None:
     settings = {"pace": "fixed", "grace_period": 0.0}
-    results(run_processes(interrupted, 2, str(tmp_path), 30, settings, (0.002, 0.4)))  # worker 1 is in its first round
+    results(run_processes(interrupted, 2, str(tmp_path), 30, settings, 1))  # worker 1 is in its first round
     states = [torch.load(tmp_path / f"middle-{rank}.pt", weights_only=True) for rank in range(2)]
     stale = states[1]["global"]["global"]["version"] - states[1]["worker"]["start_version"]
-    assert stale >= 3 and states[1]["global"]["progress"]["max_staleness"] < stale
+    assert stale > 0 and states[1]["global"]["progress"]["max_staleness"] < stale
     ends = results(run_processes(resumed, 2, str(tmp_path), -1, 40, settings))
     assert ends[0][3].max_staleness >= stale
 

@@ -49,7 +49,6 @@ from lightning_async_localsgd.settings import Settings
 
 __all__ = ["ExchangeThread"]
 
-
 _READY = bytes(HEADER_BYTES)
 _GOODBYE = timedelta(seconds=30)
 _LAST_WORDS = timedelta(seconds=5)
