@@ -15,6 +15,7 @@ from typing_extensions import Self
 
 from lightning_async_localsgd.exchange.header import Message
 from lightning_async_localsgd.membership import StaticJob, join_job
+from lightning_async_localsgd.rounds import whole_samples
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.version import __version__
 from lightning_async_localsgd.worker import RunSummary, Worker
@@ -55,8 +56,8 @@ class AsyncLocalSGD:
             :class:`~lightning_async_localsgd.AsyncLocalSGDStrategy`: ``local_steps``, ``outer_optimizer``, ``pace``...
 
     Raises:
-        TypeError: if no optimizer is given.
-        ValueError: if a setting is outside its range, or an optimizer trains parameters that ``module`` does not have.
+        TypeError: if no optimizer is given, or ``samples`` is not a number.
+        ValueError: if ``samples`` is not a whole number from 0 to 2^32, a setting is outside its range, or an optimizer trains parameters that ``module`` does not have.
         RuntimeError: if rank, size or the address of the others is neither given nor in the environment.
     """
 
@@ -78,7 +79,7 @@ class AsyncLocalSGD:
         _check_parameters(module, optimizers)
         self.settings = Settings(**settings)
         self.max_steps = max_steps
-        self.samples = samples
+        self.samples = whole_samples(samples)
         """Samples learned in each local step from now on; shards and the summary count them."""
         self.on_checkpoint = on_checkpoint
         self.rank = int(_environment("RANK")) if rank is None else rank

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -12,7 +13,9 @@ from lightning_async_localsgd.exchange.ledger import Progress
 from lightning_async_localsgd.pace import make_pace
 from lightning_async_localsgd.settings import Settings
 
-__all__ = ["Rounds"]
+__all__ = ["Rounds", "whole_samples"]
+
+_MOST_SAMPLES = 1 << 32  # of one local step
 
 
 class Rounds:
@@ -70,7 +73,13 @@ class Rounds:
     # ---- the round --------------------------------------------------------------------------------------------------
 
     def count(self, samples: int) -> None:
-        """Count a local step."""
+        """Count a local step.
+
+        Raises:
+            TypeError: if ``samples`` is not a number.
+            ValueError: if it is not a whole one, or outside its range.
+        """
+        samples = whole_samples(samples)
         self.local_steps += 1
         self.round_steps += 1
         self.round_samples += samples
@@ -210,3 +219,19 @@ class Rounds:
             job_steps = min(job_steps, self._max_steps)
         self._job_steps = max(self._job_steps, job_steps)
         return self._job_steps
+
+
+def whole_samples(samples: Any) -> int:
+    """The samples of a local step as an integer, given as any whole number: an int, a float, a tensor of one element.
+
+    Raises:
+        TypeError: if ``samples`` is not a number.
+        ValueError: if it is not a whole one, or negative, or above 2^32.
+    """
+    try:
+        whole = int(samples)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last: a tensor of several elements
+        raise TypeError(f"`samples` must be a whole number, the samples of one local step, got {samples!r}.") from error
+    if whole != samples or not 0 <= whole <= _MOST_SAMPLES:
+        raise ValueError(f"`samples` must be a whole number from 0 to {_MOST_SAMPLES}, got {samples!r}.")
+    return whole

@@ -221,12 +221,14 @@ class Worker:
         """Count one local step; push, adopt or wait where it is time to. Call it after each step of the optimizer.
 
         Args:
-            samples: samples this worker learned in this step.
+            samples: samples this worker learned in this step: a whole number from 0 to 2^32.
 
         Returns:
             Whether to go on training. Once False, call :meth:`finish`.
 
         Raises:
+            TypeError: if ``samples`` is not a number.
+            ValueError: if it is not a whole one, or outside its range.
             AsyncLocalSGDError: if the exchange has failed, on this worker or another.
         """
         self._stopwatch.step()

@@ -17,7 +17,9 @@ import torch
 from torch import nn
 
 from lightning_async_localsgd import RunSummary, Settings, Worker
+from lightning_async_localsgd.exchange.header import Header
 from lightning_async_localsgd.exchange.transport import GlooTransport
+from lightning_async_localsgd.stopwatch import Stopwatch
 from tests.modules import SPEEDS, Batches, make_net
 from tests.processes import STILL_RUNNING, Outcome, job_store, results, run_processes
 
@@ -137,6 +139,31 @@ def test_synchronous_workers_make_exactly_their_steps_and_one_update_a_round() -
     assert summary.local_steps == (20, 20, 20)
     assert summary.version == 4
     assert summary.max_staleness == 0
+
+
+def counting_samples(rank: int, size: int) -> Any:
+    loop = Loop(rank, size)
+    loop.worker.start(20)
+    running, steps = True, 0
+    while running:
+        loop.train_step()
+        running = loop.worker.step(samples=(4, 4.0, torch.tensor(4), torch.tensor([4.0]))[steps % 4])
+        steps += 1
+    refused = []
+    for samples in (-1, 3.5, math.nan, math.inf, 1 << 40, "four", None, torch.ones(2)):
+        try:
+            loop.worker.step(samples=samples)
+        except (TypeError, ValueError) as error:
+            refused.append("`samples` must be a whole number" in str(error))
+    loop.worker.finish()
+    updates = loop.worker.take_updates()
+    return sum(u.samples for u in updates), sum(u.local_steps for u in updates), refused
+
+
+def test_samples_are_any_whole_number_and_nothing_else() -> None:
+    for samples, steps, refused in results(run_processes(counting_samples, 2, 2)):
+        assert samples == 4 * steps > 0
+        assert refused == [True] * 8
 
 
 def own_budget(rank: int, size: int) -> Any:
@@ -426,6 +453,18 @@ def talking_nonsense(rank: int, size: int) -> Any:
 def test_a_malformed_header_names_its_sender() -> None:
     error = errors_of(run_processes(talking_nonsense, 2, 2))[0]
     assert "Worker 1" in error and "not a header" in error
+
+
+def infinitely_fast(rank: int, size: int) -> Any:
+    if rank == 1:  # as a worker of a faulty clock would say
+        Header._check = lambda self: None  # type: ignore[method-assign]
+        Stopwatch.speed = lambda self, round_steps: math.inf  # type: ignore[method-assign]
+    return Loop(rank, size).run(100)
+
+
+def test_a_number_outside_its_range_names_its_sender() -> None:
+    error = errors_of(run_processes(infinitely_fast, 2, 2))[0]
+    assert "Worker 1" in error and "`speed` is inf" in error
 
 
 # ---- what must not grow or burn --------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from dataclasses import dataclass
 from enum import IntFlag
@@ -19,6 +20,9 @@ _MAGIC = b"ALSG"
 _PREFIX = struct.Struct("<4sHHI")  # magic, protocol, flags, bytes of message
 _FIELDS = struct.Struct("<10Qdq")
 MESSAGE_BYTES = HEADER_BYTES - _PREFIX.size - _FIELDS.size
+_COUNTS = ("worker", "turn", "version", "steps", "round", "round_steps", "round_samples", "shard", "start_version")
+_LARGEST_COUNT = 1 << 53  # exact as a float too
+_LARGEST_SPEED = 1e9  # local steps per second; the speeds of all workers add up to something finite
 
 
 class Flag(IntFlag):
@@ -32,6 +36,9 @@ class Flag(IntFlag):
     STOP = 16  # it asks all workers to end their training
     PAUSED = 32  # it is busy with something other than training: validation, a checkpoint
     ABORT = 64  # it leaves because of an error, which the message tells
+
+
+_ALL_FLAGS = sum(Flag)
 
 
 @dataclass(frozen=True)
@@ -62,8 +69,9 @@ class Header:
         """The header as ``HEADER_BYTES`` bytes.
 
         Raises:
-            ValueError: if the message, as JSON, is longer than ``MESSAGE_BYTES``.
+            ValueError: if a field is outside its range, or the message, as JSON, is longer than ``MESSAGE_BYTES``.
         """
+        self._check()
         text = b"" if self.message is None else encode_message(self.message)
         prefix = _PREFIX.pack(_MAGIC, PROTOCOL, self.flags, len(text))
         fields = _FIELDS.pack(
@@ -87,7 +95,7 @@ class Header:
         """Read a header.
 
         Raises:
-            ValueError: if ``data`` is not a header of this protocol.
+            ValueError: if ``data`` is not a header of this protocol, or a field is outside its range.
         """
         if len(data) != HEADER_BYTES:
             raise ValueError(f"a header has {HEADER_BYTES} bytes, got {len(data)}")
@@ -99,7 +107,7 @@ class Header:
         values = _FIELDS.unpack_from(data, _PREFIX.size)
         start = _PREFIX.size + _FIELDS.size
         text = data[start : start + text_bytes]
-        return cls(
+        header = cls(
             worker=values[0],
             turn=values[1],
             version=values[2],
@@ -115,6 +123,18 @@ class Header:
             flags=Flag(flags),
             message=_message(text) if text else None,
         )
+        header._check()
+        return header
+
+    def _check(self) -> None:
+        for name in _COUNTS:
+            _check_range(name, getattr(self, name), _LARGEST_COUNT)
+        _check_range("speed", self.speed, _LARGEST_SPEED)
+        _check_range("round_seconds", self.round_seconds, _LARGEST_COUNT / 1e6)
+        if self.start_version > self.version:
+            raise ValueError(f"its `start_version` is {self.start_version}, past its `version`, {self.version}")
+        if int(self.flags) & ~_ALL_FLAGS:
+            raise ValueError(f"its flags, {int(self.flags)}, are not all known")
 
 
 def encode_message(message: Message) -> bytes:
@@ -129,8 +149,16 @@ def encode_message(message: Message) -> bytes:
     return text
 
 
+def _check_range(name: str, value: float, largest: float) -> None:
+    if not (math.isfinite(value) and 0 <= value <= largest):
+        raise ValueError(f"its `{name}` is {value}, outside 0 to {largest:g}")
+
+
 def _message(text: bytes) -> Message:
-    message = json.loads(text)  # a JSONDecodeError is a ValueError
+    try:
+        message = json.loads(text)  # a JSONDecodeError is a ValueError
+    except RecursionError as error:
+        raise ValueError("its message is nested too deeply") from error
     if not isinstance(message, dict):
         raise ValueError("its message is not a JSON object")
     return message

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import struct
+from dataclasses import replace
+
 import pytest
 
 from lightning_async_localsgd.exchange.header import HEADER_BYTES, MESSAGE_BYTES, Flag, Header
@@ -52,3 +56,50 @@ def test_a_message_that_does_not_fit_is_refused() -> None:
 def test_malformed_headers_are_refused(data: bytes) -> None:
     with pytest.raises(ValueError):
         Header.unpack(data)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("speed", math.inf),
+        ("speed", -math.inf),
+        ("speed", math.nan),
+        ("speed", -1.0),
+        ("speed", 1e300),
+        ("round_seconds", -1.0),
+        ("round_seconds", math.inf),
+        ("steps", -1),
+        ("turn", 1 << 60),
+        ("round_samples", 1 << 63),
+        ("start_version", 8),  # past the version of now: its staleness would be negative
+    ],
+)
+def test_a_field_outside_its_range_is_neither_sent_nor_taken(
+    field: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = replace(HEADER, **{field: value})
+    with pytest.raises(ValueError, match=field):
+        header.pack()
+    with monkeypatch.context() as patch:
+        patch.setattr(Header, "_check", lambda self: None)
+        try:
+            data = header.pack()
+        except (OverflowError, struct.error):
+            return  # it has no place on the wire at all
+    with pytest.raises(ValueError, match=field):
+        Header.unpack(data)
+
+
+def test_unknown_flags_are_refused() -> None:
+    data = bytearray(HEADER.pack())
+    data[6:8] = b"\xff\xff"
+    with pytest.raises(ValueError, match="flags"):
+        Header.unpack(bytes(data))
+
+
+def test_a_message_that_is_nested_without_end_is_refused() -> None:
+    text = b"[" * MESSAGE_BYTES
+    data = Header(worker=0, turn=0).pack()
+    deep = data[:8] + len(text).to_bytes(4, "little") + data[12 : HEADER_BYTES - MESSAGE_BYTES] + text
+    with pytest.raises(ValueError):
+        Header.unpack(deep)
