@@ -57,7 +57,8 @@ class AsyncLocalSGD:
 
     Raises:
         TypeError: if no optimizer is given, or ``samples`` is not a number.
-        ValueError: if ``samples`` is not a whole number from 0 to 2^32, a setting is outside its range, or an optimizer trains parameters that ``module`` does not have.
+        ValueError: if ``samples`` is not a whole number from 0 to 2^32, a setting is outside its range, or an optimizer
+            trains parameters that ``module`` does not have.
         RuntimeError: if rank, size or the address of the others is neither given nor in the environment.
     """
 

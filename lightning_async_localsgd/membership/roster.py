@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
 from collections.abc import Mapping, Sequence
@@ -64,21 +65,33 @@ class Roster:
             PeerLostError: if some workers do not come within ``timeout``.
             WorkerMismatchError: on every worker, if two were started with different credentials; names the difference.
         """
-        greeting = {"host": socket.gethostname(), "route": route_to(store), "credentials": dict(credentials)}
+        text = json.dumps(dict(credentials), sort_keys=True)
+        digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        greeting = {"host": socket.gethostname(), "route": route_to(store), "credentials": digest}
         store.set(f"hello/{rank}", json.dumps(greeting))
         keys = [f"hello/{r}" for r in range(size)]
         wait_for(store, dict(enumerate(keys)), timeout)
         greetings = [json.loads(store.get(key)) for key in keys]
         addresses = choose_addresses([Route(*g["route"]) for g in greetings])
         roster = cls(rank, [g["host"] for g in greetings], addresses)
-        for other in range(1, size):
-            difference = _difference(greetings[0]["credentials"], greetings[other]["credentials"])
-            if difference:
-                raise WorkerMismatchError(
-                    f"{roster.name(0)} and {roster.name(other)} were started differently: {difference}. "
-                    "Start all workers with the same code, model and settings."
-                )
+        digests = [g["credentials"] for g in greetings]
+        odd = next((worker for worker in range(size) if digests[worker] != digests[0]), None)
+        if odd is not None:
+            raise WorkerMismatchError(
+                f"{roster.name(0)} and {roster.name(odd)} were started differently: "
+                f"{_find_difference(store, rank, text, odd, timeout)}. "
+                "Start all workers with the same code, model and settings."
+            )
         return roster
+
+
+def _find_difference(store: Store, rank: int, text: str, odd: int, timeout: timedelta) -> str:
+    """What differs between the credentials of worker 0 and those of ``odd``: these two show theirs, and all look."""
+    keys = {worker: f"credentials/{worker}" for worker in (0, odd)}
+    if rank in keys:
+        store.set(keys[rank], text)
+    wait_for(store, keys, timeout)
+    return _difference(*(json.loads(store.get(key)) for key in keys.values()))
 
 
 def wait_for(store: Store, keys: Mapping[int, str], timeout: timedelta) -> None:
