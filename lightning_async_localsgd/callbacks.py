@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_async_localsgd.epochs import JobEpochs, JobMaxSteps
 from lightning_async_localsgd.loader import count_samples
-from lightning_async_localsgd.membership import StaticJob, as_json, from_json
+from lightning_async_localsgd.membership import StaticJob, as_json
 from lightning_async_localsgd.schedulers import JobSchedulers
 
 if TYPE_CHECKING:
@@ -92,14 +93,14 @@ class WorkerCallback(pl.Callback):
         Everyone then knows the metrics and, for instance, the best checkpoint. All processes must call this.
         """
         deciding = [c for c in self._users_callbacks if isinstance(c, _DECIDING)]
-        states = [as_json(c.state_dict()) for c in deciding] if self._trainer.is_global_zero else None
+        states = [_sendable_state(c) for c in deciding] if self._trainer.is_global_zero else None
         metrics, states = job.broadcast([self._validated, states], patient=True)
         if self._leads:
             return
         self._trainer.callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})
         for callback, state in zip(deciding, states, strict=False):
             if state is not None:
-                callback.load_state_dict(from_json(state))
+                callback.load_state_dict(state)
 
     def _show_job_progress(self) -> None:
         """Have the progress bar, which counts worker 0's batches, show the job's steps beside them."""
@@ -274,3 +275,17 @@ class WorkerCallback(pl.Callback):
         for update in updates:
             for listener in listeners:
                 listener(trainer, pl_module, update)
+
+
+def _sendable_state(callback: pl.Callback) -> dict[str, Any] | None:
+    """The state of a callback as all processes can be told it; None, with a warning, if they cannot."""
+    state = callback.state_dict()
+    try:
+        as_json(state)
+    except TypeError as error:
+        rank_zero_warn(
+            f"What `{type(callback).__name__}` has decided on worker 0 stays there: its `state_dict` cannot be sent "
+            f"to the other workers: {error}"
+        )
+        return None
+    return state

@@ -9,7 +9,10 @@ from typing import Any
 from lightning.fabric.strategies import DDPStrategy
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
+
+from lightning_async_localsgd.arguments import check_names, names_of
 
 __all__ = ["AsyncLocalSGDFabricStrategy"]
 
@@ -30,9 +33,13 @@ class AsyncLocalSGDFabricStrategy(DDPStrategy):
 
     Args:
         **kwargs: arguments of Fabric's ``DDPStrategy``, such as ``start_method`` or ``cluster_environment``.
+
+    Raises:
+        TypeError: if there is no such argument.
     """
 
     def __init__(self, **kwargs: Any) -> None:
+        check_names(kwargs, names_of(DDPStrategy, DistributedDataParallel), "AsyncLocalSGDFabricStrategy")
         super().__init__(**kwargs)
         self._backward_sync_control = _NothingToSync()
 

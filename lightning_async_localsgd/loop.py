@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
+from lightning_async_localsgd.arguments import check_names, names_of
 from lightning_async_localsgd.exchange.header import Message
 from lightning_async_localsgd.membership import StaticJob, join_job
 from lightning_async_localsgd.rounds import whole_samples
@@ -56,7 +57,7 @@ class AsyncLocalSGD:
             :class:`~lightning_async_localsgd.AsyncLocalSGDStrategy`: ``local_steps``, ``outer_optimizer``, ``pace``...
 
     Raises:
-        TypeError: if no optimizer is given, or ``samples`` is not a number.
+        TypeError: if no optimizer is given, there is no such setting, or ``samples`` is not a number.
         ValueError: if ``samples`` is not a whole number from 0 to 2^32, a setting is outside its range, or an optimizer
             trains parameters that ``module`` does not have.
         RuntimeError: if rank, size or the address of the others is neither given nor in the environment.
@@ -78,6 +79,7 @@ class AsyncLocalSGD:
         if max_steps is not None and max_steps < 1:
             raise ValueError(f"`max_steps` must be at least 1, or None for no limit, got {max_steps}.")
         _check_parameters(module, optimizers)
+        check_names(settings, names_of(AsyncLocalSGD, Settings) - {"module"}, "AsyncLocalSGD")
         self.settings = Settings(**settings)
         self.max_steps = max_steps
         self.samples = whole_samples(samples)

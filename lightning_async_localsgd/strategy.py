@@ -19,12 +19,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed import PrefixStore, Store
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_async_localsgd.arguments import check_names, names_of
 from lightning_async_localsgd.callbacks import WorkerCallback
 from lightning_async_localsgd.checkpointing import KEY, JobCheckpoints, Resumed
 from lightning_async_localsgd.codecs import Codec
@@ -83,9 +85,11 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         transforms: what every pseudo-gradient goes through, in this order, before the outer optimizer: objects of
             ``lightning_async_localsgd.outer``, such as ``Poly()``, or your own (see its ``Transform``).
         **kwargs: further arguments of Lightning's ``DDPStrategy``, such as ``cluster_environment``,
-            ``checkpoint_io``, ``process_group_backend`` (of the group used outside ``fit``) or ``start_method``.
+            ``checkpoint_io``, ``process_group_backend`` (of the group used outside ``fit``) or ``start_method``; and of
+            torch's ``DistributedDataParallel``, which workers of several devices use.
 
     Raises:
+        TypeError: if there is no such argument.
         ValueError: if an argument is outside its range.
 
     References:
@@ -112,6 +116,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         transforms: Sequence[Transform] = (),
         **kwargs: Any,
     ) -> None:
+        check_names(kwargs, _KNOWN_ARGUMENTS, "AsyncLocalSGDStrategy")
         super().__init__(timeout=timeout, **kwargs)
         if worker_size < 1:
             raise ValueError(f"`worker_size` must be at least 1, got {worker_size}.")
@@ -521,6 +526,11 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             dist.destroy_process_group()
         super().teardown()
         self.checkpoints.wait_until_written()
+
+
+_KNOWN_ARGUMENTS = names_of(AsyncLocalSGDStrategy, DDPStrategy, DistributedDataParallel) - {
+    *("module", "device_ids")  # which Lightning gives
+}
 
 
 def _is_local(path: Any) -> bool:

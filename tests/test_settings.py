@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_async_localsgd import AsyncLocalSGDStrategy, Settings
+from lightning_async_localsgd import AsyncLocalSGD, AsyncLocalSGDStrategy, Settings
+from lightning_async_localsgd.fabric import AsyncLocalSGDFabricStrategy
 from lightning_async_localsgd.outer import (
     AsyncBuffer,
     Context,
@@ -20,6 +21,8 @@ from lightning_async_localsgd.outer import (
     PolyThres,
     Transform,
 )
+
+NET = torch.nn.Linear(1, 1)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +47,29 @@ from lightning_async_localsgd.outer import (
 def test_the_strategy_refuses_at_construction(arguments: dict[str, Any], name: str) -> None:
     with pytest.raises(ValueError, match=name):
         AsyncLocalSGDStrategy(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AsyncLocalSGDStrategy(local_step=10), "`local_step`. Did you mean `local_steps`?"),
+        (lambda: AsyncLocalSGDStrategy(quorom=4), "`quorom`. Did you mean `quorum`?"),
+        (lambda: AsyncLocalSGDStrategy(find_unused_parameter=True), "Did you mean `find_unused_parameters`?"),
+        (lambda: AsyncLocalSGDStrategy(zzz=1), "`zzz`. Known are: accelerator, "),
+        (lambda: AsyncLocalSGDFabricStrategy(start_metod="fork"), "Did you mean `start_method`?"),
+        (lambda: AsyncLocalSGD(NET, torch.optim.SGD(NET.parameters()), max_step=3), "Did you mean `max_steps`?"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_misspelt_argument_is_refused_with_the_one_that_comes_closest(make: Any, message: str) -> None:
+    with pytest.raises(TypeError) as error:
+        make()
+    assert message in str(error.value)
+
+
+def test_arguments_of_what_lies_beneath_are_taken() -> None:
+    strategy = AsyncLocalSGDStrategy(find_unused_parameters=True, start_method="fork", gradient_as_bucket_view=True)
+    assert strategy._ddp_kwargs == {"find_unused_parameters": True, "gradient_as_bucket_view": True}
 
 
 def test_quorum_is_checked_against_the_number_of_workers() -> None:

@@ -8,17 +8,14 @@ import warnings
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed import PrefixStore, Store
 
 from lightning_async_localsgd.errors import PeerLostError
 from lightning_async_localsgd.membership.roster import wait_for
+from lightning_async_localsgd.membership.values import as_json, from_json
 
-__all__ = ["StaticJob", "as_json", "from_json", "join_job"]
-
-_TENSOR = "tensor"
+__all__ = ["StaticJob", "join_job"]
 
 
 class StaticJob:
@@ -66,22 +63,34 @@ class StaticJob:
         """Worker ``root``'s ``value`` on every process.
 
         Args:
-            value: what JSON can say; of worker ``root`` alone.
+            value: what :func:`~lightning_async_localsgd.membership.values.as_json` takes; of worker ``root`` alone.
             root: the worker that knows.
             patient: wait as long as it takes, while the store lives.
             key: what the message is called in this stage; None: by its number, so that all must come to it alike.
 
         Raises:
-            TypeError: if ``value`` is not made of what JSON can say. Nothing is pickled.
+            TypeError: on every process, if ``value`` is or holds something else. Nothing is pickled.
         """
         key = key or self._next_key("broadcast")
         if self.rank == root:
-            self.store.set(key, json.dumps(value))
+            self._tell(key, value)
             return value
         while patient and not self._comes(key):
             pass
         wait_for(self.store, {root: key}, self.timeout)
-        return json.loads(self.store.get(key))
+        word = json.loads(self.store.get(key))
+        if "error" in word:
+            raise TypeError(word["error"])
+        return from_json(word["value"])
+
+    def _tell(self, key: str, value: Any) -> None:
+        """Set a key to a value; or, before the error is raised here, to why it cannot be sent."""
+        try:
+            word = json.dumps({"value": as_json(value)})
+        except TypeError as error:
+            self.store.set(key, json.dumps({"error": str(error)}))
+            raise
+        self.store.set(key, word)
 
     def leave(self) -> None:
         """This process needs this stage's store no more. If it hosts it, wait until that is so for all processes."""
@@ -103,31 +112,6 @@ class StaticJob:
     def _next_key(self, kind: str) -> str:
         self._messages += 1
         return f"{kind}{self._messages}"
-
-
-def as_json(value: Any) -> Any:
-    """``value`` with its tensors written as JSON objects; None if it holds something else that JSON cannot say."""
-    try:
-        return json.loads(json.dumps(value, default=_tensor_as_json))
-    except TypeError:
-        return None
-
-
-def _tensor_as_json(value: Any) -> dict[str, Any]:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{type(value).__name__} is neither JSON nor a tensor.")
-    return {_TENSOR: value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
-
-
-def from_json(value: Any) -> Any:
-    """What :func:`as_json` was given."""
-    if isinstance(value, list):
-        return [from_json(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if _TENSOR in value:
-        return torch.tensor(value[_TENSOR], dtype=getattr(torch, value["dtype"]))
-    return {key: from_json(item) for key, item in value.items()}
 
 
 _jobs: dict[tuple[int, int], StaticJob] = {}
