@@ -94,7 +94,7 @@ class WorkerCallback(pl.Callback):
         """
         deciding = [c for c in self._users_callbacks if isinstance(c, _DECIDING)]
         states = [_sendable_state(c) for c in deciding] if self._trainer.is_global_zero else None
-        metrics, states = job.broadcast([self._validated, states], patient=True)
+        metrics, states = job.broadcast([self._validated, states])
         if self._leads:
             return
         self._trainer.callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed import Store
 
 from lightning_async_localsgd.errors import PeerLostError
+from lightning_async_localsgd.membership import JobStore
 
 __all__ = [
     "Division",
@@ -241,8 +242,8 @@ class SharedTickets:
         timeout: timedelta = timedelta(minutes=10),
     ) -> None:
         self.drawn = 0
-        self._store = store
-        self._ahead_store: Store = store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
+        self._store = JobStore(store, timeout)
+        self._ahead_store = self._store.clone()
         self._ahead = ThreadPoolExecutor(1, "async-localsgd-leases")
         self._worker = worker
         self._share = share
@@ -275,17 +276,18 @@ class SharedTickets:
             return partial(self._hear, relay)
         size = max(1, min(_MOST_AT_ONCE, int(left * self._share() / 2)))
         lease = self._ahead.submit(self._lease, f"{epoch}/drawn", size, relay)
-        return partial(_result, lease)
+        return lease.result
 
     def _lease(self, counter: str, size: int, relay: str) -> tuple[int, int]:
-        end: int = self._ahead_store.add(counter, size)
+        end = self._ahead_store.add(counter, size)
         if self._devices > 1:
             self._ahead_store.set(relay, f"{end - size} {end}")
         return end - size, end
 
     def _hear(self, relay: str) -> tuple[int, int]:
-        self._store.wait([relay], self._timeout)
-        start, end = self._store.get(relay).decode().split()
+        if not self._store.wait([relay], self._timeout):
+            raise PeerLostError(f"The first process of worker {self._worker} has not shared its lease of batches.")
+        start, end = self._store.get(relay).split()
         return int(start), int(end)
 
     def forget(self, epoch: int) -> None:
@@ -303,16 +305,6 @@ class SharedTickets:
         self._ahead.shutdown(wait=False, cancel_futures=True)
 
 
-def _result(lease: Future[tuple[int, int]]) -> tuple[int, int]:
-    try:
-        return lease.result()
-    except RuntimeError as error:
-        raise PeerLostError(
-            "The job's store, which leases out the batches of an epoch, does not answer: its host, worker 0 or the "
-            "launcher beside it, has died. Look for the cause in its log, then start the job again."
-        ) from error
-
-
 class Leases(Division):
     """Workers draw units as they need them, so that each unit of an epoch is drawn exactly once whatever their speeds.
 
@@ -323,15 +315,23 @@ class Leases(Division):
         worker: this worker.
         workers: number of workers.
         store: a part of the job's store, this loader's own.
+        timeout: how long the store may give no answer.
     """
 
-    def __init__(self, tickets: Tickets, worker: int, workers: int, store: Store) -> None:
+    def __init__(
+        self,
+        tickets: Tickets,
+        worker: int,
+        workers: int,
+        store: Store,
+        timeout: timedelta = timedelta(minutes=10),
+    ) -> None:
         self.limit: int | None = None
         """At most that many units make an epoch."""
         self.workers = workers
         self._tickets = tickets
         self._worker = worker
-        self._store = store
+        self._store = JobStore(store, timeout)
         self._pass: Pass | None = None
         self._drawing: Iterator[int] = iter(())
         self._drawn: list[int] = []  # not trained yet
@@ -431,7 +431,7 @@ class Leases(Division):
 
     def check_order(self, name: Pass, fingerprint: str) -> None:
         """Compare with the worker that came first, through the job's store."""
-        if name[1] == 0 and self._store.compare_set(f"order/{name[0]}", "", fingerprint).decode() != fingerprint:
+        if name[1] == 0 and self._store.compare_set(f"order/{name[0]}", "", fingerprint) != fingerprint:
             raise ValueError(
                 "The training data is in another order on this worker than on the others, and not every sample would "
                 "be seen once per epoch. Give your sampler the same seed everywhere; or pass "

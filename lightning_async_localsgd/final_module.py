@@ -48,7 +48,7 @@ class FinalModule(pl.Callback):
 
     def _hear(self, rank: int, checksums: dict[str, int] | None) -> dict[str, int] | None:
         """The checksums of process ``rank``, once it has come to the end; None if it has failed."""
-        heard: dict[str, int] | None = self._job.broadcast(checksums, rank, patient=True, key=f"final_module/{rank}")
+        heard: dict[str, int] | None = self._job.broadcast(checksums, rank, key=f"final_module/{rank}")
         return heard
 
     @override

@@ -275,7 +275,7 @@ class TrainingLoaders:
         if trainer.max_epochs in (None, -1) or fetches:
             return Shards(worker, workers, lambda: strategy.worker.shard if strategy.worker is not None else worker)
         if strategy.settings.lockstep(workers):
-            return Leases(StridedTickets(worker, workers), worker, workers, store)
+            return Leases(StridedTickets(worker, workers), worker, workers, store, strategy.settings.timeout)
         tickets = SharedTickets(
             store,
             worker,
@@ -284,7 +284,7 @@ class TrainingLoaders:
             strategy.worker_size,
             strategy.settings.timeout,
         )
-        return Leases(tickets, worker, workers, store)
+        return Leases(tickets, worker, workers, store, strategy.settings.timeout)
 
     def close(self) -> None:
         """The ``fit`` is over."""

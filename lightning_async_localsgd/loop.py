@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from torch import nn
+from torch.distributed import Store
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
@@ -109,10 +110,22 @@ class AsyncLocalSGD:
         resumed, self._resumed = self._resumed, None
         self.summary, self._stop, self._steps_before = None, False, 0
         self._job = join_job(self.rank, self.size, self.settings.timeout)
+        store = self._job.next_stage()
+        try:
+            self._job.barrier()
+            self._begin(store, resumed)
+        except BaseException as error:
+            self._job.fail(error)
+            raise
+        self._hook = self._optimizers[-1].register_step_post_hook(self._after_step)
+        return self
+
+    def _begin(self, store: Store, resumed: Mapping[str, Any] | None) -> None:
+        """Meet the other workers, and start."""
         self._worker = Worker(
             self._module,
             self._optimizers,
-            self._job.next_stage(),
+            store,
             self.rank,
             self.size,
             self.settings,
@@ -128,8 +141,6 @@ class AsyncLocalSGD:
             self._resume(self._worker, resumed)
         self._worker.start(None if self.max_steps is None else max(0, self.max_steps - self._steps_before))
         self.running = not self._worker.budget_spent
-        self._hook = self._optimizers[-1].register_step_post_hook(self._after_step)
-        return self
 
     def __exit__(
         self,
@@ -144,11 +155,19 @@ class AsyncLocalSGD:
         try:
             if error is not None:
                 worker.abort(error)
+                self._job.fail(error)
             else:
-                self.summary = worker.finish(stop=self._stop)
-                self._job.leave()
+                self._finish(worker, self._job)
         finally:
             self._worker = None
+
+    def _finish(self, worker: Worker, job: StaticJob) -> None:
+        try:
+            self.summary = worker.finish(stop=self._stop)
+        except BaseException as error:
+            job.fail(error)
+            raise
+        job.leave()
 
     def _after_step(self, *_: Any) -> None:
         if not self.running:

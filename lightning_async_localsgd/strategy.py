@@ -205,7 +205,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         assert self.cluster_environment is not None
         os.environ["MASTER_ADDR"] = self.cluster_environment.main_address
         os.environ["MASTER_PORT"] = str(self.cluster_environment.main_port)
-        self._job = join_job(self.global_rank, self.world_size, self.settings.timeout)
+        self._job = join_job(self.global_rank, self.world_size, self.settings.timeout, self.worker_size)
         store = self._job.next_stage()
         if not self._fitting:
             self._init_process_group(store, self.global_rank, self.world_size)
@@ -296,6 +296,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         assert self._job is not None and self.lightning_module is not None
         _check_callbacks(trainer, self.lightning_module)
         self.summary = None
+        self._job.barrier()  # who comes later has more to prepare; from here on `timeout` counts
         if any(isinstance(optimizer, ZeroRedundancyOptimizer) for optimizer in self.optimizers):
             raise MisconfigurationException(
                 "`ZeroRedundancyOptimizer` gathers its state in a collective call, which checkpoints of workers that "
@@ -482,6 +483,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         if self.worker is not None:
             self.worker.abort(exception)
+        if self._job is not None:
+            self._job.fail(exception)
 
     def stop_asking(self) -> None:
         """The run has failed: a checkpoint that is written now is worker 0's alone."""

@@ -33,7 +33,9 @@ class Outcome:
     """Type and text of the exception it died of; empty if it returned."""
 
 
-def run_processes(function: Callable[..., Any], size: int, *args: Any, timeout: float = 90) -> list[Outcome]:
+def run_processes(
+    function: Callable[..., Any], size: int, *args: Any, timeout: float = 90, store: TCPStore | None = None
+) -> list[Outcome]:
     """Call ``function(rank, *args)`` in ``size`` processes; returns how each ended, by rank.
 
     The store lives in this process, as it does in torchrun's agent, so that the port is never fought over.
@@ -43,9 +45,10 @@ def run_processes(function: Callable[..., Any], size: int, *args: Any, timeout: 
         size: number of processes.
         *args: further arguments of ``function``.
         timeout: seconds after which those that still run are killed; their error then says so.
+        store: the one that an earlier attempt of the same job has used, as torchrun keeps it; None: a fresh one.
     """
     _warm_up()
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = store or make_store()
     pipes = [_context.Pipe(duplex=False) for _ in range(size)]
     processes = [
         _context.Process(target=_main, args=(function, rank, size, store.port, pipes[rank][1], args))
@@ -63,6 +66,11 @@ def run_processes(function: Callable[..., Any], size: int, *args: Any, timeout: 
             process.join()
         outcome.exitcode = process.exitcode
     return outcomes
+
+
+def make_store() -> TCPStore:
+    """A store in this process."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 @cache

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistStoreError, Store
+from torch.distributed import Store
 
 from lightning_async_localsgd.errors import PeerLostError, WorkerMismatchError
 from lightning_async_localsgd.membership.address import Route, choose_addresses, route_to
+from lightning_async_localsgd.membership.store import JobStore
 
 __all__ = ["Roster"]
 
@@ -68,10 +69,11 @@ class Roster:
         text = json.dumps(dict(credentials), sort_keys=True)
         digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         greeting = {"host": socket.gethostname(), "route": route_to(store), "credentials": digest}
-        store.set(f"hello/{rank}", json.dumps(greeting))
+        calls = JobStore(store, timeout)
+        calls.set(f"hello/{rank}", json.dumps(greeting))
         keys = [f"hello/{r}" for r in range(size)]
-        wait_for(store, dict(enumerate(keys)), timeout)
-        greetings = [json.loads(store.get(key)) for key in keys]
+        _wait_for(calls, dict(enumerate(keys)), timeout)
+        greetings = [json.loads(calls.get(key)) for key in keys]
         addresses = choose_addresses([Route(*g["route"]) for g in greetings])
         roster = cls(rank, [g["host"] for g in greetings], addresses)
         digests = [g["credentials"] for g in greetings]
@@ -79,35 +81,29 @@ class Roster:
         if odd is not None:
             raise WorkerMismatchError(
                 f"{roster.name(0)} and {roster.name(odd)} were started differently: "
-                f"{_find_difference(store, rank, text, odd, timeout)}. "
+                f"{_find_difference(calls, rank, text, odd, timeout)}. "
                 "Start all workers with the same code, model and settings."
             )
         return roster
 
 
-def _find_difference(store: Store, rank: int, text: str, odd: int, timeout: timedelta) -> str:
+def _find_difference(calls: JobStore, rank: int, text: str, odd: int, timeout: timedelta) -> str:
     """What differs between the credentials of worker 0 and those of ``odd``: these two show theirs, and all look."""
     keys = {worker: f"credentials/{worker}" for worker in (0, odd)}
     if rank in keys:
-        store.set(keys[rank], text)
-    wait_for(store, keys, timeout)
-    return _difference(*(json.loads(store.get(key)) for key in keys.values()))
+        calls.set(keys[rank], text)
+    _wait_for(calls, keys, timeout)
+    return _difference(*(json.loads(calls.get(key)) for key in keys.values()))
 
 
-def wait_for(store: Store, keys: Mapping[int, str], timeout: timedelta) -> None:
-    """Wait until each worker has set its key in the store.
-
-    Raises:
-        PeerLostError: if some have not within ``timeout``; names them.
-    """
-    try:
-        store.wait(list(keys.values()), timeout)
-    except DistStoreError as error:
-        missing = [worker for worker, key in keys.items() if not store.check([key])]
-        raise PeerLostError(
-            f"Worker {', '.join(map(str, missing))} of {len(keys)} did not come within {timeout.total_seconds():g} s. "
-            "It failed or was not started, or preparing its data takes longer: look at its log, or raise `timeout`."
-        ) from error
+def _wait_for(calls: JobStore, keys: Mapping[int, str], timeout: timedelta) -> None:
+    if calls.wait(list(keys.values()), timeout):
+        return
+    missing = [worker for worker, key in keys.items() if not calls.check([key])]
+    raise PeerLostError(
+        f"Worker {', '.join(map(str, missing))} of {len(keys)} did not come within {timeout.total_seconds():g} s. "
+        "It failed or was not started: look at its log, or raise `timeout`."
+    )
 
 
 def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:

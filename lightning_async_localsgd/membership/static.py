@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import sys
+import time
 import warnings
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 
-from lightning_async_localsgd.errors import PeerLostError
-from lightning_async_localsgd.membership.roster import wait_for
+from lightning_async_localsgd.errors import AsyncLocalSGDError
+from lightning_async_localsgd.membership.attempt import agree
+from lightning_async_localsgd.membership.pulse import Phase, Pulse, Watch
+from lightning_async_localsgd.membership.store import JobStore, connect
 from lightning_async_localsgd.membership.values import as_json, from_json
 
 __all__ = ["StaticJob", "join_job"]
+
+_SLICE = timedelta(seconds=0.5)  # of a wait, after which those who are waited for are looked at
+_LAST_WORDS = timedelta(seconds=10)
 
 
 class StaticJob:
@@ -24,90 +33,179 @@ class StaticJob:
     Every process goes through the same stages (a fit, a validation) in the same order; each stage gets a part of the
     store of its own, so that nothing left over from one can be taken for another's.
 
+    Whoever waits for a process here waits as long as that one shows signs of life (see
+    :class:`~lightning_async_localsgd.membership.pulse.Pulse`): it may prepare data or validate for longer than
+    ``timeout``.
+
     Args:
-        store: a store that all processes share.
+        store: a store that all processes share, and no other job.
         rank: this process.
         size: number of processes.
-        timeout: how long to wait for the others.
+        timeout: how long a process may show no sign of life, and the store give no answer.
         hosts_store: whether the store is gone when this process ends.
+        worker_size: processes of a worker, for their names.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, timeout: timedelta, hosts_store: bool = False) -> None:
-        self._store = store
-        self._hosts_store = hosts_store
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        timeout: timedelta,
+        hosts_store: bool = False,
+        worker_size: int = 1,
+    ) -> None:
         self.rank = rank
         self.size = size
-        self.timeout = timeout
+        self.worker_size = worker_size
+        self.store = store
+        """The stage's part of the store, for groups of ``torch.distributed``."""
+        self.calls = JobStore(store, timeout)
+        """The same with bounded calls, for the thread that owns this object."""
+        self._everything = JobStore(store, timeout)
+        self._hosts_store = hosts_store
+        self._pulse = Pulse(self._everything, rank)
         self._stage = -1
         self._messages = 0
-        self.store = store
+
+    @property
+    def timeout(self) -> timedelta:
+        """How long a process may show no sign of life, and the store give no answer."""
+        return self._everything.timeout
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Another one, from the next stage on."""
+        self._everything.timeout = timeout
+        self._pulse.set_timeout(timeout)
 
     def next_stage(self) -> Store:
         """Go on to the next stage; returns its part of the store, also found as ``store`` from now on."""
         self._stage += 1
         self._messages = 0
-        self.store = PrefixStore(f"stage{self._stage}", self._store)
+        self.store = PrefixStore(f"stage{self._stage}", self._everything.native)
+        self.calls = JobStore(self.store, self.timeout)
+        self._pulse.say(self._stage, Phase.HERE)
         return self.store
+
+    # ---- meetings ---------------------------------------------------------------------------------------------------
 
     def barrier(self) -> None:
         """Wait until every process is here.
 
         Raises:
-            PeerLostError: if some are not within the timeout.
+            AsyncLocalSGDError: what has become of one that does not come.
         """
         key = self._next_key("barrier")
-        self.store.set(f"{key}/{self.rank}", "1")
-        wait_for(self.store, {r: f"{key}/{r}" for r in range(self.size)}, self.timeout)
+        self.calls.set(f"{key}/{self.rank}", "1")
+        self.wait_for({rank: f"{key}/{rank}" for rank in range(self.size)})
 
-    def broadcast(self, value: Any, root: int = 0, patient: bool = False, key: str | None = None) -> Any:
+    def broadcast(self, value: Any, root: int = 0, key: str | None = None) -> Any:
         """Worker ``root``'s ``value`` on every process.
 
         Args:
             value: what :func:`~lightning_async_localsgd.membership.values.as_json` takes; of worker ``root`` alone.
             root: the worker that knows.
-            patient: wait as long as it takes, while the store lives.
             key: what the message is called in this stage; None: by its number, so that all must come to it alike.
 
         Raises:
             TypeError: on every process, if ``value`` is or holds something else. Nothing is pickled.
+            AsyncLocalSGDError: what has become of ``root`` if it does not come.
         """
         key = key or self._next_key("broadcast")
         if self.rank == root:
             self._tell(key, value)
             return value
-        while patient and not self._comes(key):
-            pass
-        wait_for(self.store, {root: key}, self.timeout)
-        word = json.loads(self.store.get(key))
-        if "error" in word:
-            raise TypeError(word["error"])
-        return from_json(word["value"])
+        self.wait_for({root: key})
+        return self._hear(key)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process has called this with, by rank. All processes must come to it alike.
+
+        Args:
+            value: what :func:`~lightning_async_localsgd.membership.values.as_json` takes.
+
+        Raises:
+            AsyncLocalSGDError: what has become of a process that does not come.
+        """
+        key = self._next_key("gather")
+        self._tell(f"{key}/{self.rank}", value)
+        keys = {rank: f"{key}/{rank}" for rank in range(self.size)}
+        self.wait_for(keys)
+        return [self._hear(key) for key in keys.values()]
+
+    def wait_for(self, keys: Mapping[int, str]) -> None:
+        """Wait until each process has set its key in this stage's part of the store.
+
+        Raises:
+            AsyncLocalSGDError: what has become of one that does not.
+        """
+        watch = self._watch()
+        while not self._come(keys):
+            watch.check([rank for rank, key in keys.items() if not self.calls.check([key])])
 
     def _tell(self, key: str, value: Any) -> None:
         """Set a key to a value; or, before the error is raised here, to why it cannot be sent."""
         try:
             word = json.dumps({"value": as_json(value)})
         except TypeError as error:
-            self.store.set(key, json.dumps({"error": str(error)}))
+            self.calls.set(key, json.dumps({"error": str(error)}))
             raise
-        self.store.set(key, word)
+        self.calls.set(key, word)
+
+    def _hear(self, key: str) -> Any:
+        """What a key has been set to, or the error."""
+        word = json.loads(self.calls.get(key))
+        if "error" in word:
+            raise TypeError(word["error"])
+        return from_json(word["value"])
+
+    # ---- the end ----------------------------------------------------------------------------------------------------
 
     def leave(self) -> None:
         """This process needs this stage's store no more. If it hosts it, wait until that is so for all processes."""
-        self.store.set(f"left/{self.rank}", "1")
+        self._go(Phase.LEFT)
         if not self._hosts_store:
             return
-        try:
-            wait_for(self.store, {r: f"left/{r}" for r in range(self.size)}, self.timeout)
-        except PeerLostError as error:  # it may have failed, which is for its own log to tell
+        for error in self._wait_until_all_have_gone():  # one may have failed, which is for its own log to tell
             warnings.warn(f"The run is over, but not all workers have left it. {error}", stacklevel=2)
 
-    def _comes(self, key: str) -> bool:
-        try:
-            self.store.wait([key], self.timeout)
-        except dist.DistStoreError:
-            return False
-        return True
+    def fail(self, error: BaseException) -> None:
+        """Tell those who wait for this process that it has failed, and why; at most once in a stage.
+
+        If it hosts the store, wait a while until all have heard it.
+        """
+        if self._stage < 0 or self._pulse.phase is not Phase.HERE:
+            return
+        with suppress(AsyncLocalSGDError):  # without a store nobody can be told
+            self._go(Phase.FAILED, error)
+            if self._hosts_store:
+                self._wait_until_all_have_gone(_LAST_WORDS)
+
+    def _go(self, phase: Phase, error: BaseException | None = None) -> None:
+        self._pulse.say(self._stage, phase, error)
+        self.calls.set(f"gone/{self.rank}", "1")
+
+    def _wait_until_all_have_gone(self, patience: timedelta = timedelta.max) -> list[AsyncLocalSGDError]:
+        """Returns what has become of those that will not say that they go."""
+        watch, lost = self._watch(), []
+        waiting = {rank: f"gone/{rank}" for rank in range(self.size)}
+        end = time.monotonic() + patience.total_seconds()
+        while waiting and not self._come(waiting) and time.monotonic() < end:
+            waiting = {rank: key for rank, key in waiting.items() if not self.calls.check([key])}
+            for rank in list(waiting):
+                try:
+                    watch.check([rank])
+                except AsyncLocalSGDError as error:
+                    lost.append(error)
+                    del waiting[rank]
+        return lost
+
+    def _watch(self) -> Watch:
+        return Watch(self._everything, self._stage, self.size, self.worker_size, self.timeout)
+
+    def _come(self, keys: Mapping[int, str]) -> bool:
+        """Wait a moment for keys; returns whether all are there."""
+        return self.calls.wait(list(keys.values()), min(_SLICE, self.timeout / 4))
 
     def _next_key(self, kind: str) -> str:
         self._messages += 1
@@ -117,18 +215,35 @@ class StaticJob:
 _jobs: dict[tuple[int, int], StaticJob] = {}
 
 
-def join_job(rank: int, size: int, timeout: timedelta) -> StaticJob:
+def join_job(rank: int, size: int, timeout: timedelta, worker_size: int = 1) -> StaticJob:
     """Join the other processes at ``MASTER_ADDR:MASTER_PORT``, once per process: later calls return the same job.
 
     Under torchrun the store is the agent's; elsewhere process 0 hosts it, for as long as it lives.
 
+    Args:
+        rank: this process.
+        size: number of processes.
+        timeout: how long to wait for the others.
+        worker_size: processes of a worker, for their names.
+
     Raises:
-        RuntimeError: if the others cannot be reached within ``timeout``.
+        PeerLostError: if the others cannot be reached within ``timeout``.
     """
     if (rank, size) not in _jobs:
-        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
         agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        _jobs[rank, size] = StaticJob(store, rank, size, timeout, hosts_store=rank == 0 and not agents)
+        hosts_store = rank == 0 and not agents
+        store = PrefixStore(f"async_localsgd/{size}", connect(hosts_store, timeout))
+        attempt = agree(JobStore(store, timeout), rank, size, timeout)
+        _jobs[rank, size] = StaticJob(PrefixStore(attempt, store), rank, size, timeout, hosts_store)
+        atexit.register(_say_goodbye, _jobs[rank, size], os.getpid())
     job = _jobs[rank, size]
-    job.timeout = timeout
+    job.set_timeout(timeout)
+    job.worker_size = worker_size
     return job
+
+
+def _say_goodbye(job: StaticJob, process: int) -> None:
+    """At the end of the process: others may wait for it."""
+    if os.getpid() == process:  # not in one that was forked from it
+        reason = getattr(sys, "last_value", None)  # an exception that nobody has caught
+        job.fail(reason if reason is not None else SystemExit("its process has ended"))

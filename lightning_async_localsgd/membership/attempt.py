@@ -1,0 +1,69 @@
+"""The name space of one attempt of a job: what a dead attempt has left in the same store is nobody's any more."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from datetime import timedelta
+
+from lightning_async_localsgd.errors import PeerLostError
+from lightning_async_localsgd.membership.store import JobStore
+
+__all__ = ["agree"]
+
+_SLICE = timedelta(seconds=0.2)
+
+
+def agree(store: JobStore, rank: int, size: int, timeout: timedelta) -> str:
+    """A name that the living processes of a job have in common, and no attempt before this one had.
+
+    Launchers keep a store over restarts (torchrun's static rendezvous and c10d alike), and their count of restarts is
+    not the same on all machines. So process 0 invents a name and writes it to the store. Every other process answers
+    under that name with one of its own. When process 0 has heard all, it writes down whose answers it has taken. A
+    process that is not among them has read the name of a dead attempt, and waits for another one.
+
+    Args:
+        store: a part of the store that all attempts share.
+        rank: this process.
+        size: number of processes.
+        timeout: how long to wait for the others.
+
+    Raises:
+        PeerLostError: if some do not come within ``timeout``.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+    return _invite(store, size, deadline) if rank == 0 else _follow(store, rank, size, deadline)
+
+
+def _invite(store: JobStore, size: int, deadline: float) -> str:
+    name = uuid.uuid4().hex
+    store.set("attempt", name)
+    answers = {rank: f"{name}/answer/{rank}" for rank in range(1, size)}
+    while not store.wait(list(answers.values()), _SLICE):
+        if time.monotonic() > deadline:
+            raise _missing([rank for rank, key in answers.items() if not store.check([key])], size)
+    store.set(f"{name}/taken", json.dumps(store.multi_get(list(answers.values()))))
+    return name
+
+
+def _follow(store: JobStore, rank: int, size: int, deadline: float) -> str:
+    own = uuid.uuid4().hex
+    while time.monotonic() < deadline:
+        if not store.wait(["attempt"], _SLICE):
+            continue
+        name = store.get("attempt")
+        store.set(f"{name}/answer/{rank}", own)
+        if not store.wait([f"{name}/taken"], _SLICE):
+            continue
+        if own in json.loads(store.get(f"{name}/taken")):
+            return name
+        time.sleep(_SLICE.total_seconds())  # that attempt is over: its process 0 will never answer
+    raise _missing([0], size)
+
+
+def _missing(ranks: list[int], size: int) -> PeerLostError:
+    return PeerLostError(
+        f"Worker {', '.join(map(str, ranks))} of {size} did not come. It failed or was not started: look at its log, "
+        "or raise `timeout`."
+    )

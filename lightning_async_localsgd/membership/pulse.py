@@ -1,0 +1,202 @@
+"""The pulse of each process of a job: that it lives, and what has become of it in the stage that it is in."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from enum import Enum
+from typing import NamedTuple
+
+from lightning_async_localsgd import errors
+from lightning_async_localsgd.errors import AsyncLocalSGDError, PeerAbortedError, PeerLostError
+from lightning_async_localsgd.membership.store import JobStore
+
+__all__ = ["Phase", "Pulse", "Watch"]
+
+_MOST_SECONDS = 2.0
+_REASON_LENGTH = 4000
+_TOLD_ON = (errors.PeerAbortedError, errors.PeerLostError, errors.ReplicaDivergedError, errors.WorkerMismatchError)
+_BY_NAME = {kind.__name__: kind for kind in _TOLD_ON}
+"""Errors that are about another process already: whoever hears of one from a third raises the same."""
+
+
+class Phase(str, Enum):
+    """What has become of a process in its stage of the job (a fit, a validation)."""
+
+    HERE = "here"
+    """It takes part: it meets the others, trains, or takes over the final module."""
+    LEFT = "left"
+    """It has done its part, and needs nothing more of the others."""
+    FAILED = "failed"
+    """It has stopped because of an error."""
+
+
+class Beat(NamedTuple):
+    """What a process has last said."""
+
+    number: int
+    host: str
+    stage: int
+    phase: Phase
+    reason: tuple[str, str]
+    """Of a process that failed: the class of its error, and its text."""
+
+
+class Pulse:
+    """Says every now and then, from a thread of its own, that this process lives.
+
+    The process owns one key in the store, ``pulse/<rank>``, which holds its latest :class:`Beat`. A change is said at
+    once. The thread ends with the process; or when the store does not answer, which others learn by the silence.
+
+    Args:
+        store: the job's part of the store.
+        rank: this process.
+    """
+
+    def __init__(self, store: JobStore, rank: int) -> None:
+        self._store = store.clone()
+        self._key = f"pulse/{rank}"
+        self._beat = Beat(0, socket.gethostname(), -1, Phase.HERE, ("", ""))
+        self._changed = threading.Condition()
+        self._said = 0
+        self._ended = False
+        threading.Thread(target=self._run, name="async-localsgd-pulse", daemon=True).start()
+
+    @property
+    def phase(self) -> Phase:
+        """That of this process in its stage."""
+        return self._beat.phase
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """How long others wait for a sign of life from now on."""
+        with self._changed:
+            self._store.timeout = timeout
+            self._changed.notify_all()
+
+    def say(self, stage: int, phase: Phase, error: BaseException | None = None) -> None:
+        """Tell all what has become of this process; returns when the store has it, or does not answer.
+
+        Args:
+            stage: the stage that it is in.
+            phase: what has become of it there.
+            error: why it has failed.
+        """
+        reason = (type(error).__name__, str(error)[:_REASON_LENGTH]) if error is not None else ("", "")
+        with self._changed:
+            self._beat = Beat(self._beat.number + 1, self._beat.host, stage, phase, reason)
+            count = self._beat.number
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._said >= count or self._ended, self._seconds)
+
+    @property
+    def _seconds(self) -> float:
+        return min(_MOST_SECONDS, self._store.timeout.total_seconds() / 4)
+
+    def _run(self) -> None:
+        with suppress(RuntimeError):  # the store is gone
+            while True:
+                beat = self._beat
+                self._store.set(self._key, json.dumps(beat))
+                self._store.check([self._key])  # which the host must answer: a write alone is never missed
+                self._wait(beat)
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def _wait(self, said: Beat) -> None:
+        """Until it is time to say the next."""
+        with self._changed:
+            self._said = said.number
+            self._changed.notify_all()
+            if not self._changed.wait_for(lambda: self._beat.number > said.number, self._seconds):
+                self._beat = self._beat._replace(number=said.number + 1)
+
+
+class Watch:
+    """Tells those who wait for other processes whether these still come. Made when the wait begins.
+
+    Args:
+        store: the job's part of the store.
+        stage: the stage in which they are waited for.
+        size: number of processes.
+        worker_size: processes of a worker, for their names.
+        timeout: how long a process may say nothing.
+    """
+
+    def __init__(self, store: JobStore, stage: int, size: int, worker_size: int, timeout: timedelta) -> None:
+        self._store = store
+        self._stage = stage
+        self._size = size
+        self._worker_size = worker_size
+        self._timeout = timeout.total_seconds()
+        self._began = time.monotonic()
+        self._heard: dict[int, tuple[int, float]] = {}  # the latest beat of each, and when it came
+
+    def check(self, missing: Sequence[int]) -> None:
+        """Make sure that those who are waited for may still come.
+
+        Raises:
+            PeerAbortedError: if one has failed by an error of its own.
+            AsyncLocalSGDError: the error of one that has failed because of a third.
+            PeerLostError: if one has left, or has said nothing for the timeout.
+        """
+        beats = {rank: beat for rank in missing if (beat := self._read(rank)) is not None}
+        for rank, beat in beats.items():
+            if beat.stage == self._stage and beat.phase is Phase.FAILED:
+                raise self._failed(rank, beat)
+        for rank, beat in beats.items():
+            if beat.stage > self._stage or (beat.stage == self._stage and beat.phase is Phase.LEFT):
+                raise PeerLostError(
+                    f"{self._name(rank, beat)} has left this part of the job, and others still wait for it: not all "
+                    "workers go through the same calls. Look at its log.",
+                    gone=rank // self._worker_size,
+                )
+        silent = [rank for rank in missing if self._silence(rank, beats.get(rank)) > self._timeout]
+        if silent:
+            raise self._lost(silent, beats)
+
+    def _read(self, rank: int) -> Beat | None:
+        key = f"pulse/{rank}"
+        if not self._store.check([key]):
+            return None
+        count, host, stage, phase, reason = json.loads(self._store.get(key))
+        return Beat(count, host, stage, Phase(phase), tuple(reason))
+
+    def _silence(self, rank: int, beat: Beat | None) -> float:
+        """For how long a process has said nothing, in seconds, as far as this one can know."""
+        now = time.monotonic()
+        count, since = self._heard.get(rank, (-1, self._began))
+        if beat is not None and beat.number != count:
+            count, since = beat.number, now
+            self._heard[rank] = count, since
+        return now - since
+
+    def _name(self, rank: int, beat: Beat | None) -> str:
+        worker = f"Worker {rank // self._worker_size}"
+        process = f"rank {rank}, " if self._worker_size > 1 else ""
+        return f"{worker} ({process}host {beat.host})" if beat is not None else worker
+
+    def _failed(self, rank: int, beat: Beat) -> AsyncLocalSGDError:
+        kind, text = beat.reason
+        if kind in _BY_NAME:
+            return _BY_NAME[kind](text)
+        return PeerAbortedError(f"{self._name(rank, beat)} stopped: {': '.join(filter(None, beat.reason))}")
+
+    def _lost(self, silent: Iterable[int], beats: dict[int, Beat]) -> PeerLostError:
+        never = [rank for rank in silent if rank not in beats]
+        if never:
+            workers = sorted({rank // self._worker_size for rank in never})
+            return PeerLostError(
+                f"Worker {', '.join(map(str, workers))} of {self._size // self._worker_size} did not come within "
+                f"{self._timeout:g} s. It failed or was not started: look at its log, or raise `timeout`."
+            )
+        names = ", ".join(self._name(rank, beats[rank]) for rank in silent)
+        return PeerLostError(
+            f"{names} has shown no sign of life for {self._timeout:g} s. It was killed or froze, or the network to it "
+            "failed. Look for the cause in its own log, then start the job again."
+        )

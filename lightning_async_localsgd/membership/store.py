@@ -1,0 +1,223 @@
+"""The job's store with bounded calls: its host may be stopped or cut off, and whoever asks it still gets an answer."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from datetime import timedelta
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore
+
+from lightning_async_localsgd.errors import PeerLostError
+
+__all__ = ["JobStore", "bounded", "connect", "store_address"]
+
+T = TypeVar("T")
+_RETRY = 0.5  # seconds
+_Call = tuple[Callable[[Store], Any], "Future[Any]"]
+
+
+class JobStore:
+    """A part of the job's store, of which every call ends in time.
+
+    A call of libtorch's TCP store blocks until the store's host answers, whatever timeout it is given: also a wait that
+    has timed out asks the host to cancel it, and waits for that. So calls are made one after the other on a thread of
+    this object's own, over a connection of its own, and are left to themselves when their time is up. (Libtorch
+    releases the interpreter's lock in all of them.) There is no keepalive on libtorch's sockets, nor a way to set one:
+    a connection that is cut is noticed by the next call. :class:`~lightning_async_localsgd.membership.pulse.Pulse`
+    makes one every few seconds.
+
+    One thread at a time: what blocks for long on another thread uses :meth:`clone`.
+
+    Args:
+        native: the store, as groups of ``torch.distributed`` use it.
+        timeout: how long its host may take to answer.
+    """
+
+    def __init__(self, native: Store, timeout: timedelta) -> None:
+        self.native = native
+        self.timeout = timeout
+        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
+        self._unanswered: Future[Any] | None = None
+        self._thread: threading.Thread | None = None
+        weakref.finalize(self, self._calls.put, None)
+
+    def within(self, name: str) -> JobStore:
+        """The part of this part whose keys begin with ``name``."""
+        return JobStore(PrefixStore(name, self.native), self.timeout)
+
+    def clone(self) -> JobStore:
+        """The same part over another connection, for another thread."""
+        return JobStore(self.native, self.timeout)
+
+    # ---- calls ------------------------------------------------------------------------------------------------------
+    # Each raises PeerLostError if the store is gone, or its host does not answer within the timeout.
+
+    def set(self, key: str, value: str) -> None:
+        """Write a key."""
+        self._call(lambda store: store.set(key, value))
+
+    def get(self, key: str) -> str:
+        """The value of a key that exists."""
+        return self._call(lambda store: store.get(key)).decode()
+
+    def multi_get(self, keys: Sequence[str]) -> list[str]:
+        """The values of keys that exist."""
+        values: list[bytes] = self._call(lambda store: store.multi_get(list(keys)))
+        return [value.decode() for value in values]
+
+    def check(self, keys: Sequence[str]) -> bool:
+        """Whether all of these keys exist."""
+        return self._call(lambda store: store.check(list(keys)))
+
+    def add(self, key: str, amount: int) -> int:
+        """Add to a counter; returns what it has become."""
+        return self._call(lambda store: store.add(key, amount))
+
+    def compare_set(self, key: str, expected: str, value: str) -> str:
+        """Write a key if it holds ``expected`` (``""``: if there is none); returns what it holds now."""
+        return self._call(lambda store: store.compare_set(key, expected, value)).decode()
+
+    def delete_key(self, key: str) -> bool:
+        """Delete a key; returns whether there was one."""
+        return self._call(lambda store: store.delete_key(key))
+
+    def wait(self, keys: Sequence[str], timeout: timedelta) -> bool:
+        """Wait until all of these keys exist; returns whether they came within ``timeout``."""
+        return self._call(lambda store: _came(store, list(keys), timeout), timeout)
+
+    def _call(self, operation: Callable[[Store], T], takes: timedelta = timedelta(0)) -> T:
+        """Make one call.
+
+        Args:
+            operation: the call, of the store over this object's own connection.
+            takes: how long it may take on the host that answers.
+        """
+        if self._unanswered is not None and not self._unanswered.done():
+            raise self._lost()
+        if self._thread is None:
+            self._thread = _start("async-localsgd-store", _serve, self.native, self._calls)
+        answer: Future[T] = Future()
+        self._calls.put((operation, answer))
+        try:
+            return answer.result((self.timeout + takes).total_seconds())
+        except FutureTimeoutError:
+            self._unanswered = answer
+            raise self._lost() from None
+        except DistStoreError:
+            raise
+        except RuntimeError as error:
+            raise self._lost(error) from error
+
+    def _lost(self, error: RuntimeError | None = None) -> PeerLostError:
+        seconds = self.timeout.total_seconds()
+        what = "is gone" if error is not None else f"did not answer within {seconds:g} s"
+        return PeerLostError(
+            f"The job's store{store_address(self.native)} {what}. Its host, worker 0 or the launcher beside it, has "
+            "died or is frozen, or the network to it failed. Look for the cause in its log, then start the job again."
+        )
+
+
+def bounded(call: Callable[[], T], timeout: timedelta) -> T:
+    """The result of ``call``, which is left to itself if it takes longer.
+
+    Raises:
+        TimeoutError: if it does.
+    """
+    answer: Future[T] = Future()
+    _start("async-localsgd-bounded", _answer, call, answer)
+    try:
+        return answer.result(timeout.total_seconds())
+    except FutureTimeoutError:
+        if answer.done():  # a timeout of the call's own
+            raise
+        raise TimeoutError(f"no result within {timeout.total_seconds():g} s") from None
+
+
+def connect(host: bool, timeout: timedelta) -> Store:
+    """The store at ``MASTER_ADDR:MASTER_PORT``.
+
+    Args:
+        host: whether this process is to host it.
+        timeout: how long to wait for its host, or for a port that a dead process has not let go of yet.
+
+    Raises:
+        PeerLostError: if it does not come about in that time.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    deadline = time.monotonic() + timeout.total_seconds()
+
+    def try_once() -> Store:
+        left = timedelta(seconds=max(0.1, deadline - time.monotonic()))
+        libuv = os.environ.get("USE_LIBUV", "1") == "1"
+        return TCPStore(address, port, None, host, left, wait_for_workers=False, multi_tenant=True, use_libuv=libuv)
+
+    while True:
+        try:
+            return bounded(try_once, timeout)
+        except (RuntimeError, TimeoutError) as error:
+            if time.monotonic() > deadline:
+                raise _not_met(address, port, host, timeout) from error
+        time.sleep(_RETRY)
+
+
+def _not_met(address: str, port: int, host: bool, timeout: timedelta) -> PeerLostError:
+    if host:
+        return PeerLostError(
+            f"Worker 0 cannot host the job's store: port {port} of {address} is in use. Another job may run on this "
+            "host, or be about to end. Set `MASTER_PORT` to a port that is free."
+        )
+    return PeerLostError(
+        f"The job's store at {address}:{port} could not be reached within {timeout.total_seconds():g} s. Its host, "
+        "worker 0 or the launcher beside it, failed or was not started, or a firewall is in between: look at its log; "
+        "or raise `timeout`."
+    )
+
+
+def store_address(store: Store) -> str:
+    """Where a TCP store is, to be put into a sentence; nothing for another kind of store."""
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    host, port = getattr(store, "host", None), getattr(store, "port", None)
+    return f" (at {host}:{port})" if host else ""
+
+
+def _start(name: str, function: Callable[..., None], *args: Any) -> threading.Thread:
+    thread = threading.Thread(target=function, args=args, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def _serve(native: Store, calls: SimpleQueue[_Call | None]) -> None:
+    """Make calls until there will be no more. Holds no reference to the object whose calls they are."""
+    store: Store | None = None
+    while (call := calls.get()) is not None:
+        operation, answer = call
+        try:
+            store = store or native.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
+            answer.set_result(operation(store))
+        except BaseException as error:
+            answer.set_exception(error)
+        del call, operation, answer
+
+
+def _answer(call: Callable[[], T], answer: Future[T]) -> None:
+    try:
+        answer.set_result(call())
+    except BaseException as error:
+        answer.set_exception(error)
+
+
+def _came(store: Store, keys: list[str], timeout: timedelta) -> bool:
+    try:
+        store.wait(keys, timeout)
+    except DistStoreError:
+        return False
+    return True
