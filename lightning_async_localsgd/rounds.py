@@ -144,6 +144,8 @@ class Rounds:
         planned = progress.round_steps[self.rank]
         if self._settings.overlap:  # nobody waits meanwhile: worth it for what brings this worker in step with the rest
             window = max(window, max(2, self._pace.tolerance * planned) / speed)
+            # The fastest workers do not wait, but the turn holds back their deltas: no longer than they made them.
+            window = min(window, self._settings.local_steps / max(speed, *progress.speeds))
             window = min(window, self._settings.timeout.total_seconds() / 4)
         steps = max(1, self._enough(planned) - self.round_steps)
         if steps / speed > window or self._is_last(progress, self.local_steps + steps):

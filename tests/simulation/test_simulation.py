@@ -77,6 +77,19 @@ def test_no_local_step_is_lost_or_applied_twice(overlap: bool, pace: str, latenc
     assert sum(update.samples for update in result.updates) == 4 * steps
 
 
+@pytest.mark.parametrize(
+    ("speeds", "local_steps", "max_steps"),
+    [((2, 2, 2, 0.01), 50, 800), ((1, 0.02), 10, 150), ((10, 8, 0.3, 0.05), 20, 300)],
+)
+def test_a_very_slow_worker_does_not_set_the_pace_of_the_others(
+    speeds: tuple[float, ...], local_steps: int, max_steps: int
+) -> None:
+    result = simulate(Counter(), loader(), speeds, max_steps, local_steps=local_steps)
+    assert result.local_steps[-1] > 3
+    rounds = [update.local_steps for update in result.updates if update.worker == 0]
+    assert max(rounds) <= 2 * local_steps  # a turn may be held open for as long as a round
+
+
 def test_the_mean_of_a_quorum_moves_the_parameters() -> None:
     result = simulate(Counter(), loader(), TOY, 40, **make_method("sync", 4) | {"outer_optimizer": PLAIN})
     assert result.local_steps == (40,) * 4
