@@ -119,12 +119,13 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _checksum(tensor: Tensor) -> int:
-    """Sum of the bits, as 64-bit integers."""
+    """Sum of the bits, as 64-bit integers: different for any two tensors of a single word."""
     data = _bytes(tensor)
     if data.storage_offset() % _WORD:  # a part of a larger tensor, between two words
         data = data.clone()
     words = data.numel() // _WORD * _WORD
-    return int(data[:words].view(torch.int64).sum()) + int(data[words:].sum())
+    rest = int.from_bytes(bytes(data[words:].tolist()), "little")
+    return int(data[:words].view(torch.int64).sum()) + rest
 
 
 def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:

@@ -275,3 +275,13 @@ def test_checksums_tell_tensors_of_any_kind_apart() -> None:
         assert _checksum(other) == _checksum(tensor)
         other.view(-1)[0] = not other.view(-1)[0] if tensor.dtype == torch.bool else 99
         assert _checksum(other) != _checksum(tensor)
+
+
+def test_checksums_tell_scalars_apart_whose_bytes_are_alike() -> None:
+    # A bias of one element: two averages of it have the same sum of bytes once in some hundred runs.
+    scalars = [torch.tensor([value], dtype=torch.uint8) for value in (1, 2)]
+    scalars += [
+        torch.tensor([first, second, 73, 61], dtype=torch.uint8).view(torch.float32)
+        for first, second in ((94, 186), (186, 94), (93, 187))
+    ]
+    assert len({_checksum(scalar) for scalar in scalars}) == len(scalars)
