@@ -152,8 +152,10 @@ class WorkerCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._samples += count_samples(batch)
-        if self._strategy.take_optimizer_stepped():
+        accumulating = pl_module.automatic_optimization and trainer.fit_loop.epoch_loop._should_accumulate()
+        if self._strategy.take_local_step(accumulating):
             self._count_step(trainer, pl_module)
+            self._strategy.settle_parameters()
         assert self._epochs is not None
         self._epochs.schedule_validation()
         if self._epochs.at_the_end and self._strategy.summary is None:
@@ -216,6 +218,7 @@ class WorkerCallback(pl.Callback):
         if self._running(self._trainer):
             if self._leads:
                 self._worker.take_back_own()
+            self._strategy.settle_parameters()
             self._worker.resume()
 
     @property

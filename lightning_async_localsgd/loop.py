@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 from torch.distributed import Store
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from lightning_async_localsgd.arguments import check_names, names_of
@@ -19,6 +18,7 @@ from lightning_async_localsgd.exchange.header import Message
 from lightning_async_localsgd.membership import StaticJob, join_job
 from lightning_async_localsgd.rounds import whole_samples
 from lightning_async_localsgd.settings import Settings
+from lightning_async_localsgd.steps import ParameterChanges, StepListener
 from lightning_async_localsgd.version import __version__
 from lightning_async_localsgd.worker import RunSummary, Worker
 
@@ -89,15 +89,16 @@ class AsyncLocalSGD:
         self.rank = int(_environment("RANK")) if rank is None else rank
         self.size = int(_environment("WORLD_SIZE")) if size is None else size
         self.settings.check_workers(self.size)
-        self.running = False
-        """Whether to make another local step."""
         self.summary: RunSummary | None = None
         """The finished run in numbers."""
         self._module = module
         self._optimizers = optimizers
         self._job: StaticJob | None = None
         self._worker: Worker | None = None
-        self._hook: RemovableHandle | None = None
+        self._running = False
+        self._listeners: list[StepListener] = []
+        self._changes: ParameterChanges | None = None
+        self._heard = self._seen = False  # a step of an optimizer: in this run, since the parameters were settled
         self._stop = False
         self._resumed: Mapping[str, Any] | None = None
         self._steps_before = 0  # of the job, when it had another number of workers
@@ -117,7 +118,6 @@ class AsyncLocalSGD:
         except BaseException as error:
             self._job.fail(error)
             raise
-        self._hook = self._optimizers[-1].register_step_post_hook(self._after_step)
         return self
 
     def _begin(self, store: Store, resumed: Mapping[str, Any] | None) -> None:
@@ -140,7 +140,10 @@ class AsyncLocalSGD:
         if resumed is not None:
             self._resume(self._worker, resumed)
         self._worker.start(None if self.max_steps is None else max(0, self.max_steps - self._steps_before))
-        self.running = not self._worker.budget_spent
+        self._running = not self._worker.budget_spent
+        *others, last = self._optimizers
+        self._listeners = [*(StepListener(o, self._hear) for o in others), StepListener(last, self._after_step)]
+        self._changes, self._heard, self._seen = ParameterChanges(self._module), False, False
 
     def __exit__(
         self,
@@ -148,9 +151,9 @@ class AsyncLocalSGD:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        assert self._hook is not None and self._job is not None
-        self._hook.remove()
-        self.running = False
+        assert self._job is not None
+        for listener in reversed(self._listeners):
+            listener.close()
         worker = self.worker
         try:
             if error is not None:
@@ -159,31 +162,74 @@ class AsyncLocalSGD:
             else:
                 self._finish(worker, self._job)
         finally:
-            self._worker = None
+            self._running = False
+            self._worker = self._changes = None
 
     def _finish(self, worker: Worker, job: StaticJob) -> None:
         try:
+            self._count_change()
             self.summary = worker.finish(stop=self._stop)
         except BaseException as error:
             job.fail(error)
             raise
         job.leave()
 
-    def _after_step(self, *_: Any) -> None:
-        if not self.running:
+    @property
+    def running(self) -> bool:
+        """Whether to make another local step. Read it once in each turn of the loop, before the step.
+
+        A turn in which the parameters have changed and no step was counted is counted here.
+        """
+        self._count_change()
+        return self._running
+
+    def step(self) -> None:
+        """Count a local step. Only for an optimizer whose ``step`` is not called; all others are listened to.
+
+        Raises:
+            RuntimeError: if the run is over.
+            AsyncLocalSGDError: if the exchange has failed, on this worker or another.
+        """
+        self._heard = self._seen = True
+        self._count()
+
+    def _hear(self, made: bool) -> None:
+        self._heard = self._seen = True
+
+    def _after_step(self, made: bool) -> None:
+        self._hear(made)
+        if made:  # else a gradient scaler has had it skipped
+            self._count()
+
+    def _count(self) -> None:
+        if not self._running:
             raise RuntimeError(
                 "The run is over: all local steps of the budget are made, or a worker has asked all to stop. Look at "
                 "`job.running` before each step, and leave the `with` when it is False."
             )
-        self.running = self.worker.step(self.samples)
+        self._running = self.worker.step(self.samples)
+
+    def _count_change(self) -> None:
+        """Count what has changed the parameters past the optimizer's ``step``: nothing learned may get lost."""
+        if self._changes is None or not self._running:
+            return
+        if not self._seen and self._changes.found(bits=not self._heard):
+            self._count()
+        self._settle()
+
+    def _settle(self) -> None:
+        assert self._changes is not None
+        self._seen = False
+        self._changes.settle(bits=not self._heard)
 
     def stop(self) -> None:
         """End the training of all workers: theirs after their current step, this one's now.
 
         Leaving the loop without it ends this worker's part alone.
         """
+        self._count_change()
         self._stop = True
-        self.running = False
+        self._running = False
 
     @property
     def worker(self) -> Worker:
@@ -216,12 +262,14 @@ class AsyncLocalSGD:
     def global_parameters(self) -> Iterator[None]:
         """In the body the module holds the global parameters and buffers of now, to be validated or saved."""
         worker = self.worker
+        self._count_change()
         with worker.paused():
             worker.lend_global()
             try:
                 yield
             finally:
                 worker.take_back_own()
+                self._settle()
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -23,7 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_async_localsgd.arguments import check_names, names_of
@@ -38,6 +37,7 @@ from lightning_async_localsgd.membership import StaticJob, join_job
 from lightning_async_localsgd.outer import OuterOptimizerFactory, Transform
 from lightning_async_localsgd.pace import Pace
 from lightning_async_localsgd.settings import Settings
+from lightning_async_localsgd.steps import LocalSteps
 from lightning_async_localsgd.version import __version__
 from lightning_async_localsgd.worker import RunSummary, Worker
 
@@ -143,8 +143,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         """The last finished run in numbers."""
         self._job: StaticJob | None = None
         self._callback: WorkerCallback | None = None
-        self._optimizer_stepped = False
-        self._step_hooks: list[RemovableHandle] = []
+        self._steps: LocalSteps | None = None
         self._steps_before_fit: int | None = None
         self._failed = False
         self._goes_on = False  # this fit has begun from a checkpoint
@@ -309,7 +308,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             if isinstance(self.worker, Worker):
                 self._resumed.load_into(self.worker)
         self._goes_on, self._resumed = self._resumed is not None, None
-        self._watch_optimizers()
+        self._steps = LocalSteps(self.lightning_module, self.optimizers)
         # Books of this run: what an earlier one that failed has left unfinished holds up nothing.
         self.checkpoints = JobCheckpoints(self, super().remove_checkpoint)
         self._callback = WorkerCallback(self, trainer, scheduler_steps)
@@ -354,36 +353,23 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         if self.worker_size > 1:
             super().configure_ddp()
 
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizers of this ``fit``; others may be put in their place at any time."""
+        return super().optimizers
+
+    @optimizers.setter
+    def optimizers(self, optimizers: list[Optimizer]) -> None:
+        DDPStrategy.optimizers.fset(self, optimizers)  # type: ignore[attr-defined]
+        if self._steps is not None:
+            self._steps.watch(optimizers)
+
     def begin_training(self, max_steps: int | None, open_end: bool) -> None:
         """Start the worker; from here on processes are out of step."""
-        assert self.worker is not None
+        assert self.worker is not None and self._steps is not None
         self._out_of_step = True
-        self._optimizer_stepped = False  # the learning-rate finder has made steps of its own
         self.worker.start(max_steps, open_end)
-
-    def _watch_optimizers(self) -> None:
-        """Notice every step of the inner optimizers, but not one that a gradient scaler has skipped."""
-
-        def stepped(optimizer: Optimizer, *_: Any) -> None:
-            # A fused optimizer is stepped in any case, and told by the scaler whether to leave the parameters alone.
-            skipped = getattr(optimizer, "found_inf", None)
-            if skipped is None or not skipped.item():
-                self._optimizer_stepped = True
-
-        self._step_hooks = [o.register_step_post_hook(stepped) for o in self.optimizers if _has_step_hooks(o)]
-
-    @override
-    def optimizer_step(
-        self,
-        optimizer: Optimizer,
-        closure: Callable[[], Any],
-        model: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        if not _has_step_hooks(optimizer):
-            self._optimizer_stepped = True
-        return output
+        self._steps.restart()  # the learning-rate finder has made steps of its own
 
     @override
     def on_validation_end(self) -> None:
@@ -412,12 +398,22 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         in_this_fit = self.worker.job_steps if self.worker is not None and self._out_of_step else 0
         return (self._steps_before_fit or 0) + in_this_fit
 
-    def take_optimizer_stepped(self) -> bool:
-        """Whether an optimizer has stepped since the last call: then the batch was a local step."""
-        stepped, self._optimizer_stepped = self._optimizer_stepped, False
-        if stepped:
+    def take_local_step(self, accumulating: bool) -> bool:
+        """Whether a local step was made since the last call.
+
+        Args:
+            accumulating: Lightning accumulates gradients over this batch and the next one.
+        """
+        assert self._steps is not None
+        made = self._steps.take(accumulating)
+        if made:
             self.checkpoints.forget_moment()
-        return stepped
+        return made
+
+    def settle_parameters(self) -> None:
+        """What has changed the parameters since the last local step was no training."""
+        if self._steps is not None:
+            self._steps.settle()
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -515,16 +511,15 @@ class AsyncLocalSGDStrategy(DDPStrategy):
                 self._callback = None
         if self._out_of_step:
             self._steps_before_fit = self.job_steps
-        for hook in self._step_hooks:
-            hook.remove()
-        self._step_hooks = []
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None
         self.worker = None
         self._job = None
         self._out_of_step = False
         self.checkpoints.forget_moment()
         self._loaders.close()
         self._failed = False
-        self._optimizer_stepped = False
         if dist.is_initialized():
             dist.destroy_process_group()
         super().teardown()
@@ -549,11 +544,6 @@ def _check_callbacks(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             "`StochasticWeightAveraging` makes an epoch without training for the statistics of BatchNorm layers, when "
             "the run is over here. Use the callback `WeightAveraging`, which averages them too."
         )
-
-
-def _has_step_hooks(optimizer: Optimizer) -> bool:
-    """Whether torch has prepared ``step`` to call hooks; a wrapper that skips ``Optimizer.__init__`` has none."""
-    return getattr(type(optimizer).step, "hooked", False)
 
 
 for _suffix, _start_method in (("", "popen"), ("_fork", "fork"), ("_notebook", "fork"), ("_spawn", "spawn")):
