@@ -16,7 +16,7 @@ from lightning_async_localsgd import AsyncLocalSGD
 from lightning_async_localsgd.layout import Layout
 from lightning_async_localsgd.outer import AsyncBuffer, DelayCompensation, GlobalState
 from tests.modules import Batches, make_net
-from tests.processes import results, run_processes
+from tests.processes import job_store, results, run_processes
 
 TIMEOUT = timedelta(seconds=30)
 
@@ -140,17 +140,20 @@ def test_a_step_after_the_end_is_an_error_that_says_what_to_look_at() -> None:
 def validating(rank: int) -> Any:
     # Longer than the run, so that the global parameters stay what they were at the start.
     module, optimizer, job = parts(rank, max_steps=30, budget="per_worker", local_steps=1000, pace="fixed")
-    batches, seen = iter(Batches(rank)), []
+    batches, seen, store = iter(Batches(rank)), [], job_store()
     with job:
         while job.running:
             x, y = next(batches)
             nn.functional.mse_loss(module(x), y).backward()
+            if rank == 1:
+                store.wait(["validated"])  # else its last round moves them, if worker 0 is late
             optimizer.step()
             if rank == 0 and job.worker.local_steps == 20:
                 seen.append(flat(module))
                 with job.global_parameters():
                     seen.append(flat(module))
                 seen.append(flat(module))
+                store.set("validated", "")
     return seen
 
 
