@@ -23,6 +23,7 @@ from lightning_async_localsgd.errors import PeerAbortedError, PeerLostError
 from lightning_async_localsgd.exchange import Adoption, OuterUpdate
 from lightning_async_localsgd.exchange.header import Message
 from lightning_async_localsgd.layout import Layout
+from lightning_async_localsgd.weight_copies import WeightCopies
 from lightning_async_localsgd.worker import RunSummary, Worker, forget_non_finite_state
 
 __all__ = ["Crew", "FollowingRank", "LeadingWorker"]
@@ -195,6 +196,7 @@ class LeadingWorker(Worker):
             | {
                 "changed": self._changed,
                 "restarted": self._restarted,
+                "weight_copies": sorted(self._copies.names),
                 "job_steps": self.job_steps,
                 "budget_spent": self.budget_spent,
                 "stop_requested": self.stop_requested,
@@ -206,7 +208,7 @@ class LeadingWorker(Worker):
         )
         self._untold = {"updates": [], "messages": []}
         if self._changed:
-            self._crew.share(self._own_tensors)
+            self._crew.share([*self._own_tensors, *self._copies.tensors()])
         self._changed = self._restarted = False
 
 
@@ -234,6 +236,7 @@ class FollowingRank:
         self._crew = crew
         self._module = module
         self._optimizers = optimizers
+        self._copies = WeightCopies(module, optimizers)
         self._layout = Layout(module, frozen)
         self._summary: RunSummary | None = None
         self._updates: list[OuterUpdate] = []
@@ -271,11 +274,18 @@ class FollowingRank:
         self._summary = RunSummary(**summary)
         self._updates += [OuterUpdate(*update) for update in word["updates"]]
         self._messages += [(sender, message) for sender, message in word["messages"]]
-        if word["changed"]:
-            self._crew.share(self._own if self._own is not None else self._layout.tensors(self._module))
         if word["restarted"]:
             forget_non_finite_state(self._optimizers)
+        if word["changed"]:
+            own = self._own if self._own is not None else self._layout.tensors(self._module)
+            self._copies.names = set(word["weight_copies"])
+            self._crew.share([*own, *self._copies.tensors()])
         return word
+
+    def watch(self, optimizers: Sequence[Optimizer]) -> None:
+        """See :meth:`Worker.watch`."""
+        self._optimizers = list(optimizers)
+        self._copies.watch(optimizers)
 
     def abort(self, error: BaseException) -> None:
         """Leave; the first rank notices."""

@@ -40,6 +40,7 @@ class Settings:
     timeout: timedelta = field(default=timedelta(minutes=10))
     exchange_frozen: bool | None = None
     transforms: Sequence[Transform] = ()
+    weight_copies: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.local_steps < 1:
@@ -62,6 +63,8 @@ class Settings:
                     f"`functools.partial(torch.optim.SGD, lr=0.7)`, got {self.outer_optimizer!r}."
                 )
             self.outer_optimizer([torch.nn.Parameter(torch.zeros(1))])  # its own checks speak now rather than at start
+        if isinstance(self.weight_copies, str):
+            raise ValueError(f"`weight_copies` must be a list of names, got {self.weight_copies!r}.")
         check_transforms(self.transforms, self.quorum)
         make_pace(self.pace)
         make_codec(self.codec)
@@ -100,6 +103,7 @@ class Settings:
             "codec": make_codec(self.codec).name,
             "outer_device": torch.device(self.outer_device).type,  # kinds of devices may round differently
             "exchange_frozen": bool(self.exchange_frozen),
+            "weight_copies": None if self.weight_copies is None else sorted(self.weight_copies),
         }
 
 

@@ -84,6 +84,9 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             during ``fit``. None: if the trainer has a callback that does so, a Lightning ``BaseFinetuning``.
         transforms: what every pseudo-gradient goes through, in this order, before the outer optimizer: objects of
             ``lightning_async_localsgd.outer``, such as ``Poly()``, or your own (see its ``Transform``).
+        weight_copies: names of the entries in the inner optimizers' state that hold copies of the weights (fp32
+            masters, slow weights, base sequences). They move with the weights. None: those that are found by their
+            values, with a warning.
         **kwargs: further arguments of Lightning's ``DDPStrategy``, such as ``cluster_environment``,
             ``checkpoint_io``, ``process_group_backend`` (of the group used outside ``fit``) or ``start_method``; and of
             torch's ``DistributedDataParallel``, which workers of several devices use.
@@ -114,6 +117,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         validate_global: bool = True,
         exchange_frozen: bool | None = None,
         transforms: Sequence[Transform] = (),
+        weight_copies: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         check_names(kwargs, _KNOWN_ARGUMENTS, "AsyncLocalSGDStrategy")
@@ -134,6 +138,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             timeout=timeout,
             exchange_frozen=exchange_frozen,
             transforms=transforms,
+            weight_copies=weight_copies,
         )
         self.validate_global = validate_global
         self.checkpoints = JobCheckpoints(self, super().remove_checkpoint)
@@ -363,6 +368,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         DDPStrategy.optimizers.fset(self, optimizers)  # type: ignore[attr-defined]
         if self._steps is not None:
             self._steps.watch(optimizers)
+        if self.worker is not None:
+            self.worker.watch(optimizers)
 
     def begin_training(self, max_steps: int | None, open_end: bool) -> None:
         """Start the worker; from here on processes are out of step."""

@@ -33,6 +33,7 @@ from lightning_async_localsgd.outer import GlobalState
 from lightning_async_localsgd.rounds import Rounds
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.stopwatch import Stopwatch
+from lightning_async_localsgd.weight_copies import WeightCopies
 
 __all__ = ["RunSummary", "Worker", "forget_non_finite_state"]
 
@@ -144,6 +145,7 @@ class Worker:
             | {"model": list(self._layout.describe())},
             settings.timeout,
         )
+        self._copies = WeightCopies(module, self._optimizers, settings.weight_copies)
         self._transport = GlooTransport(store, self._roster, settings.timeout)
         self._share_initial_parameters()
 
@@ -156,6 +158,7 @@ class Worker:
         self._own: list[Tensor] | None = None  # what `lend_global` has put aside
         self._progress = Progress.at_start(size, settings.local_steps)
         self._resumed_round: Mapping[str, Any] | None = None
+        self._has_others_copies = False  # inner optimizers were loaded from another worker's
         self.on_cut: Callable[[Message], None] | None = None
         """Called on the training thread when the exchange stands still for a checkpoint; see :meth:`cut`."""
         self.on_progress: Callable[[], None] | None = None
@@ -169,7 +172,8 @@ class Worker:
         torch._foreach_copy_(self._layout.views(flat), self._layout.tensors(self._module))
         self._transport.broadcast(flat, root=0)()
         self._state.flat.copy_(flat)
-        self._copy_to_module(flat)
+        with self._copies.following():
+            self._copy_to_module(flat)
         self._follow_leader()
 
     @torch.no_grad()
@@ -208,6 +212,9 @@ class Worker:
         self._exchange = ExchangeThread(
             self._mailbox, self._state, self._transport, self._store, self._roster, self._settings, budget
         )
+        self._copies.find()
+        if self._has_others_copies:
+            self._copies.reset(self._named(self._state.flat))
         if self._resumed_round is not None:
             self._resume_round(self._resumed_round)
         self._report()  # a turn may open before this worker's first step has ended
@@ -233,6 +240,8 @@ class Worker:
         """
         self._stopwatch.step()
         self._rounds.count(samples)
+        if self._rounds.round_steps == 1:
+            self._copies.find()
         self._adopt_if_ready()
         self._cut_if_asked()
         self._report()
@@ -321,7 +330,8 @@ class Worker:
         while not progress.over:
             progress = self._wait_for_progress(progress)
         self._exchange.join(self._settings.timeout.total_seconds())
-        self._copy_to_module(self._state.flat)
+        with self._copies.following():
+            self._copy_to_module(self._state.flat)
         self._follow_leader()
         self._transport.close()
         self._rounds.final_job_steps(progress)
@@ -354,6 +364,11 @@ class Worker:
         if self._pauses == 0:
             self._mailbox.unflag(Flag.PAUSED)
             self._stopwatch.resume()
+
+    def watch(self, optimizers: Sequence[Optimizer]) -> None:
+        """From now on these are the inner optimizers."""
+        self._optimizers = list(optimizers)
+        self._copies.watch(optimizers)
 
     # ---- what the run looks like ------------------------------------------------------------------------------------
 
@@ -535,6 +550,7 @@ class Worker:
         if not same_workers:
             self._state.begin_rounds(range(self.size))
         self._copy_to_module(self._state.flat)
+        self._has_others_copies = not same_workers
         self.version = self._start_version = self._state.version
         self._progress = replace(self._progress, version=self.version)
         if same_workers:
@@ -560,6 +576,7 @@ class Worker:
         if saved["base"] is not None:  # learned on top of older global parameters: rebase it, as an adoption would
             correction = (self._state.flat - saved["base"].to(self._state.flat.device)).to(self._device)
             torch._foreach_add_(tensors, self._layout.views(correction))
+            self._copies.move(self._named(correction))
         self._resumed_round = None
         if self._rounds.push_is_due(self._mailbox.progress, wanted=False):
             self._push()
@@ -644,12 +661,15 @@ class Worker:
                 )
                 torch._foreach_copy_(self._own_tensors, self._layout.views(adoption.base), True)
                 forget_non_finite_state(self._optimizers)
+                self._copies.reset(self._named(adoption.base))
                 self._rounds.restart()
             elif self._rounds.round_steps == 0:
                 torch._foreach_copy_(self._own_tensors, self._layout.views(adoption.base), True)
+                self._copies.move(self._named(adoption.correction))
             else:
                 correction = adoption.correction.to(self._device, non_blocking=True)
                 torch._foreach_add_(self._own_tensors, self._layout.views(correction))
+                self._copies.move(self._named(correction))
             self._base, self._snapshot = adoption.base, adoption.correction
             self.version = self._start_version = adoption.version
 
@@ -657,6 +677,11 @@ class Worker:
     def _own_tensors(self) -> list[Tensor]:
         """This worker's own parameters and buffers: the module's, but while it holds the global ones."""
         return self._layout.tensors(self._module) if self._own is None else self._own
+
+    def _named(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views of the parameters in a flat vector, by name."""
+        slots = self._layout.parameter_slots
+        return {slot.name: view for slot, view in zip(slots, self._layout.views(flat), strict=False)}
 
     @torch.no_grad()
     def _copy_to_module(self, flat: Tensor) -> None:

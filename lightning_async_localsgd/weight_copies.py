@@ -1,0 +1,169 @@
+"""Copies of the weights in the state of inner optimizers, which move with the weights when these are replaced."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+__all__ = ["WeightCopies"]
+
+_NEAR = 0.1  # distance to the parameters over their norm; moments of gradients are about as far from them as zero is
+
+
+class WeightCopies:
+    """Keeps what inner optimizers hold of the weights where it is, as seen from the weights.
+
+    Some optimizers write the parameters from a copy in their state (fp32 masters, dual averaging), or mix a copy into
+    them (the slow weights of Lookahead, the base sequence of schedule-free learning). If only the parameters took over
+    what other workers have learned, the next step would undo it. So whatever is added to the parameters is added to
+    their copies, too.
+
+    Args:
+        module: the module that is trained.
+        optimizers: its optimizers.
+        names: the entries of an optimizer's state that hold copies of the weights; or its attributes or options that
+            hold a list of copies, in the order of its parameters. None: those that :meth:`find` finds by their values.
+    """
+
+    def __init__(self, module: nn.Module, optimizers: Iterable[Optimizer], names: Sequence[str] | None = None) -> None:
+        self._module = module
+        self._given = None if names is None else frozenset(names)
+        self.watch(optimizers)
+
+    def watch(self, optimizers: Iterable[Optimizer]) -> None:
+        """From now on these are the optimizers."""
+        self._optimizers = list(optimizers)
+        self.names: set[str] = set(self._given or ())
+        """Names of the entries that hold copies."""
+        self._looked_at: set[str] = set()
+
+    @torch.no_grad()
+    def find(self) -> None:
+        """Look at what has come into the optimizers since the last call.
+
+        To be called soon after it may have: copies are known by being near the parameters.
+        """
+        if self._given is not None:
+            return
+        for optimizer in self._optimizers:
+            entries = {k: pairs for k, pairs in self._entries(optimizer).items() if k not in self._looked_at}
+            self._looked_at |= entries.keys()
+            new = sorted(name for name, pairs in entries.items() if _are_near(pairs))
+            if new:
+                self.names.update(new)
+                warnings.warn(
+                    f"{type(optimizer).__name__} holds copies of the parameters: {', '.join(new)}. What the parameters "
+                    "take over from other workers is added to these, too, so that the optimizer does not undo it. Pass "
+                    f"`weight_copies={new}` to say that this is right, or `weight_copies=[]` if they must stay.",
+                    stacklevel=2,
+                )
+
+    @torch.no_grad()
+    def move(self, by: Mapping[str, Tensor]) -> None:
+        """Add to the copies what is added to the parameters, ``by`` name."""
+        for name, copy in self._copies():
+            if name in by:
+                copy.add_(by[name].to(copy.device, copy.dtype))
+
+    @torch.no_grad()
+    def reset(self, to: Mapping[str, Tensor]) -> None:
+        """Begin anew from these parameters, by name."""
+        for name, copy in self._copies():
+            if name in to:
+                copy.copy_(to[name])
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Have the copies follow what the body does to the module's parameters."""
+        self.find()
+        names = {name for name, _ in self._copies()}
+        before = {name: p.detach().clone() for name, p in self._module.named_parameters() if name in names}
+        yield
+        with torch.no_grad():
+            after = dict(self._module.named_parameters())
+            self.move({name: after[name].detach() - value for name, value in before.items()})
+
+    def tensors(self) -> list[Tensor]:
+        """All copies, in an order that is alike on all devices of a worker."""
+        return [copy for _, copy in self._copies()]
+
+    def _copies(self) -> list[tuple[str, Tensor]]:
+        """The copies, each once, with the names of their parameters."""
+        if not self.names:
+            return []
+        named = {id(p): name for name, p in self._module.named_parameters()}
+        copies = {}
+        for optimizer in self._optimizers:
+            for entry, pairs in self._entries(optimizer).items():
+                if entry in self.names:
+                    copies.update({c.data_ptr(): (named[id(p)], c) for p, c in pairs})
+        return list(copies.values())
+
+    def _entries(self, optimizer: Optimizer) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """By name, what an optimizer holds in the shapes of parameters, beside the parameter."""
+        entries: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        own = {id(p) for p in self._module.parameters()}
+        for inner in _with_inner(optimizer):
+            parameters = [p for group in inner.param_groups for p in group["params"]]
+            lists = _lists(inner)
+            if not any(id(p) in own for p in parameters):  # it trains copies, and somebody writes them back
+                lists["params"] = parameters
+                parameters = [p for p in self._module.parameters() if p.requires_grad]
+            for name, tensors in lists.items():
+                if [t.shape for t in tensors] == [p.shape for p in parameters]:
+                    entries[name] += zip(parameters, tensors, strict=True)
+            for p in parameters:
+                state = inner.state.get(p, {}) if id(p) in own else {}
+                entries_of_p = state.items() if isinstance(state, Mapping) else ()
+                for name, value in entries_of_p:
+                    if isinstance(value, Tensor) and value.shape == p.shape:
+                        entries[name].append((p, value))
+        return {name: kept for name, pairs in entries.items() if (kept := [pair for pair in pairs if _is_copy(*pair)])}
+
+
+def _with_inner(optimizer: Optimizer, seen: frozenset[int] = frozenset()) -> Iterator[Optimizer]:
+    """An optimizer, and those that it wraps."""
+    yield optimizer
+    for value in vars(optimizer).values():
+        if isinstance(value, Optimizer) and id(value) not in seen | {id(optimizer)}:
+            yield from _with_inner(value, seen | {id(optimizer)})
+
+
+def _lists(optimizer: Optimizer) -> dict[str, list[Tensor]]:
+    """The tensors in the attributes of an optimizer, and in the options of its groups, by name."""
+    lists = {
+        name: list(_tensors(value)) for name, value in vars(optimizer).items() if name not in ("state", "param_groups")
+    }
+    for group in optimizer.param_groups:
+        for name, value in group.items():
+            if name != "params":
+                lists.setdefault(name, []).extend(_tensors(value))
+    return {name: tensors for name, tensors in lists.items() if tensors}
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))
+
+
+def _is_copy(parameter: Tensor, tensor: Tensor) -> bool:
+    """Whether it could be one: not the parameter itself under another name."""
+    return tensor.is_floating_point() and tensor.numel() > 0 and tensor.data_ptr() != parameter.data_ptr()
+
+
+def _are_near(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Whether these are near the parameters, all together, which zero and moments of gradients are not."""
+    distance = torch.stack([(c.float().to(p.device) - p.float()).norm().cpu() for p, c in pairs]).norm()
+    return bool(distance < _NEAR * torch.stack([p.float().norm().cpu() for p, _ in pairs]).norm())
