@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroup, ProcessGroupGloo, Store
 from torch.optim import Optimizer
 
-from lightning_async_localsgd import errors
-from lightning_async_localsgd.errors import PeerAbortedError, PeerLostError
+from lightning_async_localsgd.errors import PeerAbortedError, PeerLostError, error_by_name
 from lightning_async_localsgd.exchange import Adoption, OuterUpdate
 from lightning_async_localsgd.exchange.header import Message
 from lightning_async_localsgd.layout import Layout
@@ -66,8 +65,8 @@ class Crew:
         word: dict[str, Any] = json.loads(bytes(text.numpy()))
         if "error" in word:
             kind, reason = word["error"]
-            if hasattr(errors, kind):
-                raise getattr(errors, kind)(reason)
+            if (told := error_by_name(kind, reason)) is not None:
+                raise told
             raise PeerAbortedError(f"The first rank of this worker stopped: {kind}: {reason}")
         return word
 

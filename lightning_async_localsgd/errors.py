@@ -1,6 +1,15 @@
 """Every error of the exchange, each naming the worker it is about."""
 
-__all__ = ["AsyncLocalSGDError", "PeerAbortedError", "PeerLostError", "ReplicaDivergedError", "WorkerMismatchError"]
+from __future__ import annotations
+
+__all__ = [
+    "AsyncLocalSGDError",
+    "PeerAbortedError",
+    "PeerLostError",
+    "ReplicaDivergedError",
+    "WorkerMismatchError",
+    "error_by_name",
+]
 
 
 class AsyncLocalSGDError(RuntimeError):
@@ -21,6 +30,11 @@ class PeerLostError(AsyncLocalSGDError):
         self.silent = silent
         self.gone = gone
 
+    @property
+    def suspect(self) -> int | None:
+        """The worker that this one had to do with, if it is known: lost, or itself in wait for the lost one."""
+        return self.gone if self.silent is None else self.silent
+
 
 class PeerAbortedError(AsyncLocalSGDError):
     """A worker stopped because of an error of its own, and said so before it left."""
@@ -32,3 +46,12 @@ class WorkerMismatchError(AsyncLocalSGDError):
 
 class ReplicaDivergedError(AsyncLocalSGDError):
     """Two workers hold different global parameters at the same version."""
+
+
+_TOLD = (PeerAbortedError, PeerLostError, ReplicaDivergedError, WorkerMismatchError)
+_BY_NAME: dict[str, type[AsyncLocalSGDError]] = {kind.__name__: kind for kind in _TOLD}
+
+
+def error_by_name(kind: str, text: str) -> AsyncLocalSGDError | None:
+    """The error that another process tells of; None if it is of no class that is told of, or not told in words."""
+    return _BY_NAME[kind](text) if kind in _BY_NAME and isinstance(text, str) else None

@@ -46,7 +46,6 @@ _SAVED_PROGRESS = (
     "max_staleness",
     "dropped",
 )
-_ABORT_PATIENCE = 10.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -340,8 +339,7 @@ class Worker:
     def abort(self, error: BaseException) -> None:
         """Leave because of ``error``; the other workers are told and stop too."""
         if self._exchange is not None:
-            self._mailbox.abort(": ".join(filter(None, (type(error).__name__, str(error)))))
-            self._exchange.join(_ABORT_PATIENCE)
+            self._exchange.abort(error)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -34,7 +34,12 @@ class Outcome:
 
 
 def run_processes(
-    function: Callable[..., Any], size: int, *args: Any, timeout: float = 90, store: TCPStore | None = None
+    function: Callable[..., Any],
+    size: int,
+    *args: Any,
+    timeout: float = 90,
+    store: TCPStore | None = None,
+    lost: Collection[int] = (),
 ) -> list[Outcome]:
     """Call ``function(rank, *args)`` in ``size`` processes; returns how each ended, by rank.
 
@@ -46,6 +51,7 @@ def run_processes(
         *args: further arguments of ``function``.
         timeout: seconds after which those that still run are killed; their error then says so.
         store: the one that an earlier attempt of the same job has used, as torchrun keeps it; None: a fresh one.
+        lost: ranks that are not waited for, but killed when all others have ended.
     """
     _warm_up()
     store = store or make_store()
@@ -58,7 +64,8 @@ def run_processes(
         process.start()
         sender.close()
     outcomes = [Outcome(None) for _ in range(size)]
-    _collect(outcomes, [receiver for receiver, _ in pipes], time.monotonic() + timeout)
+    awaited = {receiver: outcomes[rank] for rank, (receiver, _) in enumerate(pipes) if rank not in lost}
+    _collect(awaited, time.monotonic() + timeout)
     for process, outcome in zip(processes, outcomes, strict=True):
         process.join(0 if outcome.error == STILL_RUNNING else 30)
         if process.is_alive():
@@ -88,8 +95,7 @@ def results(outcomes: list[Outcome]) -> list[Any]:
     return [outcome.result for outcome in outcomes]
 
 
-def _collect(outcomes: list[Outcome], receivers: list[Connection], deadline: float) -> None:
-    waiting = dict(zip(receivers, outcomes, strict=True))
+def _collect(waiting: dict[Connection, Outcome], deadline: float) -> None:
     while waiting:
         ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import timedelta
 
-from torch.distributed import DistStoreError, PrefixStore, Store
+from lightning_async_localsgd.errors import PeerLostError
+from lightning_async_localsgd.membership import JobStore
 
 __all__ = ["Bell"]
 
@@ -21,13 +21,19 @@ class Bell:
     of its own.
 
     Args:
-        store: the job's store.
+        store: the run's part of the job's store.
         on_ring: called on the listener thread with the number of the turn that was opened.
-        on_lost: called on the listener thread with the error when the store is gone.
+        on_lost: called on the listener thread with the error when the store is gone. (One that does not answer is
+            noticed by whoever waits for a bell that it has rung.)
     """
 
-    def __init__(self, store: Store, on_ring: Callable[[int], None], on_lost: Callable[[Exception], None]) -> None:
-        self._store = PrefixStore("bell", store)
+    def __init__(
+        self,
+        store: JobStore,
+        on_ring: Callable[[int], None],
+        on_lost: Callable[[PeerLostError], None],
+    ) -> None:
+        self._store = store.within("bell")
         self._on_ring = on_ring
         self._on_lost = on_lost
         self._closed = False
@@ -52,19 +58,17 @@ class Bell:
         if self._thread.is_alive():
             try:
                 self.ring(self._turn)
-            except RuntimeError:
+            except PeerLostError:
                 return  # the store is gone, and the listener with it
-            self._thread.join(timeout=5)
+            self._thread.join(timeout=2)
 
     def _listen(self) -> None:
+        store = self._store.clone()
         try:
-            store = self._store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
             while not self._closed:
-                with suppress(DistStoreError):  # a day without a turn
-                    store.wait([str(self._turn)], _A_DAY)
-                    if not self._closed:
-                        self._on_ring(self._turn)
-                        self._turn += 1
-        except RuntimeError as error:
+                if store.wait([str(self._turn)], _A_DAY) and not self._closed:
+                    self._on_ring(self._turn)
+                    self._turn += 1
+        except PeerLostError as error:
             if not self._closed:
                 self._on_lost(error)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lightning_async_localsgd.errors import AsyncLocalSGDError
+from lightning_async_localsgd.exchange.causes import LOOK_UP
 from lightning_async_localsgd.exchange.header import Flag, Message, encode_message
 from lightning_async_localsgd.exchange.ledger import OuterUpdate, Progress
 
@@ -90,6 +91,7 @@ class Mailbox:
         self._rung = -1  # the last turn that some worker opened
         self._cut: Message | None = None
         self._failure: BaseException | None = None
+        self._explained = False  # `_failure` is the first that any worker met, as far as that can be known
 
     @contextmanager
     def global_state(self) -> Iterator[None]:
@@ -103,6 +105,11 @@ class Mailbox:
     def progress(self) -> Progress:
         """Shared progress after the latest turn."""
         return self._progress
+
+    @property
+    def failed(self) -> bool:
+        """Whether the exchange has ended by an error."""
+        return self._failure is not None
 
     def report(self, steps: int, speed: float, patience: float) -> None:
         """Tell how far the worker is, which rides on the next header.
@@ -255,6 +262,12 @@ class Mailbox:
                 self._raise_failure()
 
     def _raise_failure(self) -> None:
+        """End the training thread's part, with the first cause if that is found in time."""
+        if self._failure is not None:
+            self._condition.wait_for(lambda: self._explained, timeout=LOOK_UP)
+        self._raise()
+
+    def _raise(self) -> None:
         if isinstance(self._failure, AsyncLocalSGDError):  # says by itself what to do; where it arose is of no use
             raise self._failure.with_traceback(None) from None
         if self._failure is not None:
@@ -271,22 +284,21 @@ class Mailbox:
         """Stand still while the training thread saves its side of a cut."""
         with self._condition:
             self._condition.wait_for(lambda: self._cut is None or self._failure is not None)
-            self._raise_failure()
+            self._raise()
 
     def wait_for_turn(self, turn: int, heartbeat: float) -> bool:
         """Sleep until ``turn`` is due; returns whether this worker is the one to open it.
 
         Args:
             turn: number of the next turn.
-            heartbeat: seconds after which to open one anyway while the training thread is blocked.
+            heartbeat: seconds after which to open one anyway, to see whether all are still there.
         """
         with self._condition:
-            self._raise_failure()
-            while self._rung < turn and not self._news:
-                timeout = heartbeat if self._waiting else None
-                if not self._condition.wait(timeout) and self._waiting:
-                    break
-                self._raise_failure()
+            self._raise()
+            self._condition.wait_for(
+                lambda: self._rung >= turn or self._news or self._failure is not None, timeout=heartbeat
+            )
+            self._raise()
             return self._rung < turn
 
     def wait_for_push(self) -> None:
@@ -301,7 +313,7 @@ class Mailbox:
                 timeout=self._counts[2],
             )
             self._push_wanted = False
-            self._raise_failure()
+            self._raise()
 
     def take(self) -> tuple[Live, Push | None]:
         """What the next header is to say, and the round to push with it."""
@@ -334,11 +346,12 @@ class Mailbox:
                 self._adoption = adoption
             self._condition.notify_all()
 
-    def wait_for_bell(self, turn: int) -> None:
-        """Wait until the listener, too, has heard ``turn``."""
+    def wait_for_bell(self, turn: int, timeout: float) -> bool:
+        """Wait until the listener, too, has heard ``turn``; returns whether it has within ``timeout`` seconds."""
         with self._condition:
-            self._condition.wait_for(lambda: self._rung >= turn or self._failure is not None)
-            self._raise_failure()
+            heard = self._condition.wait_for(lambda: self._rung >= turn or self._failure is not None, timeout)
+            self._raise()
+            return heard
 
     def hear(self, turn: int) -> None:
         """Called by the bell's listener: some worker opened ``turn``."""
@@ -346,11 +359,19 @@ class Mailbox:
             self._rung = turn
             self._condition.notify_all()
 
-    def fail(self, error: BaseException) -> None:
-        """Make the training thread raise ``error``; the first one counts."""
+    def fail(self, error: BaseException) -> BaseException:
+        """End the training thread's part at its next step; returns the first error that this was called with."""
         with self._condition:
             if self._failure is None:
                 self._failure = error
+            self._condition.notify_all()
+            return self._failure
+
+    def explain(self, error: BaseException) -> None:
+        """Have the training thread raise ``error``, which was the cause of that which ended it."""
+        with self._condition:
+            self._failure = error
+            self._explained = True
             self._condition.notify_all()
 
 

@@ -9,13 +9,14 @@ A turn goes through these states, alike on every worker:
 4. *deltas*, if the quorum is met: each worker that has one sends it, in rank order, and all apply it;
 5. *publish*: shared progress, and to a worker whose delta was applied its new global parameters.
 
-A worker that dies in 1 is noticed in the next turn's 3; in 2 to 4, by whoever waits for it. Whoever notices first
-writes the cause to the store before it closes its connections, so that the others name the same worker and not the
-messenger.
+A worker that dies in 1 is noticed in the next turn's 3; in 2 to 4, by whoever waits for it. Without news a turn opens
+every few seconds, for that alone. Who notices ends its own training first; then it looks for the first cause in the
+store, or writes down its own there; then it closes its connections. So all name the same worker, and not the messenger.
 """
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,33 +27,29 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import DistStoreError, Store
+from torch.distributed import Store
 from torch.profiler import record_function
 
-from lightning_async_localsgd import errors
 from lightning_async_localsgd.budget import Budget
 from lightning_async_localsgd.codecs import make_codec
-from lightning_async_localsgd.errors import (
-    AsyncLocalSGDError,
-    PeerAbortedError,
-    PeerLostError,
-    ReplicaDivergedError,
-)
+from lightning_async_localsgd.errors import PeerAbortedError, PeerLostError, ReplicaDivergedError
 from lightning_async_localsgd.exchange.bell import Bell
+from lightning_async_localsgd.exchange.causes import LOOK_UP, Causes
 from lightning_async_localsgd.exchange.header import HEADER_BYTES, Flag, Header, Message
 from lightning_async_localsgd.exchange.ledger import Ledger, OuterUpdate
 from lightning_async_localsgd.exchange.mailbox import Adoption, Live, Mailbox, Push
 from lightning_async_localsgd.exchange.transport import CHUNK, Transport
-from lightning_async_localsgd.membership import Roster
+from lightning_async_localsgd.membership import JobStore, Roster
 from lightning_async_localsgd.outer import GlobalState
 from lightning_async_localsgd.settings import Settings
 
 __all__ = ["ExchangeThread"]
 
 _READY = bytes(HEADER_BYTES)
-_GOODBYE = timedelta(seconds=30)
+_GOODBYE = timedelta(seconds=10)
 _LAST_WORDS = timedelta(seconds=5)
-_A_MOMENT = timedelta(seconds=2)
+_A_MOMENT = 2.0  # seconds
+_HEARTBEAT = 5.0  # seconds
 
 
 class _Transfer(NamedTuple):
@@ -91,7 +88,8 @@ class ExchangeThread:
         self._mailbox = mailbox
         self._state = state
         self._transport = transport
-        self._store = store
+        self._store = JobStore(store, settings.timeout)
+        self._causes = Causes(store, roster, settings.timeout)
         self._roster = roster
         self._settings = settings
         self._ledger = Ledger(state, settings, budget, mailbox.progress)
@@ -102,7 +100,8 @@ class ExchangeThread:
         self._last_checksum = 0
         self._pending: Push | None = None
         self._advanced = [time.monotonic()] * roster.size
-        self._bell = Bell(store, mailbox.hear, self._on_store_lost)
+        self._leaving = False  # this worker's own training has failed
+        self._bell = Bell(self._store, mailbox.hear, self._on_store_lost)
         self._thread = threading.Thread(target=self._run, name="async-localsgd-exchange", daemon=True)
 
     @property
@@ -112,6 +111,7 @@ class ExchangeThread:
 
     def start(self) -> None:
         """Begin with the first turn."""
+        atexit.register(self._end)
         self._bell.start()
         self._thread.start()
 
@@ -119,6 +119,35 @@ class ExchangeThread:
         """Wait up to ``timeout`` seconds for the thread to end."""
         if self._thread.is_alive():
             self._thread.join(timeout)
+
+    def abort(self, error: BaseException) -> None:
+        """Leave because of the training thread's ``error``, after telling the others.
+
+        Between two turns, and in those that take no time, the next header tells them. Whoever is in the middle of a
+        long transfer learns by its end, and finds the reason in the store.
+
+        Args:
+            error: of this worker's own; one that the exchange has raised is known to the others.
+        """
+        if self._mailbox.failed or not self._thread.is_alive():
+            self.join(LOOK_UP)
+            return
+        self._leaving = True
+        stopped = self._causes.stopped(error)
+        told = Causes(self._store.native, self._roster, self._settings.timeout)  # for this thread
+        told.first(stopped)
+        self._mailbox.abort(str(stopped))
+        self._end()
+
+    def _end(self) -> None:
+        """End the thread, within a few seconds.
+
+        A thread that is still inside gloo when the interpreter ends would take the process down by a signal.
+        """
+        self._thread.join(_A_MOMENT)
+        if self._thread.is_alive():
+            self._transport.interrupt()
+            self._thread.join(_LAST_WORDS.total_seconds())
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -128,16 +157,19 @@ class ExchangeThread:
                 pass
             self._leave(_GOODBYE)
         except BaseException as error:
-            self._mailbox.fail(self._first_cause(error))
+            first = self._mailbox.fail(error)
+            self._mailbox.explain(first if self._leaving else self._causes.first(first))
+            self._transport.interrupt()
             self._transport.close()
             self._leave(_LAST_WORDS)
         finally:
+            atexit.unregister(self._end)
             del self._bell  # it refers back to this object, which would outlive its run with all its tensors
 
     def _take_turn(self) -> bool:
         """One turn; returns whether it was the last."""
         self._mailbox.wait_for_release()
-        if self._mailbox.wait_for_turn(self._turn, heartbeat=self._timeout / 4):
+        if self._mailbox.wait_for_turn(self._turn, heartbeat=min(_HEARTBEAT, self._timeout / 4)):
             self._bell.ring(self._turn)
         if self._pending is None:
             self._mailbox.wait_for_push()
@@ -151,14 +183,15 @@ class ExchangeThread:
         with record_function("async_localsgd::headers"):
             headers = self._gather(self._header(live, finite))
         if Flag.ABORT in live.flags:
-            raise PeerAbortedError(f"{self._roster.name(self._roster.rank)} stopped: {_reason(live.message)}")
+            raise PeerAbortedError(_reason(live.message))
         updates, applied = self._apply(headers)
         with self._mailbox.global_state():
             progress = self._ledger.close_turn(
                 headers, applied, self._transport.bytes_sent, self._transport.bytes_received
             )
         adoption = self._adopt(applied, finite)
-        self._mailbox.wait_for_bell(self._turn)
+        if not self._mailbox.wait_for_bell(self._turn, self._timeout):
+            raise self._roster.store_lost(TimeoutError("the bell has not been heard"))
         if self._turn > 0 and self._roster.rank == 0:
             # All headers of this turn are here, so every listener has heard the one before it.
             self._bell.clear(self._turn - 1)
@@ -170,10 +203,11 @@ class ExchangeThread:
     def _leave(self, patience: timedelta) -> None:
         """Let go of the store; worker 0, who may host it, once every worker has (and has read the cause)."""
         self._bell.close()
-        with suppress(RuntimeError):  # whoever is gone by now has nothing more to read
+        with suppress(PeerLostError):  # whoever is gone by now has nothing more to read
             self._store.set(f"goodbye/{self._roster.rank}", "1")
             if self._roster.rank == 0:
-                self._store.wait([f"goodbye/{r}" for r in range(self._roster.size)], patience)
+                goodbyes = [f"goodbye/{r}" for r in range(self._roster.size)]
+                self._store.wait(goodbyes, min(patience, self._settings.timeout))
 
     # ---- headers ----------------------------------------------------------------------------------------------------
 
@@ -236,7 +270,7 @@ class ExchangeThread:
     def _check(self, worker: int, other: Header, own: Header) -> None:
         name = self._roster.name(worker)
         if Flag.ABORT in other.flags and worker != self._roster.rank:
-            raise PeerAbortedError(f"{name} stopped: {_reason(other.message)}")
+            raise PeerAbortedError(_reason(other.message))
         if (other.worker, other.turn) != (worker, own.turn) or not 0 <= other.shard < self._roster.size:
             raise PeerLostError(f"{name} is out of step: it is in turn {other.turn}, this worker in {own.turn}.")
         if (other.version, other.checksum) != (own.version, own.checksum):
@@ -325,50 +359,11 @@ class ExchangeThread:
 
     # ---- failures ---------------------------------------------------------------------------------------------------
 
-    def _on_store_lost(self, error: Exception) -> None:
-        self._mailbox.fail(self._store_lost(error))
-
-    def _store_lost(self, error: BaseException) -> PeerLostError:
-        lost = PeerLostError(
-            f"The job's store is gone: its host, {self._roster.name(0)} or the launcher beside it, has died. "
-            "Look for the cause in its log, then start the job again."
-        )
-        lost.__cause__ = error
-        return lost
-
-    def _first_cause(self, error: BaseException) -> BaseException:
-        """The error to raise here: the first that any worker met, since later ones are its consequences."""
-        if not isinstance(error, AsyncLocalSGDError):
-            return error
-        try:
-            if isinstance(error, PeerLostError) and error.silent is not None:
-                error = self._find_silent(error, error.silent, _LAST_WORDS)
-            elif isinstance(error, PeerLostError) and error.gone is not None:
-                error = self._find_silent(error, error.gone, _A_MOMENT)
-            written = self._store.compare_set("cause", "", f"{type(error).__name__}\n{error}").decode()
-        except RuntimeError as store_error:
-            return self._store_lost(store_error) if isinstance(error, PeerLostError) else error
-        kind, text = written.split("\n", 1)
-        return error if text == str(error) else getattr(errors, kind, AsyncLocalSGDError)(text)
-
-    def _find_silent(self, error: PeerLostError, suspect: int, patience: timedelta) -> PeerLostError:
-        """Follow the chain of workers that wait for one another to the one that says nothing at all.
-
-        When a wait has been in vain, gloo closes all connections of that worker, before it can say for whom it waited.
-        """
-        self._store.set(f"waits-for/{self._roster.rank}", str(suspect))
-        chain, worker = [self._roster.rank], suspect
-        while worker not in chain:
-            chain.append(worker)
-            key = f"waits-for/{worker}"
-            try:
-                self._store.wait([key], min(patience, self._settings.timeout))
-            except DistStoreError:
-                break
-            worker = int(self._store.get(key))
-        return error if worker == suspect else self._roster.silence(worker, self._settings.timeout)
+    def _on_store_lost(self, error: PeerLostError) -> None:
+        self._mailbox.fail(self._roster.store_lost(error))
+        self._transport.interrupt()  # this worker may be waiting for others in vain
 
 
 def _reason(message: Message | None) -> str:
     """What a worker that leaves says why."""
-    return str((message or {}).get("reason", "no reason given"))
+    return str((message or {}).get("reason", "A worker stopped and gave no reason."))

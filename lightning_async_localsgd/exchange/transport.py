@@ -19,6 +19,7 @@ from lightning_async_localsgd.errors import PeerLostError
 from lightning_async_localsgd.exchange.header import HEADER_BYTES
 from lightning_async_localsgd.membership import Roster
 from lightning_async_localsgd.membership.address import INTERFACE_VARIABLE
+from lightning_async_localsgd.sockets import recorded_sockets
 
 __all__ = ["CHUNK", "GlooTransport", "Transport"]
 
@@ -54,6 +55,9 @@ class Transport(Protocol):
                 timeout.
         """
 
+    def interrupt(self) -> None:
+        """End the connections now, from any thread: whoever waits in one, at either end, gets a ``PeerLostError``."""
+
     def close(self) -> None:
         """Give up the connections."""
 
@@ -76,7 +80,9 @@ class GlooTransport:
     def __init__(self, store: Store, roster: Roster, timeout: timedelta) -> None:
         self._roster = roster
         self._timeout = timeout
-        self._group: Any = self._connect(PrefixStore("outer", store))
+        with recorded_sockets() as self._sockets:
+            self._group: Any = self._connect(PrefixStore("outer", store))
+        self._sockets.watch(timeout)
         self._peers = [r for r in range(roster.size) if r != roster.rank]
         self._inbox = torch.zeros(roster.size, HEADER_BYTES, dtype=torch.uint8)
         self.bytes_sent = 0
@@ -128,6 +134,10 @@ class GlooTransport:
             works = [(root, self._start("recv", wire, root, _PAYLOAD))]
             self.bytes_received += wire.numel()
         return partial(self._wait, works)
+
+    def interrupt(self) -> None:
+        """See :meth:`Transport.interrupt`."""
+        self._sockets.shut_down()
 
     def close(self) -> None:
         """See :meth:`Transport.close`."""

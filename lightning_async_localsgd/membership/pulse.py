@@ -12,17 +12,13 @@ from datetime import timedelta
 from enum import Enum
 from typing import NamedTuple
 
-from lightning_async_localsgd import errors
-from lightning_async_localsgd.errors import AsyncLocalSGDError, PeerAbortedError, PeerLostError
+from lightning_async_localsgd.errors import AsyncLocalSGDError, PeerAbortedError, PeerLostError, error_by_name
 from lightning_async_localsgd.membership.store import JobStore
 
 __all__ = ["Phase", "Pulse", "Watch"]
 
 _MOST_SECONDS = 2.0
 _REASON_LENGTH = 4000
-_TOLD_ON = (errors.PeerAbortedError, errors.PeerLostError, errors.ReplicaDivergedError, errors.WorkerMismatchError)
-_BY_NAME = {kind.__name__: kind for kind in _TOLD_ON}
-"""Errors that are about another process already: whoever hears of one from a third raises the same."""
 
 
 class Phase(str, Enum):
@@ -183,9 +179,10 @@ class Watch:
 
     def _failed(self, rank: int, beat: Beat) -> AsyncLocalSGDError:
         kind, text = beat.reason
-        if kind in _BY_NAME:
-            return _BY_NAME[kind](text)
-        return PeerAbortedError(f"{self._name(rank, beat)} stopped: {': '.join(filter(None, beat.reason))}")
+        # An error about another process already is the same for all.
+        return error_by_name(kind, text) or PeerAbortedError(
+            f"{self._name(rank, beat)} stopped: {': '.join(filter(None, beat.reason))}"
+        )
 
     def _lost(self, silent: Iterable[int], beats: dict[int, Beat]) -> PeerLostError:
         never = [rank for rank in silent if rank not in beats]

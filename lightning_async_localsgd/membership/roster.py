@@ -49,6 +49,21 @@ class Roster:
             silent=worker,
         )
 
+    def store_lost(self, error: BaseException, met: PeerLostError | None = None) -> PeerLostError:
+        """The error about the job's store, which is gone or does not answer.
+
+        Args:
+            error: what its client has met.
+            met: what was noticed before, if anything: probably a consequence.
+        """
+        lost = PeerLostError(
+            f"The job's store does not answer: its host, {self.name(0)} or the launcher beside it, has died or froze, "
+            "or the network to it failed. Look for the cause in its log, then start the job again."
+            + (f" Noticed before: {met}" if met is not None else "")
+        )
+        lost.__cause__ = error
+        return lost
+
     @classmethod
     def introduce(
         cls, store: Store, rank: int, size: int, credentials: Mapping[str, Any], timeout: timedelta

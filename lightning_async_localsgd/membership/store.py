@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore
 
 from lightning_async_localsgd.errors import PeerLostError
+from lightning_async_localsgd.sockets import recorded_sockets
 
 __all__ = ["JobStore", "bounded", "connect", "store_address"]
 
@@ -30,9 +31,8 @@ class JobStore:
     A call of libtorch's TCP store blocks until the store's host answers, whatever timeout it is given: also a wait that
     has timed out asks the host to cancel it, and waits for that. So calls are made one after the other on a thread of
     this object's own, over a connection of its own, and are left to themselves when their time is up. (Libtorch
-    releases the interpreter's lock in all of them.) There is no keepalive on libtorch's sockets, nor a way to set one:
-    a connection that is cut is noticed by the next call. :class:`~lightning_async_localsgd.membership.pulse.Pulse`
-    makes one every few seconds.
+    releases the interpreter's lock in all of them.) A connection that is cut is noticed by the next call;
+    :class:`~lightning_async_localsgd.membership.pulse.Pulse` makes one every few seconds.
 
     One thread at a time: what blocks for long on another thread uses :meth:`clone`.
 
@@ -157,7 +157,8 @@ def connect(host: bool, timeout: timedelta) -> Store:
     def try_once() -> Store:
         left = timedelta(seconds=max(0.1, deadline - time.monotonic()))
         libuv = os.environ.get("USE_LIBUV", "1") == "1"
-        return TCPStore(address, port, None, host, left, wait_for_workers=False, multi_tenant=True, use_libuv=libuv)
+        with recorded_sockets():
+            return TCPStore(address, port, None, host, left, wait_for_workers=False, multi_tenant=True, use_libuv=libuv)
 
     while True:
         try:
@@ -201,7 +202,9 @@ def _serve(native: Store, calls: SimpleQueue[_Call | None]) -> None:
     while (call := calls.get()) is not None:
         operation, answer = call
         try:
-            store = store or native.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
+            if store is None:
+                with recorded_sockets():
+                    store = native.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
             answer.set_result(operation(store))
         except BaseException as error:
             answer.set_exception(error)
