@@ -208,7 +208,8 @@ def net() -> Iterator[Network]:
 def test_survivors_end_in_time_with_the_name_of_the_lost_worker(
     net: Network, kind: str, state: str, victim: int, tmp_path: Path
 ) -> None:
-    net.plug_in(victim)
+    for host in range(SIZE):
+        net.plug_in(host)
     fault = Fault(net, tmp_path, kind, state, victim)
     lost = [victim] if kind != "cut off" else []
     outcomes = run_processes(fit, SIZE, SIZE, fault, str(tmp_path / "checkpoints"), timeout=60, lost=lost)

@@ -350,7 +350,7 @@ def freezing(rank: int, size: int) -> Any:
 
 
 def test_a_frozen_worker_is_named_after_the_timeout() -> None:
-    outcomes = run_processes(freezing, 3, 3, timeout=20)
+    outcomes = run_processes(freezing, 3, 3, timeout=40, lost=[2])
     assert outcomes[2].error == STILL_RUNNING
     for outcome in outcomes[:2]:
         assert outcome.exitcode == 1

@@ -16,10 +16,10 @@ from lightning_async_localsgd.membership import JobStore, Roster
 
 __all__ = ["LOOK_UP", "Causes"]
 
-_STORE = timedelta(seconds=3)  # for an answer of the store
-_SILENT = timedelta(seconds=3)  # for the word of a worker that has not answered in time
-_GONE = timedelta(seconds=1.5)  # for that of one that has closed its connections, and had said it before
-LOOK_UP = 3 * _STORE.total_seconds()
+_STORE = timedelta(seconds=2)  # for an answer of the store
+_SILENT = timedelta(seconds=2)  # for the word of a worker that has not answered in time
+_GONE = timedelta(seconds=1)  # for that of one that has closed its connections, and had said it before
+LOOK_UP = 4 * _STORE.total_seconds()
 """Seconds that finding a cause takes at the most, as a rule."""
 
 

@@ -47,7 +47,7 @@ __all__ = ["ExchangeThread"]
 
 _READY = bytes(HEADER_BYTES)
 _GOODBYE = timedelta(seconds=10)
-_LAST_WORDS = timedelta(seconds=5)
+_LAST_WORDS = timedelta(seconds=2)
 _A_MOMENT = 2.0  # seconds
 _HEARTBEAT = 5.0  # seconds
 
@@ -147,7 +147,7 @@ class ExchangeThread:
         self._thread.join(_A_MOMENT)
         if self._thread.is_alive():
             self._transport.interrupt()
-            self._thread.join(_LAST_WORDS.total_seconds())
+            self._thread.join(LOOK_UP)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from lightning_async_localsgd.membership.values import as_json, from_json
 __all__ = ["StaticJob", "join_job"]
 
 _SLICE = timedelta(seconds=0.5)  # of a wait, after which those who are waited for are looked at
-_LAST_WORDS = timedelta(seconds=10)
+_LAST_WORDS = timedelta(seconds=3)
 
 
 class StaticJob:

@@ -22,6 +22,8 @@ __all__ = ["JobStore", "bounded", "connect", "store_address"]
 
 T = TypeVar("T")
 _RETRY = 0.5  # seconds
+_SHORT = timedelta(seconds=5)
+_LOOK = 0.02  # seconds between two looks during a short wait
 _Call = tuple[Callable[[Store], Any], "Future[Any]"]
 
 
@@ -219,8 +221,15 @@ def _answer(call: Callable[[], T], answer: Future[T]) -> None:
 
 
 def _came(store: Store, keys: list[str], timeout: timedelta) -> bool:
-    try:
-        store.wait(keys, timeout)
-    except DistStoreError:
-        return False
+    if timeout > _SHORT:
+        try:
+            store.wait(keys, timeout)
+        except DistStoreError:
+            return False
+        return True
+    deadline = time.monotonic() + timeout.total_seconds()
+    while not store.check(keys):  # libtorch logs a warning of each wait that was in vain
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_LOOK)
     return True
