@@ -14,6 +14,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo
 from typing_extensions import override
 
 from lightning_async_localsgd.errors import PeerLostError
+from lightning_async_localsgd.exchange.share import as_bytes, from_bytes
 from lightning_async_localsgd.membership import StaticJob
 
 __all__ = ["FinalModule"]
@@ -98,9 +99,9 @@ class FinalModule(pl.Callback):
             options = dist.BroadcastOptions()
             options.rootRank = options.rootTensor = 0
             for tensor in tensors:
-                wire = _bytes(tensor)
+                wire = as_bytes(tensor).cpu()
                 group.broadcast([wire], options).wait()
-                tensor.copy_(wire.view(tensor.dtype).view(tensor.shape))
+                from_bytes(tensor, wire)
         except RuntimeError as error:
             raise PeerLostError(
                 "A process was lost while all took over the module that worker 0 has ended with (a callback has "
@@ -111,16 +112,16 @@ class FinalModule(pl.Callback):
 def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, type and shape, which must agree to send them."""
     named = (*module.named_parameters(), *module.named_buffers())
-    return {f"{name}: {str(t.dtype).removeprefix('torch.')}{list(t.shape)}": t for name, t in named if t.numel() > 0}
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
+    return {
+        f"{name}: {str(t.dtype).removeprefix('torch.')}{list(t.shape)}": t
+        for name, t in named
+        if t.numel() > 0 and t.layout is torch.strided
+    }
 
 
 def _checksum(tensor: Tensor) -> int:
     """Sum of the bits, as 64-bit integers: different for any two tensors of a single word."""
-    data = _bytes(tensor)
+    data = as_bytes(tensor).cpu()
     if data.storage_offset() % _WORD:  # a part of a larger tensor, between two words
         data = data.clone()
     words = data.numel() // _WORD * _WORD

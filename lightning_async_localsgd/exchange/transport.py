@@ -26,7 +26,7 @@ __all__ = ["CHUNK", "GlooTransport", "Transport"]
 CHUNK = 1 << 20
 """Elements of a delta per message: what the largest wire buffer holds, and what `timeout` applies to."""
 
-_HEADERS, _PAYLOAD = 1, 2  # message tags
+_HEADERS, _PAYLOAD, _RECEIPT = 1, 2, 3  # message tags
 
 
 class Transport(Protocol):
@@ -57,6 +57,16 @@ class Transport(Protocol):
 
     def interrupt(self) -> None:
         """End the connections now, from any thread: whoever waits in one, at either end, gets a ``PeerLostError``."""
+
+    def acknowledge(self, root: int) -> Callable[[], None]:
+        """Begin to tell worker ``root`` that this worker has got this far; on ``root``, to hear it of all others.
+
+        Returns:
+            What waits until it is done.
+
+        Raises:
+            PeerLostError: as for :meth:`broadcast`.
+        """
 
     def close(self) -> None:
         """Give up the connections."""
@@ -138,6 +148,17 @@ class GlooTransport:
     def interrupt(self) -> None:
         """See :meth:`Transport.interrupt`."""
         self._sockets.shut_down()
+
+    def acknowledge(self, root: int) -> Callable[[], None]:
+        """See :meth:`Transport.acknowledge`."""
+        if root == self._roster.rank:
+            receipts = torch.empty(self._roster.size, 1, dtype=torch.uint8)
+            works = [(peer, self._start("recv", receipts[peer], peer, _RECEIPT)) for peer in self._peers]
+            self.bytes_received += len(self._peers)
+        else:
+            works = [(root, self._start("send", torch.zeros(1, dtype=torch.uint8), root, _RECEIPT))]
+            self.bytes_sent += 1
+        return partial(self._wait, works)
 
     def close(self) -> None:
         """See :meth:`Transport.close`."""
