@@ -2,6 +2,7 @@
 
 from lightning_async_localsgd.errors import (
     AsyncLocalSGDError,
+    NotFiniteError,
     PeerAbortedError,
     PeerLostError,
     ReplicaDivergedError,
@@ -22,6 +23,7 @@ __all__ = [
     "AsyncLocalSGDError",
     "AsyncLocalSGDMonitor",
     "AsyncLocalSGDStrategy",
+    "NotFiniteError",
     "OuterUpdate",
     "PeerAbortedError",
     "PeerLostError",

@@ -290,12 +290,16 @@ class _LeaderFile(_WrappingCheckpointIO):
 
 
 def _aliases(module: nn.Module) -> dict[str, list[str]]:
-    """The first name of each parameter and buffer, and all names it goes by (tied weights have several)."""
-    names: dict[int, list[str]] = {}
+    """The first name of each parameter and buffer, and all names it goes by.
+
+    Tied weights have several, and so have parameters that are views of the same memory.
+    """
+    names: dict[Any, list[str]] = {}
     for name, tensor in chain(
         module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
     ):
-        names.setdefault(id(tensor), []).append(name)
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else id(tensor)
+        names.setdefault(place, []).append(name)
     return {aliases[0]: aliases for aliases in names.values()}
 
 

@@ -22,6 +22,7 @@ from lightning_async_localsgd.errors import PeerAbortedError, PeerLostError, err
 from lightning_async_localsgd.exchange import Adoption, OuterUpdate
 from lightning_async_localsgd.exchange.header import Message
 from lightning_async_localsgd.layout import Layout
+from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.weight_copies import WeightCopies
 from lightning_async_localsgd.worker import RunSummary, Worker, forget_non_finite_state
 
@@ -81,7 +82,7 @@ class Crew:
         options.rootRank = 0
         wire = tensor.contiguous()
         try:
-            group.broadcast([wire], options).wait()
+            group.broadcast([torch.view_as_real(wire) if wire.is_complex() else wire], options).wait()
         except RuntimeError as error:
             raise PeerLostError(
                 "A process of this worker has died. Look for the cause in the logs of its ranks, then start the job "
@@ -117,7 +118,7 @@ class LeadingWorker(Worker):
         with self._leading():
             super().start(max_steps, open_end)
             self._changed = True
-        self._crew.share(self._layout.others(self._module))
+        self._crew.share(list(self._layout.others(self._module).values()))
 
     def step(self, samples: int = 0) -> bool:
         """See :meth:`Worker.step`."""
@@ -131,7 +132,7 @@ class LeadingWorker(Worker):
             summary = super().finish(stop)
             word["digest"] = summary.digest
             self._changed = True
-        self._crew.share(self._layout.others(self._module))
+        self._crew.share(list(self._layout.others(self._module).values()))
         self._crew.close()
         return summary
 
@@ -219,11 +220,11 @@ class FollowingRank:
         module: the module to train, on its device.
         optimizers: its inner optimizers.
         rank: the worker.
-        frozen: whether frozen parameters are exchanged as well.
+        settings: settings of the run.
     """
 
     def __init__(
-        self, crew: Crew, module: nn.Module, optimizers: Sequence[Optimizer], rank: int, frozen: bool = False
+        self, crew: Crew, module: nn.Module, optimizers: Sequence[Optimizer], rank: int, settings: Settings
     ) -> None:
         self.rank = rank
         self.shard = rank
@@ -236,7 +237,7 @@ class FollowingRank:
         self._module = module
         self._optimizers = optimizers
         self._copies = WeightCopies(module, optimizers)
-        self._layout = Layout(module, frozen)
+        self._layout = Layout(module, bool(settings.exchange_frozen), settings.local_buffers)
         self._summary: RunSummary | None = None
         self._updates: list[OuterUpdate] = []
         self._messages: list[tuple[int, Message]] = []
@@ -245,7 +246,7 @@ class FollowingRank:
     def start(self, max_steps: int | None = None, open_end: bool = False) -> None:
         """See :meth:`Worker.start`."""
         self.follow()
-        self._crew.share(self._layout.others(self._module))
+        self._crew.share(list(self._layout.others(self._module).values()))
 
     def step(self, samples: int = 0) -> bool:
         """See :meth:`Worker.step`."""
@@ -255,7 +256,7 @@ class FollowingRank:
     def finish(self, stop: bool = False) -> RunSummary:
         """See :meth:`Worker.finish`."""
         digest = self.follow()["digest"]
-        self._crew.share(self._layout.others(self._module))
+        self._crew.share(list(self._layout.others(self._module).values()))
         self._crew.close()
         return replace(self.summary(), digest=digest)
 

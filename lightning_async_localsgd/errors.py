@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "AsyncLocalSGDError",
+    "NotFiniteError",
     "PeerAbortedError",
     "PeerLostError",
     "ReplicaDivergedError",
@@ -48,7 +49,11 @@ class ReplicaDivergedError(AsyncLocalSGDError):
     """Two workers hold different global parameters at the same version."""
 
 
-_TOLD = (PeerAbortedError, PeerLostError, ReplicaDivergedError, WorkerMismatchError)
+class NotFiniteError(AsyncLocalSGDError):
+    """A worker's parameters were not finite at the end of several rounds in a row, so that it learned nothing."""
+
+
+_TOLD = (NotFiniteError, PeerAbortedError, PeerLostError, ReplicaDivergedError, WorkerMismatchError)
 _BY_NAME: dict[str, type[AsyncLocalSGDError]] = {kind.__name__: kind for kind in _TOLD}
 
 

@@ -1,14 +1,17 @@
-"""The flat layout: where each trainable parameter and float buffer of a module lies in one vector."""
+"""The flat layout: where each trainable parameter and running statistic of a module lies in one vector."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+from lightning_async_localsgd.kinds import could_train, find_local_buffers, statistics
 
 __all__ = ["Layout", "Slot"]
 
@@ -32,34 +35,37 @@ class Slot(NamedTuple):
 class Layout:
     """Maps the tensors that workers share to one contiguous fp32 vector, alike on every worker.
 
-    Trainable parameters come first, in the order of ``module.named_parameters()``; floating-point buffers (BatchNorm
-    statistics) follow. Frozen parameters, integer buffers and buffers with infinite elements (attention masks) have no
-    place in it. Tied parameters appear once.
+    Trainable parameters come first, in the order of ``module.named_parameters()``; the buffers that are running
+    :func:`~lightning_async_localsgd.kinds.statistics` follow. Nothing else has a place in it. Tied parameters, and
+    parameters that are views of the same memory, appear once.
 
     Args:
         module: the module to share.
         frozen: whether frozen parameters have a place among the trainable ones, so that they can be unfrozen later; not
             those that hold integers or infinite elements, which nobody trains.
+        local_buffers: patterns of names of buffers that have no place in it.
 
     Raises:
-        ValueError: if the module has no trainable parameter, or one that is not a dense floating-point tensor, or any
-            parameter or buffer that is not initialized yet.
+        ValueError: if the module has no trainable parameter, or one that cannot be exchanged: it is not a dense
+            floating-point tensor, it is too large for fp32, or it shares a part of its memory with another. Also if any
+            parameter or buffer is not initialized yet, or a pattern means no buffer.
     """
 
-    def __init__(self, module: nn.Module, frozen: bool = False) -> None:
+    def __init__(self, module: nn.Module, frozen: bool = False, local_buffers: Sequence[str] = ()) -> None:
         _check_initialized(module)
-        parameters = [
-            (name, p) for name, p in module.named_parameters() if p.requires_grad or (frozen and _could_train(p))
+        parameters: list[tuple[str, Tensor]] = [
+            (name, p) for name, p in module.named_parameters() if p.requires_grad or (frozen and could_train(p))
         ]
-        buffers = [(name, b) for name, b in module.named_buffers() if _is_statistic(b)]
         if not any(p.requires_grad for _, p in parameters):
             raise ValueError(
                 f"{type(module).__name__} has no trainable parameters, so there is nothing to exchange. Set "
                 "`requires_grad=True` on the parameters to train before `fit`."
             )
         for name, p in parameters:
-            if not p.is_floating_point() or p.layout is not torch.strided:
-                raise ValueError(f"Parameter {name!r} is {p.dtype}, {p.layout}: only dense real tensors can be shared.")
+            _check_exchangeable(name, p)
+        self._parameter_names = {name for name, _ in parameters}
+        parameters = _without_views(parameters)
+        buffers = list(statistics(module, find_local_buffers(module, local_buffers)))
         named = parameters + buffers
         sizes = [-(-t.numel() // _ALIGNMENT) * _ALIGNMENT for _, t in named]
         ends = list(accumulate(sizes))
@@ -68,7 +74,11 @@ class Layout:
             for (name, t), size, end in zip(named, sizes, ends, strict=True)
         ]
         self.parameter_count = len(parameters)
-        self._parameter_names = {name for name, _ in parameters}
+        self._frozen = [
+            f"{name}: {str(p.dtype).removeprefix('torch.')}{list(p.shape)}, frozen"
+            for name, p in module.named_parameters()
+            if name not in self._parameter_names
+        ]
         self.numel = ends[-1]
         self.parameter_numel = ends[self.parameter_count - 1]
 
@@ -78,15 +88,34 @@ class Layout:
         return self.slots[: self.parameter_count]
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
-        """The tensors of ``module`` (the one this layout was made of, or a like one) in the order of the slots."""
+        """The tensors of ``module`` (the one this layout was made of, or a like one) in the order of the slots.
+
+        In the place of a buffer that the module has dropped since, or replaced by one of another shape, is a tensor of
+        NaN: what is written to it is lost, and what is not finite is left out of a delta.
+
+        Raises:
+            RuntimeError: naming a parameter that has gone or changed its shape.
+        """
         named = dict(module.named_parameters()) | dict(module.named_buffers())
-        try:
-            return [named[slot.name].detach() for slot in self.slots]
-        except KeyError as error:
-            raise RuntimeError(
-                f"{error} was a parameter or buffer of {type(module).__name__} when training started and is not any "
-                "more (pruning and parametrizations rename what they act on). Change the module before `fit`."
-            ) from None
+        found = [named.get(slot.name) for slot in self.slots]
+        for slot, tensor in zip(self.parameter_slots, found, strict=False):
+            if tensor is None or tuple(tensor.shape) != slot.shape:
+                raise RuntimeError(
+                    f"{slot.name!r} was a parameter of {type(module).__name__} when training started and is not any "
+                    "more, or not of that shape (pruning and parametrizations rename what they act on). Change the "
+                    "module before `fit`."
+                )
+        return self.fit([None if tensor is None else tensor.detach() for tensor in found])
+
+    def fit(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        """``tensors``, one per slot, with a tensor of NaN in the place of each that is not of its slot's shape."""
+        device = next(tensor.device for tensor in tensors if tensor is not None)
+        return [
+            tensor
+            if tensor is not None and tuple(tensor.shape) == slot.shape and tensor.is_floating_point()
+            else torch.full(slot.shape, math.nan, device=device)
+            for slot, tensor in zip(self.slots, tensors, strict=True)
+        ]
 
     def empty(self, device: torch.device | str = "cpu", pin_memory: bool = False) -> Tensor:
         """A flat fp32 vector of zeros, shape ``(numel,)``. The gaps between tensors stay zero for good."""
@@ -96,11 +125,15 @@ class Layout:
         """One view of ``flat`` (shape ``(numel,)``) per tensor, each in the shape of its tensor."""
         return [flat[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in self.slots]
 
-    def others(self, module: nn.Module) -> list[Tensor]:
-        """The tensors of ``module`` that have no place in the flat vector: what is alike on all workers, or counted."""
+    def others(self, module: nn.Module) -> dict[str, Tensor]:
+        """The tensors of ``module`` that have no place in the flat vector, by name; but for sparse ones."""
         shared = {slot.name for slot in self.slots}
         named = dict(module.named_parameters()) | dict(module.named_buffers())
-        return [tensor.detach() for name, tensor in named.items() if name not in shared and tensor.numel() > 0]
+        return {
+            name: tensor.detach()
+            for name, tensor in named.items()
+            if name not in shared and tensor.numel() > 0 and tensor.layout is torch.strided
+        }
 
     def check_trainable(self, module: nn.Module) -> None:
         """Refuse a parameter that was unfrozen on the way: it would train apart on every worker.
@@ -120,6 +153,7 @@ class Layout:
         """One line per tensor, to compare the models of two workers."""
         for slot in self.slots:
             yield f"{slot.name}: {slot.dtype}{list(slot.shape)}"
+        yield from self._frozen
 
 
 def _check_initialized(module: nn.Module) -> None:
@@ -131,9 +165,62 @@ def _check_initialized(module: nn.Module) -> None:
             )
 
 
-def _could_train(parameter: Tensor) -> bool:
-    return parameter.layout is torch.strided and _is_statistic(parameter)
+def _check_exchangeable(name: str, parameter: Tensor) -> None:
+    if not parameter.is_floating_point() or parameter.layout is not torch.strided:
+        raise ValueError(
+            f"Parameter {name!r} is {parameter.dtype}, {parameter.layout}: only dense real tensors can be shared."
+        )
+    if parameter.dtype == torch.float64 and bool((parameter.isfinite() & ~parameter.float().isfinite()).any()):
+        raise ValueError(
+            f"Parameter {name!r} has elements beyond {torch.finfo(torch.float32).max:.1e}: parameters are exchanged in "
+            "fp32. Scale it, or freeze it (`requires_grad=False`)."
+        )
 
 
-def _is_statistic(buffer: Tensor) -> bool:
-    return buffer.is_floating_point() and buffer.numel() > 0 and bool(torch.isfinite(buffer).all())
+def _without_views(named: Sequence[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Each memory once: a correction that were added to two views of it would move it twice.
+
+    Raises:
+        ValueError: if two share a part of their memory, or all of it in another shape.
+    """
+    kept: list[tuple[str, Tensor]] = []
+    by_storage: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, tensor in named:
+        neighbours = by_storage.setdefault(tensor.untyped_storage().data_ptr(), []) if tensor.numel() else []
+        if any(_is_same_view(tensor, other) for _, other in neighbours):
+            continue
+        for other_name, other in neighbours:
+            if _overlap(tensor, other):
+                raise ValueError(
+                    f"Parameters {other_name!r} and {name!r} share a part of their memory, or lay it out differently: "
+                    "what workers exchange would move it twice. Use one parameter and take views of it in `forward`."
+                )
+        neighbours.append((name, tensor))
+        kept.append((name, tensor))
+    return kept
+
+
+def _is_same_view(a: Tensor, b: Tensor) -> bool:
+    return (a.data_ptr(), a.dtype, a.shape, a.stride()) == (b.data_ptr(), b.dtype, b.shape, b.stride())
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one storage have a byte in common."""
+    (a_start, a_end), (b_start, b_end) = _extent(a), _extent(b)
+    if a_end <= b_start or b_end <= a_start:
+        return False
+    if a.dtype != b.dtype:
+        return True
+    elements = torch.zeros(a.untyped_storage().nbytes() // a.element_size(), dtype=torch.bool)
+    _as_in(elements, a).fill_(True)
+    return bool(_as_in(elements, b).any())
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of its first byte and past its last one."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _as_in(elements: Tensor, tensor: Tensor) -> Tensor:
+    return elements.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())

@@ -41,6 +41,7 @@ class Settings:
     exchange_frozen: bool | None = None
     transforms: Sequence[Transform] = ()
     weight_copies: Sequence[str] | None = None
+    local_buffers: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.local_steps < 1:
@@ -66,6 +67,11 @@ class Settings:
         if isinstance(self.weight_copies, str):
             raise ValueError(f"`weight_copies` must be a list of names, got {self.weight_copies!r}.")
         check_transforms(self.transforms, self.quorum)
+        if isinstance(self.local_buffers, str) or not all(isinstance(name, str) for name in self.local_buffers):
+            raise ValueError(
+                f'`local_buffers` must be a list of names or patterns, such as ["queue", "*.cache"], got '
+                f"{self.local_buffers!r}."
+            )
         make_pace(self.pace)
         make_codec(self.codec)
 
@@ -104,6 +110,7 @@ class Settings:
             "outer_device": torch.device(self.outer_device).type,  # kinds of devices may round differently
             "exchange_frozen": bool(self.exchange_frozen),
             "weight_copies": None if self.weight_copies is None else sorted(self.weight_copies),
+            "local_buffers": sorted(self.local_buffers),
         }
 
 

@@ -87,6 +87,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         weight_copies: names of the entries in the inner optimizers' state that hold copies of the weights (fp32
             masters, slow weights, base sequences). They move with the weights. None: those that are found by their
             values, with a warning.
+        local_buffers: names of buffers, or patterns of them, that each worker keeps for itself during ``fit`` and that
+            are worker 0's after it: ``["queue", "*.cache"]``. A pattern means the full name or the last part of it.
         **kwargs: further arguments of Lightning's ``DDPStrategy``, such as ``cluster_environment``,
             ``checkpoint_io``, ``process_group_backend`` (of the group used outside ``fit``) or ``start_method``; and of
             torch's ``DistributedDataParallel``, which workers of several devices use.
@@ -118,6 +120,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         exchange_frozen: bool | None = None,
         transforms: Sequence[Transform] = (),
         weight_copies: Sequence[str] | None = None,
+        local_buffers: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         check_names(kwargs, _KNOWN_ARGUMENTS, "AsyncLocalSGDStrategy")
@@ -139,6 +142,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             exchange_frozen=exchange_frozen,
             transforms=transforms,
             weight_copies=weight_copies,
+            local_buffers=local_buffers,
         )
         self.validate_global = validate_global
         self.checkpoints = JobCheckpoints(self, super().remove_checkpoint)
@@ -327,7 +331,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             assert dist.group.WORLD is not None
             crew = Crew(store, self.device_rank, self.worker_size, dist.group.WORLD)
             if self.device_rank > 0:
-                return FollowingRank(crew, self.lightning_module, self.optimizers, self.worker_rank, frozen)
+                settings = replace(self.settings, exchange_frozen=frozen)
+                return FollowingRank(crew, self.lightning_module, self.optimizers, self.worker_rank, settings)
         worker = (partial(LeadingWorker, crew) if crew is not None else Worker)(
             self.lightning_module,
             self.optimizers,

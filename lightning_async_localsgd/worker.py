@@ -15,7 +15,9 @@ from torch.distributed import Store
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
+from lightning_async_localsgd.accelerator import can_pin, copied
 from lightning_async_localsgd.budget import Budget
+from lightning_async_localsgd.drops import Drops
 from lightning_async_localsgd.exchange import (
     Adoption,
     Beat,
@@ -27,9 +29,10 @@ from lightning_async_localsgd.exchange import (
     Push,
 )
 from lightning_async_localsgd.exchange.header import PROTOCOL, Flag, Message
+from lightning_async_localsgd.exchange.share import share
 from lightning_async_localsgd.layout import Layout
 from lightning_async_localsgd.membership import Roster
-from lightning_async_localsgd.outer import GlobalState
+from lightning_async_localsgd.outer import Adopter, GlobalState
 from lightning_async_localsgd.rounds import Rounds
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.stopwatch import Stopwatch
@@ -125,7 +128,8 @@ class Worker:
         self.rank = rank
         self.size = size
         self._rounds = Rounds(rank, size, settings)
-        self._layout = Layout(module, frozen=bool(settings.exchange_frozen))
+        self._layout = Layout(module, bool(settings.exchange_frozen), settings.local_buffers)
+        self._adopter = Adopter(self._layout)
         self._state = GlobalState(
             self._layout,
             settings.outer_optimizer,
@@ -145,6 +149,7 @@ class Worker:
             settings.timeout,
         )
         self._copies = WeightCopies(module, self._optimizers, settings.weight_copies)
+        self._drops = Drops(self._roster.name(rank), self._layout)
         self._transport = GlooTransport(store, self._roster, settings.timeout)
         self._share_initial_parameters()
 
@@ -153,6 +158,7 @@ class Worker:
         self.blocked_seconds = 0.0
         self._round_started = 0.0
         self._start_version = 0  # of the global parameters that this round has begun from
+        self._adopted: Callable[[], object] = self._synchronize
         self._pauses = 0
         self._own: list[Tensor] | None = None  # what `lend_global` has put aside
         self._progress = Progress.at_start(size, settings.local_steps)
@@ -165,23 +171,22 @@ class Worker:
         self._exchange: ExchangeThread | None = None
         self._stopwatch = Stopwatch(settings.local_steps)
 
-    @torch.no_grad()
     def _share_initial_parameters(self) -> None:
-        flat = self._layout.empty()
-        torch._foreach_copy_(self._layout.views(flat), self._layout.tensors(self._module))
-        self._transport.broadcast(flat, root=0)()
-        self._state.flat.copy_(flat)
+        """Take worker 0's tensors, and begin from them."""
         with self._copies.following():
-            self._copy_to_module(flat)
-        self._follow_leader()
+            share(self._transport, self._named_tensors() | self._layout.others(self._module), self.rank, self.size)
+        odd = self._state.begin(self._layout.tensors(self._module))
+        if odd:
+            warnings.warn(
+                f"{', '.join(map(repr, odd))} have elements that are not finite. These stay as they are and are not "
+                "exchanged; if they are no mask, look at how the parameters are initialized.",
+                stacklevel=3,
+            )
 
-    @torch.no_grad()
-    def _follow_leader(self) -> None:
-        """Take worker 0's frozen parameters, integer buffers and masks, which no delta carries."""
-        for tensor in self._layout.others(self._module):
-            wire = tensor.to("cpu", copy=True).contiguous().view(-1)
-            self._transport.broadcast(wire.view(torch.uint8), root=0)()
-            tensor.copy_(wire.view(tensor.shape))
+    def _named_tensors(self) -> dict[str, Tensor]:
+        """The module's tensors that are exchanged."""
+        names = [slot.name for slot in self._layout.slots]
+        return dict(zip(names, self._layout.tensors(self._module), strict=True))
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
@@ -204,9 +209,10 @@ class Worker:
             over=False,
         )
         self._mailbox = Mailbox(progress)
-        pinned = self._device.type == "cuda" and torch.device(self._settings.outer_device).type == "cpu"
+        pinned = can_pin(self._device, self._outer_device)
         self._base: Tensor | None = self._layout.empty(self._settings.outer_device, pinned)
         self._base.copy_(self._state.flat)
+        self._adopter.hold(self._layout.tensors(self._module), self._base)
         self._snapshot: Tensor | None = self._layout.empty(self._settings.outer_device, pinned)
         self._exchange = ExchangeThread(
             self._mailbox, self._state, self._transport, self._store, self._roster, self._settings, budget
@@ -217,6 +223,7 @@ class Worker:
         if self._resumed_round is not None:
             self._resume_round(self._resumed_round)
         self._report()  # a turn may open before this worker's first step has ended
+        self._synchronize()  # from here on the other thread moves the global state
         self._exchange.start()
         if not self._settings.overlap:
             self._wait_for_adoption()
@@ -331,7 +338,7 @@ class Worker:
         self._exchange.join(self._settings.timeout.total_seconds())
         with self._copies.following():
             self._copy_to_module(self._state.flat)
-        self._follow_leader()
+        share(self._transport, self._layout.others(self._module), self.rank, self.size)
         self._transport.close()
         self._rounds.final_job_steps(progress)
         return self.summary(digest=self._state.digest())
@@ -503,6 +510,7 @@ class Worker:
         progress = self._mailbox.progress
         with self._mailbox.global_state():
             state = self._state.state_dict()
+            self._synchronize()
         counts = {name: getattr(progress, name) for name in _SAVED_PROGRESS}
         return {"global": state, "progress": counts | {"beat": tuple(progress.beat)}}
 
@@ -521,10 +529,11 @@ class Worker:
             if push is self._exchange.pending:
                 base = push.base + push.snapshot
         assert base is not None
+        same = version == self._state.version and not self._adopter.rounds
         return {
             "tensors": [t.detach().to("cpu", copy=True) for t in self._own_tensors],
-            # Without updates since the round began, the base is the global state itself.
-            "base": None if version == self._state.version else base.to("cpu", copy=True),
+            # Without updates since the round began, the base is the global state itself (if the module can hold it).
+            "base": None if same else base.to("cpu", copy=True),
             "round": self.round - (push is not None),
             "start_version": version,
             "round_steps": steps,
@@ -571,10 +580,17 @@ class Worker:
         tensors = self._layout.tensors(self._module)
         torch._foreach_copy_(tensors, saved["tensors"])
         self._start_version = saved.get("start_version", self.version)  # the round stays as stale as it was
-        if saved["base"] is not None:  # learned on top of older global parameters: rebase it, as an adoption would
-            correction = (self._state.flat - saved["base"].to(self._state.flat.device)).to(self._device)
-            torch._foreach_add_(tensors, self._layout.views(correction))
-            self._copies.move(self._named(correction))
+        assert self._base is not None
+        if saved["base"] is not None:
+            if self._start_version == self._state.version:
+                self._base.copy_(saved["base"])
+            else:  # learned on top of older global parameters: rebase it, as an adoption would
+                self._base.copy_(self._state.flat)
+                correction = self._state.flat - saved["base"].to(self._state.flat.device)
+                self._state.clear_holes(correction)
+                correction = correction.to(self._device)
+                self._adopter.advance(tensors, self._base, correction, ())
+                self._copies.move(self._named(correction))
         self._resumed_round = None
         if self._rounds.push_is_due(self._mailbox.progress, wanted=False):
             self._push()
@@ -584,6 +600,10 @@ class Worker:
     @property
     def _device(self) -> torch.device:
         return self._layout.tensors(self._module)[0].device
+
+    @property
+    def _outer_device(self) -> torch.device:
+        return self._state.flat.device
 
     @property
     def _in_flight(self) -> bool:
@@ -601,11 +621,12 @@ class Worker:
         tensors = self._layout.tensors(self._module)
         self._layout.check_trainable(self._module)
         with record_function("async_localsgd::push"):
+            self._adopted()  # the user may have gone on on another stream
             torch._foreach_copy_(self._layout.views(self._snapshot), tensors, True)
             push = Push(
                 base=self._base,
                 snapshot=self._snapshot,
-                ready=self._copied(),
+                ready=self._transfers(),
                 round=self.round,
                 steps=self._rounds.round_steps,
                 samples=self._rounds.round_samples,
@@ -630,17 +651,12 @@ class Worker:
         self._push(shard=push.shard)  # samples of the next one may be on their way already
 
     def _synchronize(self) -> None:
-        """Wait for copies to the accelerator, before what they read changes."""
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
+        """Wait for copies to or from an accelerator, before what they read changes."""
+        self._transfers()()
 
-    def _copied(self) -> Callable[[], object]:
-        """What the exchange thread calls to wait until copies from the accelerator have arrived."""
-        if self._device.type != "cuda":
-            return _nothing
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-        return event.synchronize
+    def _transfers(self) -> Callable[[], object]:
+        """What waits, on any thread, until copies to or from an accelerator that this one began have arrived."""
+        return copied(self._device if self._outer_device.type == "cpu" else self._outer_device)
 
     def _adopt_if_ready(self) -> None:
         adoption = self._mailbox.collect()
@@ -651,23 +667,20 @@ class Worker:
     def _adopt(self, adoption: Adoption) -> None:
         """Take over new global parameters, keeping what was learned since the push: the next delta counts it."""
         with record_function("async_localsgd::adopt"):
+            self._drops.look(adoption.unsendable)
             if adoption.restart:
-                warnings.warn(
-                    f"The delta of worker {self.rank} in round {self.round - 1} was not finite and has been dropped; "
-                    "it starts again from the global parameters. Look at its data, or lower the learning rate.",
-                    stacklevel=2,
-                )
-                torch._foreach_copy_(self._own_tensors, self._layout.views(adoption.base), True)
+                self._adopter.replace(self._own_tensors, adoption.base)
                 forget_non_finite_state(self._optimizers)
                 self._copies.reset(self._named(adoption.base))
                 self._rounds.restart()
             elif self._rounds.round_steps == 0:
-                torch._foreach_copy_(self._own_tensors, self._layout.views(adoption.base), True)
+                self._adopter.replace(self._own_tensors, adoption.base, adoption.correction)
                 self._copies.move(self._named(adoption.correction))
             else:
                 correction = adoption.correction.to(self._device, non_blocking=True)
-                torch._foreach_add_(self._own_tensors, self._layout.views(correction))
+                self._adopter.advance(self._own_tensors, adoption.base, correction, adoption.unsendable.buffers)
                 self._copies.move(self._named(correction))
+            self._adopted = self._transfers()
             self._base, self._snapshot = adoption.base, adoption.correction
             self.version = self._start_version = adoption.version
 
@@ -692,7 +705,3 @@ def forget_non_finite_state(optimizers: Iterable[Optimizer]) -> None:
         for parameter, state in list(optimizer.state.items()):
             if not all(bool(torch.isfinite(v).all()) for v in state.values() if isinstance(v, Tensor)):
                 del optimizer.state[parameter]
-
-
-def _nothing() -> None:
-    """A copy on the CPU is complete when it returns."""

@@ -80,6 +80,41 @@ def test_frozen_parameters_have_a_place_where_they_may_be_unfrozen() -> None:
         Layout(nn.Linear(2, 2).requires_grad_(False), frozen=True)
 
 
+def test_parameters_that_are_views_of_the_same_memory_appear_once() -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    module[1].weight.data = module[0].weight.data
+    layout = Layout(module)
+    assert [slot.name for slot in layout.slots] == ["0.weight", "0.bias", "1.bias", "2.weight", "2.bias"]
+    layout.check_trainable(module)
+
+
+def test_parameters_that_share_a_part_of_their_memory_are_refused_by_name() -> None:
+    memory = torch.zeros(4, 8)
+    module = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    module[0].weight.data, module[1].weight.data = memory[:, :4], memory[:, 4:]  # beside each other, in each row
+    assert len(Layout(module).slots) == 2
+    for other in (memory[:, 2:6], memory[:, :4].t(), memory.view(torch.int32)[:, :4].view(torch.float32).t()):
+        module[1].weight.data = other
+        with pytest.raises(ValueError, match=r"'0\.weight' and '1\.weight' share a part of their memory"):
+            Layout(module)
+
+
+def test_parameters_beyond_fp32_are_refused_by_name() -> None:
+    module = nn.Linear(2, 2).double()
+    nn.init.constant_(module.bias, 1e200)
+    with pytest.raises(ValueError, match=r"'bias' has elements beyond 3\.4e\+38"):
+        Layout(module)
+
+
+def test_a_buffer_that_has_gone_or_grown_leaves_a_tensor_of_nan() -> None:
+    module = nn.Sequential(nn.Linear(2, 2))
+    module.register_buffer("mean", torch.zeros(3))
+    layout = Layout(module)
+    for changed in (torch.zeros(4), None, torch.zeros(3, dtype=torch.int64)):
+        module.mean = changed
+        assert layout.tensors(module)[-1].isnan().tolist() == [True] * 3
+
+
 def test_lazy_parameters_are_refused_with_the_way_out() -> None:
     for lazy in (nn.LazyLinear(2), nn.LazyBatchNorm1d()):
         with pytest.raises(ValueError, match=r"weight' of Sequential is lazy.*`configure_model`"):

@@ -40,6 +40,7 @@ NET = torch.nn.Linear(1, 1)
         ({"outer_optimizer": torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1)}, "outer_optimizer"),
         ({"outer_optimizer": partial(DelayedNesterov, momentum_activation=2.0)}, "momentum_activation"),
         ({"transforms": Poly()}, "transforms"),
+        ({"local_buffers": "queue"}, "local_buffers"),
         ({"transforms": [Poly]}, r"Poly\(\)"),
         ({"transforms": [DelayCompensation()], "quorum": 2}, "quorum=1"),
     ],
@@ -85,6 +86,7 @@ def test_credentials_are_the_same_text_in_every_process_and_tell_settings_apart(
     assert one != Settings(outer_optimizer=partial(torch.optim.SGD, lr=0.6)).credentials()
     assert Settings().credentials() == Settings(exchange_frozen=False).credentials()
     assert Settings().credentials() != Settings(exchange_frozen=True).credentials()
+    assert Settings().credentials() != Settings(local_buffers=["queue"]).credentials()
     assert " at 0x" not in str(Settings(pace=DelayedPace()).credentials())
 
 

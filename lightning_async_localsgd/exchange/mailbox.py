@@ -15,6 +15,7 @@ from lightning_async_localsgd.errors import AsyncLocalSGDError
 from lightning_async_localsgd.exchange.causes import LOOK_UP
 from lightning_async_localsgd.exchange.header import Flag, Message, encode_message
 from lightning_async_localsgd.exchange.ledger import OuterUpdate, Progress
+from lightning_async_localsgd.outer import Unsendable
 
 __all__ = ["Adoption", "Live", "Mailbox", "Push"]
 
@@ -28,7 +29,7 @@ class Push:
     """A finished round. The training thread gives up both tensors (fp32, flat) until the :class:`Adoption` comes."""
 
     base: Tensor
-    """Global parameters from which the round's progress counts."""
+    """What the worker held at the start of the round: the global parameters, or what its dtype holds of them."""
     snapshot: Tensor
     """Local parameters at the end of the round."""
     ready: Callable[[], object]
@@ -50,8 +51,13 @@ class Adoption:
     correction: Tensor
     """``base`` minus the local parameters at the push: what to add to the local parameters of now."""
     version: int
-    restart: bool
-    """The delta was not finite: take ``base`` as it is and forget the local parameters."""
+    unsendable: Unsendable
+    """What of the push could not be sent."""
+
+    @property
+    def restart(self) -> bool:
+        """Whether the delta was dropped: take ``base`` as it is and forget the local parameters."""
+        return bool(self.unsendable.parameters)
 
 
 class Live(NamedTuple):

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.distributed import Store
 from torch.profiler import record_function
 
+from lightning_async_localsgd.accelerator import synchronize
 from lightning_async_localsgd.budget import Budget
 from lightning_async_localsgd.codecs import make_codec
 from lightning_async_localsgd.errors import PeerAbortedError, PeerLostError, ReplicaDivergedError
@@ -40,7 +41,7 @@ from lightning_async_localsgd.exchange.ledger import Ledger, OuterUpdate
 from lightning_async_localsgd.exchange.mailbox import Adoption, Live, Mailbox, Push
 from lightning_async_localsgd.exchange.transport import CHUNK, Transport
 from lightning_async_localsgd.membership import JobStore, Roster
-from lightning_async_localsgd.outer import GlobalState
+from lightning_async_localsgd.outer import GlobalState, Unsendable, write_delta
 from lightning_async_localsgd.settings import Settings
 
 __all__ = ["ExchangeThread"]
@@ -99,6 +100,7 @@ class ExchangeThread:
         self._checked = -1  # the version that `_last_checksum` belongs to
         self._last_checksum = 0
         self._pending: Push | None = None
+        self._unsendable = Unsendable()  # of the pending push
         self._advanced = [time.monotonic()] * roster.size
         self._leaving = False  # this worker's own training has failed
         self._bell = Bell(self._store, mailbox.hear, self._on_store_lost)
@@ -176,12 +178,11 @@ class ExchangeThread:
         if self._settings.overlap:
             self._transport.gather(_READY)
         live, push = self._mailbox.take()
-        finite = True
         if push is not None:
-            finite = self._prepare(push)
+            self._unsendable = self._prepare(push)
             self._pending = push
         with record_function("async_localsgd::headers"):
-            headers = self._gather(self._header(live, finite))
+            headers = self._gather(self._header(live))
         if Flag.ABORT in live.flags:
             raise PeerAbortedError(_reason(live.message))
         updates, applied = self._apply(headers)
@@ -189,7 +190,7 @@ class ExchangeThread:
             progress = self._ledger.close_turn(
                 headers, applied, self._transport.bytes_sent, self._transport.bytes_received
             )
-        adoption = self._adopt(applied, finite)
+        adoption = self._adopt(applied)
         if not self._mailbox.wait_for_bell(self._turn, self._timeout):
             raise self._roster.store_lost(TimeoutError("the bell has not been heard"))
         if self._turn > 0 and self._roster.rank == 0:
@@ -212,19 +213,14 @@ class ExchangeThread:
     # ---- headers ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _prepare(self, push: Push) -> bool:
-        """Turn ``push.base`` into the delta; returns whether it can be sent."""
+    def _prepare(self, push: Push) -> Unsendable:
+        """Turn ``push.base`` into the delta; returns what of it cannot be sent."""
         with record_function("async_localsgd::encode"):
             push.ready()
-            # Statistics move towards this worker's from where they are now, not from where its round began: past
-            # both, a variance could become negative.
-            buffers = slice(self._state.layout.parameter_numel, None)
-            push.base[buffers] = self._state.flat[buffers]
-            delta = push.base.sub_(push.snapshot)
-            low, high = torch.aminmax(delta)
-            return bool(torch.maximum(-low, high) <= self._codec.largest)  # False for NaN
+            buffers = self._state.flat[self._state.layout.parameter_numel :]
+            return write_delta(self._state, push.base, push.snapshot, buffers, push.base, self._codec.largest)
 
-    def _header(self, live: Live, finite: bool) -> Header:
+    def _header(self, live: Live) -> Header:
         header = Header(
             worker=self._roster.rank,
             turn=self._turn,
@@ -239,7 +235,7 @@ class ExchangeThread:
             return header
         return replace(
             header,
-            flags=live.flags | (Flag.DELTA if finite else Flag.DROPPED),
+            flags=live.flags | (Flag.DROPPED if self._unsendable.parameters else Flag.DELTA),
             round=self._pending.round,
             round_steps=self._pending.steps,
             round_samples=self._pending.samples,
@@ -300,6 +296,7 @@ class ExchangeThread:
             measures = self._state.measure(len(group)) if self._mailbox.measure_updates else (None, None)
             with record_function("async_localsgd::apply"), self._mailbox.global_state():
                 updates += self._ledger.apply(group, *measures)
+                synchronize(self._state.flat.device)  # the training thread may read it on another stream
         return updates, [header for group in groups for header in group]
 
     def _trade(self, groups: list[list[Header]]) -> Iterator[list[Header]]:
@@ -347,15 +344,18 @@ class ExchangeThread:
         elif decoded.data_ptr() != chunk.data_ptr():
             chunk.copy_(decoded)
 
-    def _adopt(self, applied: list[Header], finite: bool) -> Adoption | None:
-        """The new global parameters for this worker, if its own delta was among the applied, or not finite."""
-        if self._pending is None or (finite and all(h.worker != self._roster.rank for h in applied)):
+    def _adopt(self, applied: list[Header]) -> Adoption | None:
+        """The new global parameters for this worker, if its own delta was among the applied, or could not be sent."""
+        unsendable = self._unsendable
+        if self._pending is None or (not unsendable.parameters and all(h.worker != self._roster.rank for h in applied)):
             return None
         push, self._pending = self._pending, None
         base, correction = push.base, push.snapshot
         base.copy_(self._state.flat)
         torch.sub(base, correction, out=correction)
-        return Adoption(base, correction, self._state.version, restart=not finite)
+        self._state.clear_holes(correction)
+        synchronize(base.device)
+        return Adoption(base, correction, self._state.version, unsendable)
 
     # ---- failures ---------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """The outer level: the global state and what moves it. Pure: no threads, no communication."""
 
 from lightning_async_localsgd.outer.delayed_nesterov import DelayedNesterov
+from lightning_async_localsgd.outer.delta import Adopter, Unsendable, write_delta
 from lightning_async_localsgd.outer.state import GlobalState, OuterOptimizerFactory
 from lightning_async_localsgd.outer.transforms import (
     Arrival,
@@ -13,6 +14,7 @@ from lightning_async_localsgd.outer.transforms import (
 )
 
 __all__ = [
+    "Adopter",
     "Arrival",
     "AsyncBuffer",
     "Context",
@@ -23,4 +25,6 @@ __all__ = [
     "Poly",
     "PolyThres",
     "Transform",
+    "Unsendable",
+    "write_delta",
 ]

@@ -71,8 +71,35 @@ class GlobalState:
         self._transform_states = self._initial_transform_states()
         needs_start = any(transform.needs_start for transform in self.transforms)
         self._starts = RoundStarts(self._flat_parameters, workers) if needs_start else None
+        self._holes = self._hole_values = torch.empty(0)
         self.version = 0
         """Number of outer updates applied so far."""
+
+    @torch.no_grad()
+    def begin(self, tensors: Sequence[Tensor]) -> list[str]:
+        """Begin from these tensors, in the order of the layout's slots.
+
+        Elements of parameters that are not finite (masks) stay as they are for good; the rest is exchanged.
+
+        Returns:
+            The names of the parameters that have such elements.
+        """
+        torch._foreach_copy_(self.layout.views(self.flat), list(tensors))
+        self._find_holes()
+        slots = self.layout.parameter_slots
+        return [s.name for s, p in zip(slots, self.parameters, strict=True) if not bool(torch.isfinite(p).all())]
+
+    def _find_holes(self) -> None:
+        if bool(torch.isfinite(torch.stack(torch.aminmax(self._flat_parameters))).all()):  # without a copy
+            self._holes = self._hole_values = torch.empty(0)
+            return
+        self._holes = (~torch.isfinite(self._flat_parameters)).nonzero().view(-1)
+        self._hole_values = self._flat_parameters[self._holes].detach().clone()
+
+    def clear_holes(self, flat: Tensor) -> None:
+        """Put 0 where a parameter is not finite for good: ``flat`` (shape ``(layout.numel,)``) is a difference."""
+        if self._holes.numel() > 0:
+            flat[self._holes] = 0
 
     def _parameter_views(self, flat: Tensor) -> list[Tensor]:
         return self.layout.views(flat)[: self.layout.parameter_count]
@@ -96,7 +123,10 @@ class GlobalState:
         if self._transform(arrivals):
             if self._starts is not None:
                 self._starts.before_move()
+            self.clear_holes(self.pseudo_gradient)  # transformations may have looked at the parameters
             self.optimizer.step()
+            if self._holes.numel() > 0:
+                self._flat_parameters[self._holes] = self._hole_values  # weight decay would make NaN of them
         start = self.layout.parameter_numel
         if start < self.layout.numel:
             self.flat[start:].sub_(self.pseudo_gradient[start:].mul_(deltas / self.workers))
@@ -209,6 +239,7 @@ class GlobalState:
             raise ValueError(f"The saved state has tensors that this model does not train: {extra}.")
         for slot, view in zip(self.layout.slots, self.layout.views(self.flat), strict=True):
             view.copy_(tensors[slot.name])
+        self._find_holes()
         buffer_sizes = [group.get("buffer_size") for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state_dict["optimizer"])
         for group, buffer_size in zip(self.optimizer.param_groups, buffer_sizes, strict=True):

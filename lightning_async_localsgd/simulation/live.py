@@ -93,7 +93,7 @@ class LiveModule:
     def exchanged(self, own: Own) -> list[Tensor]:
         """A replica's tensors that are exchanged, in the order of the layout."""
         tensors = self._tensors(own)
-        return [tensors[place] for place in self._slots]
+        return self._layout.fit([tensors[place] for place in self._slots])
 
     def enter(self, own: Own) -> bool:
         """Have the module be this replica's; returns whether it was another's before."""
@@ -139,7 +139,7 @@ class LiveModule:
         self._leave()
         with torch.no_grad():
             tensors = [tensor.clone() for tensor in leader.tensors or self._original]
-            torch._foreach_copy_([tensors[place] for place in self._slots], self._layout.views(values))
+            torch._foreach_copy_(self._layout.fit([tensors[p] for p in self._slots]), self._layout.views(values))
         state = self._get_random()
         for place, tensor in zip(self._places, tensors, strict=True):
             place.set(tensor)
@@ -154,7 +154,7 @@ class LiveModule:
         with self.lend(values, leader):
             final = [place.get() for place in self._places]
         for place, original, tensor in zip(self._places, self._original, final, strict=True):
-            place.set(original.copy_(tensor))
+            place.set(original.copy_(tensor) if original.shape == tensor.shape else tensor)
 
     def _get_random(self) -> _Random:
         cuda = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from lightning_async_localsgd.codecs import make_codec
+from lightning_async_localsgd.drops import Drops
 from lightning_async_localsgd.exchange.header import Header
 from lightning_async_localsgd.exchange.ledger import Progress
-from lightning_async_localsgd.outer import GlobalState
+from lightning_async_localsgd.outer import Adopter, GlobalState, Unsendable, write_delta
 from lightning_async_localsgd.rounds import Rounds
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.simulation.live import LiveModule, Own
@@ -42,14 +43,16 @@ class _Flat:
 class _Replica:
     """What is one worker's own."""
 
-    def __init__(self, steps: LocalSteps) -> None:
+    def __init__(self, steps: LocalSteps, drops: Drops) -> None:
         self.own = Own()
+        self.drops = drops
         self.steps = steps
         self.owed: list[_Owed] = []
         self.samples = 0  # since its push, as the loss
         self.loss = 0.0
         self.base: _Flat | None = None  # what its round began from
         self.snapshot: Tensor | None = None  # at its push, until the adoption
+        self.unsendable = Unsendable()  # of its latest push
         self.adoption: _Flat | None = None
         self.learned_since_push = False
 
@@ -89,7 +92,11 @@ class TrainingReplicas:
         self._device = next(module.parameters()).device
         self._live = LiveModule(module, state.layout)
         self._bases: WeakValueDictionary[int, _Flat] = WeakValueDictionary()
-        self._replicas = [_Replica(LocalSteps(trainer, make)) for make in batches]
+        self._adopter = Adopter(self._layout)
+        self._replicas = [
+            _Replica(LocalSteps(trainer, make), Drops(f"Worker {worker}", self._layout))
+            for worker, make in enumerate(batches)
+        ]
 
     # ---- see `Replicas` ---------------------------------------------------------------------------------------------
 
@@ -98,8 +105,8 @@ class TrainingReplicas:
         """See :meth:`Replicas.join`."""
         replica = self._replicas[worker]
         self._live.adopt(replica.own, like=self._replicas[0].own)
-        replica.base = self._of_now()
-        self._copy(replica, replica.base)
+        replica.base = self._own_copy(self._of_now())
+        self._adopter.replace(self._live.exchanged(replica.own), replica.base.values)
 
     def step(self, worker: int, rounds: Rounds, progress: Progress) -> None:
         """See :meth:`Replicas.step`."""
@@ -117,13 +124,11 @@ class TrainingReplicas:
         replica.samples, replica.loss, replica.learned_since_push = 0, 0.0, False
         return learned
 
-    @torch.no_grad()
     def finite(self, worker: int) -> bool:
         """See :meth:`Replicas.finite`."""
-        scratch = self._state.pseudo_gradient
-        self._write_delta(self._replicas[worker], self._global_buffers, scratch)
-        low, high = torch.aminmax(scratch)
-        return bool(torch.maximum(-low, high) <= self._codec.largest)  # False for NaN
+        replica = self._replicas[worker]
+        self._write_delta(replica, self._global_buffers, self._state.pseudo_gradient)
+        return not replica.unsendable.parameters
 
     @torch.no_grad()
     def trade(self, groups: Sequence[Sequence[Header]]) -> Iterator[Sequence[Header]]:
@@ -152,16 +157,21 @@ class TrainingReplicas:
         replica = self._replicas[worker]
         self._catch_up(replica)
         assert replica.adoption is not None and replica.snapshot is not None
+        base = self._own_copy(replica.adoption)
+        correction = torch.sub(base.values, replica.snapshot, out=replica.snapshot)
+        self._state.clear_holes(correction)
+        tensors = self._live.exchanged(replica.own)
+        replica.drops.look(replica.unsendable)
         if restart:
-            self._copy(replica, replica.adoption)
+            self._adopter.replace(tensors, base.values)
             forget_non_finite_state(replica.steps.optimizers)
             replica.samples, replica.loss = 0, 0.0
         elif not replica.learned_since_push:
-            self._copy(replica, replica.adoption)
+            self._adopter.replace(tensors, base.values, correction)
         else:
-            correction = torch.sub(replica.adoption.values, replica.snapshot, out=replica.snapshot).to(self._device)
-            torch._foreach_add_(self._live.exchanged(replica.own), self._layout.views(correction))
-        replica.base, replica.adoption, replica.snapshot = replica.adoption, None, None
+            left_out = replica.unsendable.buffers
+            self._adopter.advance(tensors, base.values, correction.to(self._device), left_out)
+        replica.base, replica.adoption, replica.snapshot = base, None, None
 
     # ---- around the run ---------------------------------------------------------------------------------------------
 
@@ -191,10 +201,9 @@ class TrainingReplicas:
             delta: where to.
         """
         assert replica.base is not None and replica.snapshot is not None
-        torch.sub(replica.base.values, replica.snapshot, out=delta)
-        if buffers.numel():
-            start = self._layout.parameter_numel
-            torch.sub(buffers, replica.snapshot[start:], out=delta[start:])
+        replica.unsendable = write_delta(
+            self._state, replica.base.values, replica.snapshot, buffers, delta, self._codec.largest
+        )
 
     def _of_now(self) -> _Flat:
         """The global parameters and buffers of now."""
@@ -203,8 +212,9 @@ class TrainingReplicas:
             flat = self._bases[self._state.version] = _Flat(self._state.flat.clone())
         return flat
 
-    def _copy(self, replica: _Replica, flat: _Flat) -> None:
-        torch._foreach_copy_(self._live.exchanged(replica.own), self._layout.views(flat.values))
+    def _own_copy(self, flat: _Flat) -> _Flat:
+        """One that a replica may write to, if what it holds is not exactly that."""
+        return _Flat(flat.values.clone()) if self._adopter.rounds else flat
 
     def _catch_up(self, replica: _Replica) -> None:
         """Make the local steps that a replica owes."""

@@ -185,7 +185,7 @@ class Simulation:
             )
         size = len(self._workers)
         settings = self.settings
-        layout = Layout(self._module, frozen=bool(settings.exchange_frozen))
+        layout = Layout(self._module, bool(settings.exchange_frozen), settings.local_buffers)
         state = self._state = GlobalState(
             layout,
             settings.outer_optimizer,
@@ -194,8 +194,7 @@ class Simulation:
             torch.device(settings.outer_device),
             settings.transforms,
         )
-        with torch.no_grad():
-            torch._foreach_copy_(layout.views(state.flat), layout.tensors(self._module))
+        state.begin(layout.tensors(self._module))
         loaders = VirtualLoaders(data, size, self._seed)
         batches = [partial(loaders.passes, worker) for worker in range(size)]
         replicas = self._replicas = TrainingReplicas(self._trainer, self._module, state, settings, batches)
