@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_async_localsgd.epochs import JobEpochs, JobMaxSteps
 from lightning_async_localsgd.loader import count_samples
+from lightning_async_localsgd.meetings import check_pass
 from lightning_async_localsgd.membership import StaticJob, as_json
 from lightning_async_localsgd.schedulers import JobSchedulers
 
@@ -50,6 +51,7 @@ class WorkerCallback(pl.Callback):
         self._epochs: JobEpochs | None = None
         self._scheduler_steps = scheduler_steps
         self._samples = 0
+        self._batches = 0  # of this pass over the data
         self._metrics_before: dict[str, Tensor] = {}
         self._validated: dict[str, float] = {}
         self._max_steps = trainer.max_steps
@@ -146,12 +148,14 @@ class WorkerCallback(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._epochs is not None
         self._epochs.begin_epoch()
+        self._batches = 0
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._samples += count_samples(batch)
+        self._batches += 1
         accumulating = pl_module.automatic_optimization and trainer.fit_loop.epoch_loop._should_accumulate()
         if self._strategy.take_local_step(accumulating):
             self._count_step(trainer, pl_module)
@@ -176,6 +180,7 @@ class WorkerCallback(pl.Callback):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finish before the last epoch's checkpoint is written, so that it holds the final global parameters."""
+        check_pass(trainer, self._worker.rank, self._batches)
         if self._running(trainer) and self._leads:
             self._send_plateaus(trainer)
         assert self._epochs is not None

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroup, ProcessGroupGloo, Store
+from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroup, Store
 from torch.optim import Optimizer
 
 from lightning_async_localsgd.errors import PeerAbortedError, PeerLostError, error_by_name
 from lightning_async_localsgd.exchange import Adoption, OuterUpdate
 from lightning_async_localsgd.exchange.header import Message
 from lightning_async_localsgd.layout import Layout
+from lightning_async_localsgd.membership.address import make_gloo_group
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.weight_copies import WeightCopies
 from lightning_async_localsgd.worker import RunSummary, Worker, forget_non_finite_state
@@ -39,12 +40,13 @@ class Crew:
         rank: rank of this process within the worker.
         size: processes of the worker.
         devices: the process group of the worker in which its devices exchange tensors.
+        address: where this process is to listen for the others; None: what gloo chooses.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, devices: ProcessGroup) -> None:
+    def __init__(self, store: Store, rank: int, size: int, devices: ProcessGroup, address: str | None = None) -> None:
         self.rank = rank
         # The others wait as long as the first rank waits for other workers, who watch it. That it dies is noticed.
-        self._control: Any = ProcessGroupGloo(PrefixStore("crew", store), rank, size, _A_DAY)
+        self._control: Any = make_gloo_group(PrefixStore("crew", store), rank, size, _A_DAY, address)
         self._devices = devices
 
     def tell(self, word: Mapping[str, Any]) -> None:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import PrefixStore, ProcessGroupGloo
 from typing_extensions import override
 
-from lightning_async_localsgd.errors import PeerLostError
-from lightning_async_localsgd.exchange.share import as_bytes, from_bytes
+from lightning_async_localsgd.errors import AsyncLocalSGDError
+from lightning_async_localsgd.exchange.share import as_bytes
 from lightning_async_localsgd.membership import StaticJob
+from lightning_async_localsgd.relay import Relay
 
 __all__ = ["FinalModule"]
 
@@ -42,71 +39,66 @@ class FinalModule(pl.Callback):
         """Act at the end of this ``fit``."""
         _set_callbacks(trainer, [*_callbacks(trainer), self])
 
-    def give_up(self) -> None:
-        """This process has failed: nobody is to wait for it."""
-        self._hear(self._job.rank, None)
-        self._job.leave()
-
-    def _hear(self, rank: int, checksums: dict[str, int] | None) -> dict[str, int] | None:
-        """The checksums of process ``rank``, once it has come to the end; None if it has failed."""
-        heard: dict[str, int] | None = self._job.broadcast(checksums, rank, key=f"final_module/{rank}")
-        return heard
-
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._leave(trainer)
-        self._level(pl_module)
-        self._job.leave()
-
-    def _level(self, pl_module: pl.LightningModule) -> None:
-        tensors = _named_tensors(pl_module)
-        checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
-        heard = [self._hear(self._job.rank, checksums), *(self._hear(r, None) for r in self._others)]
-        everyones = [c for c in heard if c is not None]
-        if len(everyones) < len(heard):
-            return  # the job has failed: no process can count on the others
-        common = set(checksums).intersection(*everyones)
-        if odd := sorted(set().union(*everyones) - common):
+        try:
+            self._level(_named_tensors(pl_module))
+        except AsyncLocalSGDError as error:
             warnings.warn(
-                f"Processes end with modules of different tensors: {', '.join(odd)} are not on all of them, or in "
-                "another shape. Worker 0 has the module to go on with.",
+                "The run is complete, but this process could not learn with which module worker 0 has ended, and keeps "
+                f"its own: the two differ if a callback has changed them (to an average of weights). {error}",
                 stacklevel=2,
             )
-        differing = [n for n in sorted(common) if any(other[n] != checksums[n] for other in everyones)]
-        if differing:
-            self._copy_from_leader([tensors[name] for name in differing])
+        self._job.leave()
 
-    @property
-    def _others(self) -> list[int]:
-        return [rank for rank in range(self._job.size) if rank != self._job.rank]
+    def _level(self, tensors: dict[str, Tensor]) -> None:
+        """Worker 0 shows its checksums, the others ask for what differs, and worker 0 sends what anybody has asked for.
+
+        So a process that is lost meanwhile is missed by worker 0 alone, and no other one by anybody.
+        """
+        own = {name: _checksum(tensor) for name, tensor in tensors.items()}
+        leaders: dict[str, int] = self._job.broadcast(own, key="final_module/checksums")
+        if self._job.rank == 0:
+            self._give(tensors)
+            return
+        wanted = [name for name in own if name in leaders and own[name] != leaders[name]]
+        odd = sorted(set(own) ^ set(leaders))
+        self._job.tell(f"final_module/wanted/{self._job.rank}", [wanted, odd])
+        _warn_of(odd)
+        sent: list[tuple[str, int]] = self._job.broadcast(None, key="final_module/sent")
+        Relay(self._job, "final_module").take([(tensors.get(name), size) for name, size in sent])
+
+    def _give(self, tensors: dict[str, Tensor]) -> None:
+        asked = {rank: f"final_module/wanted/{rank}" for rank in range(1, self._job.size)}
+        lost = self._job.wait_for_living(asked)
+        answers = {rank: self._job.hear(key) for rank, key in asked.items() if rank not in lost}
+        _warn_of(sorted({name for _, odd in answers.values() for name in odd}))
+        wanted = {name for names, _ in answers.values() for name in names}
+        sent = [name for name in tensors if name in wanted]
+        sizes = [(name, tensors[name].numel() * tensors[name].element_size()) for name in sent]
+        self._job.broadcast(sizes, key="final_module/sent")
+        lost |= Relay(self._job, "final_module").give([tensors[name] for name in sent], list(answers))
+        for error in lost.values():
+            warnings.warn(f"The run is complete, but not all processes have seen its end. {error}", stacklevel=2)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._leave(trainer)
-        self.give_up()
+        self._job.fail(exception)
 
     def _leave(self, trainer: pl.Trainer) -> None:
         # A list of its own, for Lightning is walking through the old one.
         _set_callbacks(trainer, [c for c in _callbacks(trainer) if c is not self])
 
-    @torch.no_grad()
-    def _copy_from_leader(self, tensors: Sequence[Tensor]) -> None:
-        """One after the other, so that memory does not grow with the model."""
-        try:
-            group: Any = ProcessGroupGloo(
-                PrefixStore("final_module", self._job.store), self._job.rank, self._job.size, self._job.timeout
-            )
-            options = dist.BroadcastOptions()
-            options.rootRank = options.rootTensor = 0
-            for tensor in tensors:
-                wire = as_bytes(tensor).cpu()
-                group.broadcast([wire], options).wait()
-                from_bytes(tensor, wire)
-        except RuntimeError as error:
-            raise PeerLostError(
-                "A process was lost while all took over the module that worker 0 has ended with (a callback has "
-                f"changed it, to an average of weights?): {error}. Look for the cause in the other processes' logs."
-            ) from error
+
+def _warn_of(odd: list[str]) -> None:
+    if odd:
+        warnings.warn(
+            f"Processes end with modules of different tensors: {', '.join(odd)} are not on all of them, or in "
+            "another shape. Worker 0 has the module to go on with.",
+            stacklevel=2,
+        )
 
 
 def _named_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -30,10 +30,11 @@ from lightning_async_localsgd.callbacks import WorkerCallback
 from lightning_async_localsgd.checkpointing import KEY, JobCheckpoints, Resumed
 from lightning_async_localsgd.codecs import Codec
 from lightning_async_localsgd.crew import Crew, FollowingRank, LeadingWorker
-from lightning_async_localsgd.final_module import FinalModule
 from lightning_async_localsgd.launching import ForkingLauncher, check_start_method
 from lightning_async_localsgd.loader import TrainingLoaders
+from lightning_async_localsgd.meetings import meet_after_training, meet_before_training
 from lightning_async_localsgd.membership import StaticJob, join_job
+from lightning_async_localsgd.membership.address import listening_at
 from lightning_async_localsgd.outer import OuterOptimizerFactory, Transform
 from lightning_async_localsgd.pace import Pace
 from lightning_async_localsgd.settings import Settings
@@ -223,14 +224,16 @@ class AsyncLocalSGDStrategy(DDPStrategy):
 
     def _init_process_group(self, store: Store, rank: int, size: int) -> None:
         self._process_group_backend = self._get_process_group_backend()
-        dist.init_process_group(
-            self._process_group_backend,
-            store=store,
-            rank=rank,
-            world_size=size,
-            timeout=self.settings.timeout,
-            device_id=self.root_device if self.root_device.type == "cuda" else None,
-        )
+        assert self._job is not None
+        with listening_at(self._job.address):
+            dist.init_process_group(
+                self._process_group_backend,
+                store=store,
+                rank=rank,
+                world_size=size,
+                timeout=self.settings.timeout,
+                device_id=self.root_device if self.root_device.type == "cuda" else None,
+            )
 
     @property
     @override
@@ -329,7 +332,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         if self.worker_size > 1:
             store = PrefixStore(f"worker{self.worker_rank}", self._job.store)
             assert dist.group.WORLD is not None
-            crew = Crew(store, self.device_rank, self.worker_size, dist.group.WORLD)
+            crew = Crew(store, self.device_rank, self.worker_size, dist.group.WORLD, self._job.address)
             if self.device_rank > 0:
                 settings = replace(self.settings, exchange_frozen=frozen)
                 return FollowingRank(crew, self.lightning_module, self.optimizers, self.worker_rank, settings)
@@ -378,7 +381,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
 
     def begin_training(self, max_steps: int | None, open_end: bool) -> None:
         """Start the worker; from here on processes are out of step."""
-        assert self.worker is not None and self._steps is not None
+        assert self.worker is not None and self._job is not None and self._steps is not None
+        meet_before_training(self._job, trains=True)
         self._out_of_step = True
         self.worker.start(max_steps, open_end)
         self._steps.restart()  # the learning-rate finder has made steps of its own
@@ -502,16 +506,13 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         if self._goes_on and not self._out_of_step and not self._failed:
             # Its epochs were over in the checkpoint, so that Lightning did not train at all: the others need it still.
             callback.take_part()
-        if self.summary is None:
-            return
         assert self._job is not None and self.lightning_module is not None
-        if self.validate_global:
-            callback.share_decisions(self._job)
-        final_module = FinalModule(self._job)
         if self._failed:
-            final_module.give_up()
-        else:
-            final_module.attach(self.lightning_module.trainer)
+            return
+        if not self._out_of_step:
+            meet_before_training(self._job, trains=False)
+        elif self.summary is not None:
+            meet_after_training(self._job, self.lightning_module.trainer, callback, self.validate_global)
 
     @override
     def teardown(self) -> None:

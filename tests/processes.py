@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from torch.distributed import PrefixStore, Store, TCPStore
@@ -78,6 +79,14 @@ def run_processes(
 def make_store() -> TCPStore:
     """A store in this process."""
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def start_process(function: Callable[..., Any], *args: Any) -> BaseProcess:
+    """Start a module-level function in a process that ends with this one."""
+    _warm_up()
+    process = _context.Process(target=function, args=args, daemon=True)
+    process.start()
+    return process
 
 
 @cache

@@ -377,6 +377,40 @@ def test_commands_for_two_hosts(number: int, folder: Path) -> None:
     assert len(found) == 2 and found[0] == found[1], outcomes
 
 
+ENDING = """
+import sys, torch, lightning as L
+from torch.utils.data import DataLoader
+from lightning_async_localsgd import AsyncLocalSGDStrategy
+from tests.modules import Regression, make_trainer, regression_data
+
+class Average(L.Callback):
+    def on_fit_end(self, trainer, module):
+        with torch.no_grad():
+            module.net[0].bias.fill_(1.0 + trainer.global_rank)
+
+module, strategy = Regression(), AsyncLocalSGDStrategy(local_steps=3, worker_size=int(sys.argv[1]))
+trainer = make_trainer(1, strategy, num_nodes=2, max_steps=6, callbacks=[Average()])
+trainer.fit(module, DataLoader(regression_data(64), batch_size=4))
+trainer.validate(module, DataLoader(regression_data(8), batch_size=4), verbose=False)
+print("bias", module.net[0].bias.detach().unique().tolist(), float(trainer.callback_metrics["val_loss"]))
+"""
+
+
+@needs_hosts
+@pytest.mark.parametrize("worker_size", [1, 2])
+def test_groups_between_hosts_whose_names_are_loopback_addresses(worker_size: int, folder: Path) -> None:
+    """The final module, a worker across hosts, and a validation after the fit."""
+    (folder / "script.py").write_text(ENDING)
+    with two_hosts(folder) as hosts:
+        run = [
+            [*host, "env", f"NODE_RANK={node}", sys.executable, "script.py", str(worker_size)]
+            for node, host in enumerate(hosts)
+        ]
+        outcomes = run_together(run, folder, environment(MASTER_ADDR="node0", MASTER_PORT="29500"))
+    ends = [line for _, output in outcomes for line in output.splitlines() if line.startswith("bias")]
+    assert len(ends) == 2 and ends[0] == ends[1] and "[1.0]" in ends[0], outcomes
+
+
 @needs_hosts
 def test_hosts_that_cannot_connect_hear_where_the_workers_listen_within_the_timeout(folder: Path) -> None:
     script = (

@@ -13,12 +13,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo, Store
+from torch.distributed import PrefixStore, Store
 
 from lightning_async_localsgd.errors import PeerLostError
 from lightning_async_localsgd.exchange.header import HEADER_BYTES
 from lightning_async_localsgd.membership import Roster
-from lightning_async_localsgd.membership.address import INTERFACE_VARIABLE
+from lightning_async_localsgd.membership.address import INTERFACE_VARIABLE, make_gloo_group
 from lightning_async_localsgd.sockets import recorded_sockets
 
 __all__ = ["CHUNK", "GlooTransport", "Transport"]
@@ -104,7 +104,9 @@ class GlooTransport:
 
         def connect() -> None:
             try:
-                connected.set_result(_make_group(store, self._roster, self._timeout))
+                address = self._roster.addresses[self._roster.rank]
+                group = make_gloo_group(store, self._roster.rank, self._roster.size, self._timeout, address)
+                connected.set_result(group)
             except Exception as error:
                 connected.set_exception(error)
 
@@ -187,13 +189,3 @@ class GlooTransport:
             "start the job again.",
             gone=peer,
         )
-
-
-def _make_group(store: Store, roster: Roster, timeout: timedelta) -> ProcessGroupGloo:
-    address = roster.addresses[roster.rank]
-    if address is None:
-        return ProcessGroupGloo(store, roster.rank, roster.size, timeout)
-    options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # as torch's own tests make them
-    options._devices = [ProcessGroupGloo.create_device(hostname=address)]
-    options._timeout = timeout
-    return ProcessGroupGloo(store, roster.rank, roster.size, options)

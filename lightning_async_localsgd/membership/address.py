@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from ipaddress import ip_address
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch.distributed import PrefixStore, Store
+from torch.distributed import PrefixStore, ProcessGroupGloo, Store
 
-__all__ = ["INTERFACE_VARIABLE", "Route", "choose_addresses", "route_to"]
+__all__ = ["INTERFACE_VARIABLE", "Route", "choose_addresses", "listening_at", "make_gloo_group", "route_to"]
 
 INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
 """By which gloo is told the network interface to use."""
+
+_SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a network interface
 
 
 class Route(NamedTuple):
@@ -68,3 +74,52 @@ def choose_addresses(routes: Sequence[Route]) -> list[str | None]:
 
 def _is_loopback(address: str) -> bool:
     return ip_address(address.partition("%")[0]).is_loopback
+
+
+def make_gloo_group(store: Store, rank: int, size: int, timeout: timedelta, address: str | None) -> ProcessGroupGloo:
+    """A gloo group beside whatever default group there is.
+
+    Args:
+        store: for the processes to meet, the group's own.
+        rank: this process.
+        size: number of processes.
+        timeout: of its operations.
+        address: where this process is to listen; None: what gloo chooses.
+    """
+    if address is None:
+        return ProcessGroupGloo(store, rank, size, timeout)
+    options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # as torch's own tests make them
+    options._devices = [ProcessGroupGloo.create_device(hostname=address)]
+    options._timeout = timeout
+    return ProcessGroupGloo(store, rank, size, options)
+
+
+@contextmanager
+def listening_at(address: str | None) -> Iterator[None]:
+    """In the body, groups that torch makes listen at this address; it can only be told the name of an interface.
+
+    Args:
+        address: None: what gloo chooses.
+    """
+    interface = _interface_of(address) if address is not None else None
+    if interface is None or INTERFACE_VARIABLE in os.environ:
+        yield
+        return
+    os.environ[INTERFACE_VARIABLE] = interface
+    try:
+        yield
+    finally:
+        del os.environ[INTERFACE_VARIABLE]
+
+
+def _interface_of(address: str) -> str | None:
+    """The network interface that has an IPv4 address; None if there is none, or the system has no such question."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # no address, or not Linux
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None

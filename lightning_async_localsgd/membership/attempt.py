@@ -6,21 +6,32 @@ import json
 import time
 import uuid
 from datetime import timedelta
+from typing import NamedTuple
 
 from lightning_async_localsgd.errors import PeerLostError
+from lightning_async_localsgd.membership.address import Route, choose_addresses, route_to
 from lightning_async_localsgd.membership.store import JobStore
 
-__all__ = ["agree"]
+__all__ = ["Attempt", "agree"]
 
 _SLICE = timedelta(seconds=0.2)
 
 
-def agree(store: JobStore, rank: int, size: int, timeout: timedelta) -> str:
-    """A name that the living processes of a job have in common, and no attempt before this one had.
+class Attempt(NamedTuple):
+    """What the processes of one attempt have in common."""
+
+    name: str
+    """That no attempt before this one had."""
+    addresses: list[str | None]
+    """The address at which each process is to listen; None: what gloo chooses."""
+
+
+def agree(store: JobStore, rank: int, size: int, timeout: timedelta) -> Attempt:
+    """Find a name that the living processes of a job have in common, and no attempt before this one had.
 
     Launchers keep a store over restarts (torchrun's static rendezvous and c10d alike), and their count of restarts is
     not the same on all machines. So process 0 invents a name and writes it to the store. Every other process answers
-    under that name with one of its own. When process 0 has heard all, it writes down whose answers it has taken. A
+    under that name with one of its own. When process 0 has heard all, it writes down which answers it has taken. A
     process that is not among them has read the name of a dead attempt, and waits for another one.
 
     Args:
@@ -33,22 +44,24 @@ def agree(store: JobStore, rank: int, size: int, timeout: timedelta) -> str:
         PeerLostError: if some do not come within ``timeout``.
     """
     deadline = time.monotonic() + timeout.total_seconds()
-    return _invite(store, size, deadline) if rank == 0 else _follow(store, rank, size, deadline)
+    answer = json.dumps([uuid.uuid4().hex, route_to(store.native)])
+    name = _invite(store, answer, size, deadline) if rank == 0 else _follow(store, answer, rank, size, deadline)
+    answers = json.loads(store.get(f"{name}/taken"))
+    return Attempt(name, choose_addresses([Route(*json.loads(answer)[1]) for answer in answers]))
 
 
-def _invite(store: JobStore, size: int, deadline: float) -> str:
+def _invite(store: JobStore, own: str, size: int, deadline: float) -> str:
     name = uuid.uuid4().hex
     store.set("attempt", name)
     answers = {rank: f"{name}/answer/{rank}" for rank in range(1, size)}
     while not store.wait(list(answers.values()), _SLICE):
         if time.monotonic() > deadline:
             raise _missing([rank for rank, key in answers.items() if not store.check([key])], size)
-    store.set(f"{name}/taken", json.dumps(store.multi_get(list(answers.values()))))
+    store.set(f"{name}/taken", json.dumps([own, *store.multi_get(list(answers.values()))]))
     return name
 
 
-def _follow(store: JobStore, rank: int, size: int, deadline: float) -> str:
-    own = uuid.uuid4().hex
+def _follow(store: JobStore, own: str, rank: int, size: int, deadline: float) -> str:
     while time.monotonic() < deadline:
         if not store.wait(["attempt"], _SLICE):
             continue

@@ -156,6 +156,14 @@ class Watch:
         if silent:
             raise self._lost(silent, beats)
 
+    def find(self, rank: int) -> AsyncLocalSGDError | None:
+        """What has become of a process that does not come; None while it may come."""
+        try:
+            self.check([rank])
+        except AsyncLocalSGDError as error:
+            return error
+        return None
+
     def _read(self, rank: int) -> Beat | None:
         key = f"pulse/{rank}"
         if not self._store.check([key]):

@@ -23,7 +23,7 @@ from lightning_async_localsgd.membership.values import as_json, from_json
 
 __all__ = ["StaticJob", "join_job"]
 
-_SLICE = timedelta(seconds=0.5)  # of a wait, after which those who are waited for are looked at
+_SLICE = timedelta(seconds=1)  # of a wait, after which those who are waited for are looked at
 _LAST_WORDS = timedelta(seconds=3)
 
 
@@ -44,6 +44,7 @@ class StaticJob:
         timeout: how long a process may show no sign of life, and the store give no answer.
         hosts_store: whether the store is gone when this process ends.
         worker_size: processes of a worker, for their names.
+        address: where this process is to listen for others; None: what gloo chooses.
     """
 
     def __init__(
@@ -54,7 +55,9 @@ class StaticJob:
         timeout: timedelta,
         hosts_store: bool = False,
         worker_size: int = 1,
+        address: str | None = None,
     ) -> None:
+        self.address = address
         self.rank = rank
         self.size = size
         self.worker_size = worker_size
@@ -113,10 +116,10 @@ class StaticJob:
         """
         key = key or self._next_key("broadcast")
         if self.rank == root:
-            self._tell(key, value)
+            self.tell(key, value)
             return value
         self.wait_for({root: key})
-        return self._hear(key)
+        return self.hear(key)
 
     def gather(self, value: Any) -> list[Any]:
         """What each process has called this with, by rank. All processes must come to it alike.
@@ -128,10 +131,10 @@ class StaticJob:
             AsyncLocalSGDError: what has become of a process that does not come.
         """
         key = self._next_key("gather")
-        self._tell(f"{key}/{self.rank}", value)
+        self.tell(f"{key}/{self.rank}", value)
         keys = {rank: f"{key}/{rank}" for rank in range(self.size)}
         self.wait_for(keys)
-        return [self._hear(key) for key in keys.values()]
+        return [self.hear(key) for key in keys.values()]
 
     def wait_for(self, keys: Mapping[int, str]) -> None:
         """Wait until each process has set its key in this stage's part of the store.
@@ -143,7 +146,7 @@ class StaticJob:
         while not self._come(keys):
             watch.check([rank for rank, key in keys.items() if not self.calls.check([key])])
 
-    def _tell(self, key: str, value: Any) -> None:
+    def tell(self, key: str, value: Any) -> None:
         """Set a key to a value; or, before the error is raised here, to why it cannot be sent."""
         try:
             word = json.dumps({"value": as_json(value)})
@@ -152,21 +155,44 @@ class StaticJob:
             raise
         self.calls.set(key, word)
 
-    def _hear(self, key: str) -> Any:
+    def hear(self, key: str) -> Any:
         """What a key has been set to, or the error."""
         word = json.loads(self.calls.get(key))
         if "error" in word:
             raise TypeError(word["error"])
         return from_json(word["value"])
 
+    def wait_for_living(self, keys: Mapping[int, str], patience: timedelta = timedelta.max) -> dict[int, Exception]:
+        """Wait until each process has set its key, but for those that will not.
+
+        Args:
+            keys: by process, in this stage's part of the store.
+            patience: how long at most.
+
+        Returns:
+            What has become of those that will not, by process.
+
+        Raises:
+            PeerLostError: if the store does not answer.
+        """
+        waiting, lost = dict(keys), dict[int, Exception]()
+        watch, end = self._watch(), time.monotonic() + patience.total_seconds()
+        while waiting and not self._come(waiting) and time.monotonic() < end:
+            waiting = {rank: key for rank, key in waiting.items() if not self.calls.check([key])}
+            lost |= {rank: error for rank in waiting if (error := watch.find(rank)) is not None}
+            waiting = {rank: key for rank, key in waiting.items() if rank not in lost}
+        return lost
+
     # ---- the end ----------------------------------------------------------------------------------------------------
 
     def leave(self) -> None:
         """This process needs this stage's store no more. If it hosts it, wait until that is so for all processes."""
-        self._go(Phase.LEFT)
-        if not self._hosts_store:
-            return
-        for error in self._wait_until_all_have_gone():  # one may have failed, which is for its own log to tell
+        try:
+            self._go(Phase.LEFT)
+            lost = self.wait_for_living(self._gone) if self._hosts_store else {}
+        except AsyncLocalSGDError as error:
+            lost = {0: error}
+        for error in lost.values():  # one may have failed, which is for its own log to tell
             warnings.warn(f"The run is over, but not all workers have left it. {error}", stacklevel=2)
 
     def fail(self, error: BaseException) -> None:
@@ -179,26 +205,15 @@ class StaticJob:
         with suppress(AsyncLocalSGDError):  # without a store nobody can be told
             self._go(Phase.FAILED, error)
             if self._hosts_store:
-                self._wait_until_all_have_gone(_LAST_WORDS)
+                self.wait_for_living(self._gone, _LAST_WORDS)
 
     def _go(self, phase: Phase, error: BaseException | None = None) -> None:
         self._pulse.say(self._stage, phase, error)
         self.calls.set(f"gone/{self.rank}", "1")
 
-    def _wait_until_all_have_gone(self, patience: timedelta = timedelta.max) -> list[AsyncLocalSGDError]:
-        """Returns what has become of those that will not say that they go."""
-        watch, lost = self._watch(), []
-        waiting = {rank: f"gone/{rank}" for rank in range(self.size)}
-        end = time.monotonic() + patience.total_seconds()
-        while waiting and not self._come(waiting) and time.monotonic() < end:
-            waiting = {rank: key for rank, key in waiting.items() if not self.calls.check([key])}
-            for rank in list(waiting):
-                try:
-                    watch.check([rank])
-                except AsyncLocalSGDError as error:
-                    lost.append(error)
-                    del waiting[rank]
-        return lost
+    @property
+    def _gone(self) -> dict[int, str]:
+        return {rank: f"gone/{rank}" for rank in range(self.size)}
 
     def _watch(self) -> Watch:
         return Watch(self._everything, self._stage, self.size, self.worker_size, self.timeout)
@@ -234,7 +249,9 @@ def join_job(rank: int, size: int, timeout: timedelta, worker_size: int = 1) -> 
         hosts_store = rank == 0 and not agents
         store = PrefixStore(f"async_localsgd/{size}", connect(hosts_store, timeout))
         attempt = agree(JobStore(store, timeout), rank, size, timeout)
-        _jobs[rank, size] = StaticJob(PrefixStore(attempt, store), rank, size, timeout, hosts_store)
+        own = PrefixStore(attempt.name, store)
+        address = attempt.addresses[rank]
+        _jobs[rank, size] = StaticJob(own, rank, size, timeout, hosts_store, worker_size, address)
         atexit.register(_say_goodbye, _jobs[rank, size], os.getpid())
     job = _jobs[rank, size]
     job.set_timeout(timeout)

@@ -13,7 +13,7 @@ from datetime import timedelta
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore
+from torch.distributed import PrefixStore, Store, TCPStore
 
 from lightning_async_localsgd.errors import PeerLostError
 from lightning_async_localsgd.sockets import recorded_sockets
@@ -22,18 +22,17 @@ __all__ = ["JobStore", "bounded", "connect", "store_address"]
 
 T = TypeVar("T")
 _RETRY = 0.5  # seconds
-_SHORT = timedelta(seconds=5)
-_LOOK = 0.02  # seconds between two looks during a short wait
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.005, 0.25  # seconds
 _Call = tuple[Callable[[Store], Any], "Future[Any]"]
 
 
 class JobStore:
     """A part of the job's store, of which every call ends in time.
 
-    A call of libtorch's TCP store blocks until the store's host answers, whatever timeout it is given: also a wait that
-    has timed out asks the host to cancel it, and waits for that. So calls are made one after the other on a thread of
-    this object's own, over a connection of its own, and are left to themselves when their time is up. (Libtorch
-    releases the interpreter's lock in all of them.) A connection that is cut is noticed by the next call;
+    A call of libtorch's TCP store blocks until the store's host answers, whatever timeout it is given. So calls are
+    made one after the other on a thread of this object's own, over a connection of its own, and are left to themselves
+    when their time is up. (Libtorch releases the interpreter's lock in all of them.) A connection that is cut
+    is noticed by the next call;
     :class:`~lightning_async_localsgd.membership.pulse.Pulse` makes one every few seconds.
 
     One thread at a time: what blocks for long on another thread uses :meth:`clone`.
@@ -62,13 +61,17 @@ class JobStore:
     # ---- calls ------------------------------------------------------------------------------------------------------
     # Each raises PeerLostError if the store is gone, or its host does not answer within the timeout.
 
-    def set(self, key: str, value: str) -> None:
+    def set(self, key: str, value: str | bytes) -> None:
         """Write a key."""
-        self._call(lambda store: store.set(key, value))
+        self._call(lambda store: store.set(key, value))  # type: ignore[arg-type]  # it takes bytes as well
 
     def get(self, key: str) -> str:
         """The value of a key that exists."""
-        return self._call(lambda store: store.get(key)).decode()
+        return self.get_bytes(key).decode()
+
+    def get_bytes(self, key: str) -> bytes:
+        """The value of a key that exists, as it is."""
+        return self._call(lambda store: store.get(key))
 
     def multi_get(self, keys: Sequence[str]) -> list[str]:
         """The values of keys that exist."""
@@ -93,15 +96,18 @@ class JobStore:
 
     def wait(self, keys: Sequence[str], timeout: timedelta) -> bool:
         """Wait until all of these keys exist; returns whether they came within ``timeout``."""
-        return self._call(lambda store: _came(store, list(keys), timeout), timeout)
+        # By looking, more and more seldom: each wait of libtorch's own that ends in vain writes warnings to the log.
+        pause, end = _SHORTEST_PAUSE, time.monotonic() + timeout.total_seconds()
+        while not self.check(keys):
+            left = end - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        return True
 
-    def _call(self, operation: Callable[[Store], T], takes: timedelta = timedelta(0)) -> T:
-        """Make one call.
-
-        Args:
-            operation: the call, of the store over this object's own connection.
-            takes: how long it may take on the host that answers.
-        """
+    def _call(self, operation: Callable[[Store], T]) -> T:
+        """Make one call, of the store over this object's own connection."""
         if self._unanswered is not None and not self._unanswered.done():
             raise self._lost()
         if self._thread is None:
@@ -109,12 +115,10 @@ class JobStore:
         answer: Future[T] = Future()
         self._calls.put((operation, answer))
         try:
-            return answer.result((self.timeout + takes).total_seconds())
+            return answer.result(self.timeout.total_seconds())
         except FutureTimeoutError:
             self._unanswered = answer
             raise self._lost() from None
-        except DistStoreError:
-            raise
         except RuntimeError as error:
             raise self._lost(error) from error
 
@@ -218,18 +222,3 @@ def _answer(call: Callable[[], T], answer: Future[T]) -> None:
         answer.set_result(call())
     except BaseException as error:
         answer.set_exception(error)
-
-
-def _came(store: Store, keys: list[str], timeout: timedelta) -> bool:
-    if timeout > _SHORT:
-        try:
-            store.wait(keys, timeout)
-        except DistStoreError:
-            return False
-        return True
-    deadline = time.monotonic() + timeout.total_seconds()
-    while not store.check(keys):  # libtorch logs a warning of each wait that was in vain
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(_LOOK)
-    return True
