@@ -192,8 +192,8 @@ class StaticJob:
             lost = self.wait_for_living(self._gone) if self._hosts_store else {}
         except AsyncLocalSGDError as error:
             lost = {0: error}
-        for error in lost.values():  # one may have failed, which is for its own log to tell
-            warnings.warn(f"The run is over, but not all workers have left it. {error}", stacklevel=2)
+        for reason in lost.values():  # one may have failed, which is for its own log to tell
+            warnings.warn(f"The run is over, but not all workers have left it. {reason}", stacklevel=2)
 
     def fail(self, error: BaseException) -> None:
         """Tell those who wait for this process that it has failed, and why; at most once in a stage.

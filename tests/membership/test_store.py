@@ -36,6 +36,7 @@ def frozen() -> Iterator[TCPStore]:
     """A store whose host is stopped."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
     process = start_process(serve, sender)
+    sender.close()
     assert process.pid is not None
     store = TCPStore("127.0.0.1", receiver.recv(), is_master=False)
     os.kill(process.pid, signal.SIGSTOP)
