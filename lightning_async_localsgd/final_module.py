@@ -55,7 +55,7 @@ class FinalModule(pl.Callback):
     def _level(self, tensors: dict[str, Tensor]) -> None:
         """Worker 0 shows its checksums, the others ask for what differs, and worker 0 sends what anybody has asked for.
 
-        So a process that is lost meanwhile is missed by worker 0 alone, and no other one by anybody.
+        So a process that is lost meanwhile is missed by worker 0 alone, which goes on with the others.
         """
         own = {name: _checksum(tensor) for name, tensor in tensors.items()}
         leaders: dict[str, int] = self._job.broadcast(own, key="final_module/checksums")
@@ -66,7 +66,8 @@ class FinalModule(pl.Callback):
         odd = sorted(set(own) ^ set(leaders))
         self._job.tell(f"final_module/wanted/{self._job.rank}", [wanted, odd])
         _warn_of(odd)
-        sent: list[tuple[str, int]] = self._job.broadcast(None, key="final_module/sent")
+        sent, lost = self._job.broadcast(None, key="final_module/sent")
+        _tell_of(lost)
         Relay(self._job, "final_module").take([(tensors.get(name), size) for name, size in sent])
 
     def _give(self, tensors: dict[str, Tensor]) -> None:
@@ -77,10 +78,10 @@ class FinalModule(pl.Callback):
         wanted = {name for names, _ in answers.values() for name in names}
         sent = [name for name in tensors if name in wanted]
         sizes = [(name, tensors[name].numel() * tensors[name].element_size()) for name in sent]
-        self._job.broadcast(sizes, key="final_module/sent")
-        lost |= Relay(self._job, "final_module").give([tensors[name] for name in sent], list(answers))
-        for error in lost.values():
-            warnings.warn(f"The run is complete, but not all processes have seen its end. {error}", stacklevel=2)
+        words = [str(error) for error in lost.values()]
+        self._job.broadcast([sizes, words], key="final_module/sent")
+        lost_later = Relay(self._job, "final_module").give([tensors[name] for name in sent], list(answers))
+        _tell_of([*words, *map(str, lost_later.values())])
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -90,6 +91,11 @@ class FinalModule(pl.Callback):
     def _leave(self, trainer: pl.Trainer) -> None:
         # A list of its own, for Lightning is walking through the old one.
         _set_callbacks(trainer, [c for c in _callbacks(trainer) if c is not self])
+
+
+def _tell_of(lost: list[str]) -> None:
+    for reason in lost:
+        warnings.warn(f"The run is complete, but not all processes have seen its end. {reason}", stacklevel=2)
 
 
 def _warn_of(odd: list[str]) -> None:
