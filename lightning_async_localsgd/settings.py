@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from datetime import timedelta
 from functools import partial
@@ -94,6 +94,15 @@ class Settings:
     def shares_budget(self, workers: int) -> bool:
         """Whether fast workers make more of the job's steps."""
         return self.budget == "shared" and not self.lockstep(workers)
+
+    def differences(self, then: Mapping[str, Any]) -> list[str]:
+        """How these differ from others, of which :meth:`credentials` are given, in one line each.
+
+        Outer optimizer and transformations are compared by their states: what makes them may not tell its settings.
+        """
+        now = self.credentials()
+        names = now.keys() & then.keys() - {"outer_optimizer", "transforms", "outer_device"}
+        return [f"`{name}` was {then[name]} and is {now[name]}" for name in sorted(names) if then[name] != now[name]]
 
     def credentials(self) -> dict[str, Any]:
         """What must be equal on all workers, as JSON values."""

@@ -79,6 +79,22 @@ class DelayedNesterov(torch.optim.Optimizer):
                 _check_buffer(buffer_size, group["momentum_activation"])
                 group["buffer_size"] = buffer_size
 
+    def suit_settings(self) -> None:
+        """Make a state that has been loaded one of the settings of now, which may be others than those it is from.
+
+        Raises:
+            ValueError: if ``momentum_activation`` is outside [0, 1/``buffer_size``].
+        """
+        for group in self.param_groups:
+            n, c = group["buffer_size"], group["momentum_activation"]
+            _check_buffer(n, c)
+            group["received"] %= n or 1
+            if c > 0 and n != 1:
+                for state in filter(None, (self.state[p] for p in group["params"])):
+                    if "buffer" not in state:  # what has been gathered in the momentum stays there
+                        state["buffer"] = torch.zeros_like(state["momentum"])
+                        group["received"] = 0
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Apply ``p.grad`` of every parameter as one pseudo-gradient. ``p.grad`` is left as it was.

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_async_localsgd.layout import Layout
 from lightning_async_localsgd.outer.delayed_nesterov import DelayedNesterov
+from lightning_async_localsgd.outer.resuming import given_settings, load_outer_optimizer
 from lightning_async_localsgd.outer.starts import RoundStarts
 from lightning_async_localsgd.outer.transforms import Arrival, Context, Transform, check_transforms
 
@@ -62,6 +63,8 @@ class GlobalState:
             parameter.grad = gradient
         make = outer_optimizer or partial(DelayedNesterov, lr=0.7, momentum=0.9)
         self.optimizer = make(self.parameters)
+        self._make_optimizer = make
+        self._given = given_settings(self.optimizer)
         # An update by the mean of `quorum` deltas counts as one, so a buffer of all workers' deltas is shorter.
         self._default_buffer_size = max(1, round(workers / quorum))
         if isinstance(self.optimizer, DelayedNesterov):
@@ -203,13 +206,27 @@ class GlobalState:
                 _hash_tensor(digest, copy)
         return digest.hexdigest()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Version, global parameters and buffers by name, state of outer optimizer and transformations; all copies."""
-        tensors = self.layout.views(self.flat)
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies of the global parameters and buffers, by name, on the CPU."""
+        flat = self.flat.to("cpu", copy=True)
+        return {slot.name: view for slot, view in zip(self.layout.slots, self.layout.views(flat), strict=True)}
+
+    @torch.no_grad()
+    def state_dict(self, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        """Version, global parameters and buffers by name, state of outer optimizer and transformations; all copies.
+
+        Args:
+            tensors: where to copy parameters and buffers, as :meth:`tensors` gave them; None: new tensors.
+        """
+        if tensors:
+            for slot, view in zip(self.layout.slots, self.layout.views(self.flat), strict=True):
+                tensors[slot.name].copy_(view)
         return {
             "version": self.version,
-            "tensors": {s.name: t.detach().clone() for s, t in zip(self.layout.slots, tensors, strict=True)},
+            "tensors": dict(tensors) if tensors else self.tensors(),
             "optimizer": deepcopy(self.optimizer.state_dict()),
+            "optimizer_name": type(self.optimizer).__qualname__,
+            "optimizer_given": self._given,
             "transforms": [
                 {"name": type(transform).__qualname__, "state": deepcopy(state)}
                 for transform, state in zip(self.transforms, self._transform_states, strict=True)
@@ -218,14 +235,18 @@ class GlobalState:
         }
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state saved by :meth:`state_dict`.
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> list[str]:
+        """Take over a state saved by :meth:`state_dict`. Settings are those given to this object, not those of then.
 
         Transformations that it does not know begin anew, and rounds of which it does not tell where they started are
         taken to start from it.
 
+        Returns:
+            What differs from the settings of then, in one line each.
+
         Raises:
-            ValueError: if it belongs to another model; the difference is named and nothing is changed.
+            ValueError: if it belongs to another model, in which case nothing is changed, or to an outer optimizer with
+                other parameter groups; the difference is named.
         """
         tensors = state_dict["tensors"]
         for slot in self.layout.slots:
@@ -240,19 +261,29 @@ class GlobalState:
         for slot, view in zip(self.layout.slots, self.layout.views(self.flat), strict=True):
             view.copy_(tensors[slot.name])
         self._find_holes()
-        buffer_sizes = [group.get("buffer_size") for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state_dict["optimizer"])
-        for group, buffer_size in zip(self.optimizer.param_groups, buffer_sizes, strict=True):
-            if buffer_size is not None:  # there may be more or fewer workers now
-                group["buffer_size"] = buffer_size
-                group["received"] %= buffer_size
-        self._transform_states = self._initial_transform_states()
-        for i, (transform, saved) in enumerate(zip(self.transforms, state_dict.get("transforms", ()), strict=False)):
-            if saved["name"] == type(transform).__qualname__:
-                self._transform_states[i] = {name: self._own_copy(value) for name, value in saved["state"].items()}
+        differences = load_outer_optimizer(
+            self.optimizer,
+            self._make_optimizer,
+            self._given,
+            state_dict["optimizer"],
+            state_dict.get("optimizer_name"),
+            state_dict.get("optimizer_given"),
+        )
+        differences += self._load_transforms(state_dict.get("transforms", ()))
         if self._starts is not None:
             self._starts.load_state_dict(state_dict.get("starts"))
         self.version = state_dict["version"]
+        return differences
+
+    def _load_transforms(self, saved: Sequence[Mapping[str, Any]]) -> list[str]:
+        self._transform_states = self._initial_transform_states()
+        names, names_then = [type(t).__qualname__ for t in self.transforms], [state["name"] for state in saved]
+        for i, (name, state) in enumerate(zip(names, saved, strict=False)):
+            if state["name"] == name:
+                self._transform_states[i] |= {key: self._own_copy(value) for key, value in state["state"].items()}
+        if names == names_then:
+            return []
+        return [f"`transforms` were {names_then} and are {names}: those in other places begin anew"]
 
     def _own_copy(self, value: Any) -> Any:
         return value.to(self.flat.device, copy=True) if isinstance(value, Tensor) else deepcopy(value)
