@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_async_localsgd.epochs import JobEpochs, JobMaxSteps
+from lightning_async_localsgd.fetches import Fetches
 from lightning_async_localsgd.loader import count_samples
 from lightning_async_localsgd.meetings import check_pass
 from lightning_async_localsgd.membership import StaticJob, as_json
@@ -49,6 +50,7 @@ class WorkerCallback(pl.Callback):
         self._trainer = trainer
         self._schedulers: JobSchedulers | None = None
         self._epochs: JobEpochs | None = None
+        self._fetches: Fetches | None = None
         self._scheduler_steps = scheduler_steps
         self._samples = 0
         self._batches = 0  # of this pass over the data
@@ -88,6 +90,10 @@ class WorkerCallback(pl.Callback):
     def scheduler_steps(self) -> int:
         """Steps of the job that the learning-rate schedulers have made."""
         return self._schedulers.steps if self._schedulers is not None else self._scheduler_steps
+
+    def fetches_state(self) -> dict[str, Any]:
+        """Where this process is in its data; see :meth:`Fetches.state_dict`."""
+        return {} if self._fetches is None else self._fetches.state_dict()
 
     def share_decisions(self, job: StaticJob) -> None:
         """After the run: give all workers what worker 0 has validated, saved and decided.
@@ -134,11 +140,14 @@ class WorkerCallback(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._epochs = JobEpochs(trainer)
+        self._fetches = Fetches(trainer, self._strategy.root_device, self._strategy.saved_fetches)
+        self._fetches.load_places()
+        self._epochs = JobEpochs(trainer, self._fetches)
         open_end = self._max_steps == -1
         total = self._epochs.expected_steps if open_end else self._max_steps
         before = self._strategy.steps_before_fit(trainer)
         self._epochs.begin_training()
+        self._fetches.watch()
         self._strategy.begin_training(None if total is None else max(0, total - before), open_end)
         self._job_max_steps.reached = self._worker.budget_spent
         self._schedulers = JobSchedulers(trainer, self._scheduler_steps, self._follows)
@@ -146,9 +155,15 @@ class WorkerCallback(pl.Callback):
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self._epochs is not None
+        assert self._epochs is not None and self._fetches is not None
         self._epochs.begin_epoch()
         self._batches = 0
+        self._fetches.watch()
+
+    @override
+    def on_train_batch_start(self, *args: Any) -> None:
+        assert self._fetches is not None
+        self._fetches.begin_step()
 
     @override
     def on_train_batch_end(
@@ -249,13 +264,16 @@ class WorkerCallback(pl.Callback):
 
     def heed(self) -> None:
         """Do what worker 0's messages say."""
+        self._strategy.checkpoints.check()
         for sender, message in self._worker.take_messages():
             if "saved" in message and self._trainer.is_global_zero:
-                self._strategy.checkpoints.files.part_written(message["saved"], sender)
+                self._strategy.checkpoints.hear_saved(sender, message)
             if sender == self._worker.rank:
                 continue
             if "also" in message:
                 self._strategy.checkpoints.save_part_again(*message["also"])
+            if "replaced" in message:
+                self._strategy.checkpoints.forget_replaced(*message["replaced"])
             metrics = message.get("metrics", {})
             self._trainer.callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})
             assert self._schedulers is not None
@@ -265,6 +283,8 @@ class WorkerCallback(pl.Callback):
         return self._schedulers is not None and not trainer.sanity_checking and self._strategy.summary is None
 
     def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        with self._worker.paused():
+            self._strategy.checkpoints.prepare_to_end()
         self._strategy.summary = self._worker.finish(stop=trainer.should_stop)
         self._job_max_steps.reached = True
         if self._max_steps == -1 and self._worker.stop_requested:

@@ -1,33 +1,27 @@
-"""What a checkpoint of a job holds, and who saves and restores it. Where it is written: ``checkpoint_files.py``."""
+"""What a checkpoint of a job holds, and who saves it. Where it is written: ``checkpoint_files.py``."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_async_localsgd.checkpoint_files import (
-    CheckpointFiles,
-    find_whole,
-    link_part,
-    new_id,
-    read_part,
-    write_part,
-)
+from lightning_async_localsgd.checkpoint_files import CheckpointFiles, SideFiles
 from lightning_async_localsgd.crew import FollowingRank
-from lightning_async_localsgd.data import merge_positions
 from lightning_async_localsgd.exchange.header import Message
+from lightning_async_localsgd.file_writing import BackgroundWriter, FileRecord, save_with
 from lightning_async_localsgd.worker import Worker
 
 if TYPE_CHECKING:
@@ -35,7 +29,7 @@ if TYPE_CHECKING:
 
     from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
 
-__all__ = ["KEY", "JobCheckpoints", "Resumed"]
+__all__ = ["KEY", "JobCheckpoints"]
 
 KEY = "async_localsgd"
 """Where this library's entry is in a Lightning checkpoint."""
@@ -43,31 +37,12 @@ _OWN = ("optimizer_states", "lr_schedulers", "loops", "callbacks")
 """What of a Lightning checkpoint is each worker's own, beside its precision plugin's state."""
 
 
-@dataclass(frozen=True)
-class Resumed:
-    """What a ``fit`` goes on from."""
-
-    state: Mapping[str, Any]
-    """The global state and shared progress, as ``Worker.global_state_dict`` gave it."""
-    steps_before_fit: int
-    """Steps of the job that the counts in ``state`` do not hold."""
-    worker: Mapping[str, Any] | None = None
-    """This worker's own state, as ``Worker.local_state_dict`` gave it; None: workers start from the global one."""
-    scheduler_steps: int = 0
-    """Steps of the job that the learning-rate schedulers have made."""
-
-    def load_into(self, worker: Worker) -> None:
-        """Have a worker that has not started go on from here."""
-        worker.load_global_state_dict(self.state, same_workers=self.worker is not None)
-        if self.worker is not None:
-            worker.load_local_state_dict(self.worker)
-
-
 class JobCheckpoints:
-    """Saves and restores a worker's part in a job, as Lightning asks the strategy to.
+    """Saves a worker's part in a job, as Lightning asks the strategy to.
 
     Worker 0 decides: it asks all for a cut of the exchange, and each worker saves its side of that moment. Checkpoints
-    that follow before worker 0's next step hold the same moment, so that nobody is asked again.
+    that follow before worker 0's next step hold the same moment, so that nobody is asked again. Worker 0 writes its
+    file before it goes on, as Lightning does; the others copy their side and write it in the background.
 
     Args:
         strategy: whose worker it is.
@@ -79,18 +54,26 @@ class JobCheckpoints:
         self._delete = delete
         self._tensors: dict[str, Tensor] = {}  # the global ones in the checkpoint that is being made
         self._moment: dict[str, Any] | None = None
+        self._background = BackgroundWriter()
+        self._saving_side = False
+        self._ending = False
 
     @cached_property
     def files(self) -> CheckpointFiles:
         """Worker 0's books of what is written."""
-        return CheckpointFiles(self._delete, self._strategy.workers)
+        return CheckpointFiles(self._delete, self._strategy.workers, self._tell_replaced)
 
-    # ---- saving -----------------------------------------------------------------------------------------------------
+    @cached_property
+    def _sides(self) -> SideFiles:
+        return SideFiles(self._strategy.worker_rank)
+
+    # ---- worker 0 ---------------------------------------------------------------------------------------------------
 
     def put_global(self, state: dict[str, Any]) -> dict[str, Any]:
         """Put the global parameters in the place of the worker's own in a module's ``state_dict``."""
-        if isinstance(self._worker, Worker):
-            self._tensors = self._worker.global_tensors()
+        if isinstance(self._worker, Worker) and not self._saving_side:
+            if self._moment is None or not self._tensors:
+                self._tensors = self._worker.global_tensors()
             for shared, aliases in _aliases(self._module).items():
                 if shared in self._tensors:
                     state.update({name: self._tensors[shared] for name in aliases if name in state})
@@ -103,14 +86,8 @@ class JobCheckpoints:
                 self._worker.follow()
                 self._moment = {}
             return
-        checkpoint_id = new_id()
-        entry = self._take_moment({"id": checkpoint_id, "path": path})
-        state, tensors = entry["state"], entry["state"]["global"]["tensors"]
-        for name, tensor in tensors.items():  # an update may have come since they were put into the checkpoint
-            self._tensors[name].copy_(tensor)
-        written_once = state["global"] | {"tensors": dict(self._tensors)}
-        checkpoint[KEY] |= entry | {"id": checkpoint_id, "state": state | {"global": written_once}}
-        self.files.begin(path, checkpoint_id)
+        checkpoint_id = self.files.begin(path)
+        checkpoint[KEY] |= self._take_moment({"id": checkpoint_id, "path": path}) | {"id": checkpoint_id}
         self._io.save_checkpoint(checkpoint, path)
 
     @cached_property
@@ -118,16 +95,8 @@ class JobCheckpoints:
         """Writes worker 0's file as the user's plugin does, in the background if that does."""
         io = self._strategy.checkpoint_io
         if isinstance(io, AsyncCheckpointIO) and io.checkpoint_io is not None:
-            return AsyncCheckpointIO(_LeaderFile(io.checkpoint_io, self.files))
-        return _LeaderFile(io, self.files)
-
-    def wait_until_written(self) -> None:
-        """Wait for what is being written in the background.
-
-        Raises:
-            Exception: what it has failed of.
-        """
-        self._io.teardown()
+            return AsyncCheckpointIO(_LeaderFile(io.checkpoint_io, self.files, self._background))
+        return _LeaderFile(io, self.files, self._background)
 
     def _take_moment(self, where: Message) -> dict[str, Any]:
         """This library's entry in a checkpoint of now, or of the moment that the others have saved already."""
@@ -136,13 +105,17 @@ class JobCheckpoints:
             self._worker.send({"also": [self._moment["where"], where]})
             entry: dict[str, Any] = self._moment["entry"]
             return entry
+        fetches = self._fetches()  # the other ranks of worker 0 follow until the cut
         with self._worker.cut(where):
             entry = {
                 "job_steps": self._strategy.job_steps,
                 "steps_before_fit": self._strategy.steps_before_fit(self._module.trainer),
-                "state": self._worker.global_state_dict(),
+                # An update may have come since they were put into the checkpoint.
+                "state": self._worker.global_state_dict(self._tensors),
+                "settings": self._strategy.settings.credentials(),
                 "worker": self._worker.local_state_dict(),
                 "scheduler_steps": self._strategy.scheduler_steps,
+                "fetches": fetches,
             }
         self._moment = {"where": where, "entry": entry}
         return entry
@@ -152,106 +125,103 @@ class JobCheckpoints:
         self._moment = None
         self._tensors = {}
 
+    def hear_saved(self, worker: int, message: Message) -> None:
+        """Worker 0 is told that a worker has written its side."""
+        record = FileRecord(*message["record"])
+        self._background.submit(self.files.part_written, message["saved"], worker, record)
+
+    def _tell_replaced(self, path: str, checkpoint_id: str | None) -> None:
+        if isinstance(self._strategy.worker, Worker) and self._strategy.workers > 1:
+            self._strategy.worker.send({"replaced": [path, checkpoint_id]})
+
+    # ---- the other workers ------------------------------------------------------------------------------------------
+
     def save_part(self, what: Message) -> None:
-        """Write this worker's side of the checkpoint that worker 0 writes."""
+        """Save this worker's side of the checkpoint that worker 0 writes."""
         assert isinstance(self._worker, Worker)
-        part = {"worker": self._worker.local_state_dict(), "scheduler_steps": self._strategy.scheduler_steps}
+        part = {
+            "worker": self._worker.local_state_dict(),
+            "scheduler_steps": self._strategy.scheduler_steps,
+            "fetches": self._fetches(),
+        }
         trainer = self._module.trainer
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        with self._saving():
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         precision = type(trainer.precision_plugin).__qualname__
         own = {key: checkpoint[key] for key in (*_OWN, precision) if key in checkpoint}
-        write_part(what["path"], what["id"], self._strategy.worker_rank, part | {"checkpoint": own})
-        self._worker.send({"saved": what["id"]})
+        side = apply_to_collection(part | {"checkpoint": own}, Tensor, _copied)  # training goes on meanwhile
+        self._background.submit(self._write_part, what, side)
+        if self._ending:  # what is told after this worker's last header is not heard
+            self._background.wait()
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        self._saving_side = True
+        try:
+            yield
+        finally:
+            self._saving_side = False
+
+    def _write_part(self, what: Message, side: dict[str, Any]) -> None:
+        self._tell_saved(what["id"], self._sides.write(what["path"], what["id"], side))
 
     def save_part_again(self, before: Message, again: Message) -> None:
         """Make this worker's side of one checkpoint that of another one as well, which worker 0 has just written."""
         if isinstance(self._worker, Worker):
-            rank = self._strategy.worker_rank
-            link_part(before["path"], before["id"], again["path"], again["id"], rank)
-            self._worker.send({"saved": again["id"]})
+            self._background.submit(self._link_part, before, again)
 
-    # ---- restoring --------------------------------------------------------------------------------------------------
+    def _link_part(self, before: Message, again: Message) -> None:
+        self._tell_saved(again["id"], self._sides.link(before["path"], before["id"], again["path"], again["id"]))
 
-    def load(self, checkpoint: dict[str, Any], path: str, weights_only: bool | None) -> tuple[dict[str, Any], Resumed]:
-        """Put this worker's side of a checkpoint in the place of worker 0's. All processes call this.
+    def _tell_saved(self, checkpoint_id: str, record: FileRecord) -> None:
+        worker = self._strategy.worker
+        if isinstance(worker, Worker):
+            worker.send({"saved": checkpoint_id, "record": list(record)})
 
-        Args:
-            checkpoint: the Lightning file at ``path``.
-            path: where it is.
-            weights_only: whether to unpickle nothing but tensors and plain values; None: so.
+    def forget_replaced(self, path: str, checkpoint_id: str | None) -> None:
+        """Worker 0 has told that a checkpoint is whole, or that all of a name are gone: older sides go, here too."""
+        if not isinstance(self._worker, Worker):
+            return
+        if checkpoint_id is None:
+            self._background.submit(self._sides.forget, path)
+        else:
+            self._background.submit(self._sides.forget_older, path, checkpoint_id)
 
-        Returns:
-            The checkpoint for Lightning to restore from, and what the worker goes on from.
+    # ---- all --------------------------------------------------------------------------------------------------------
+
+    def _fetches(self) -> list[Any]:
+        """Where each process of the worker is in its data: this one's, and the others' as files of ``torch.save``."""
+        assert isinstance(self._worker, Worker)
+        return [self._strategy.fetches_state(), *self._worker.gather_from_devices()]
+
+    def pack_fetches(self) -> bytes:
+        """What another process than the first of its worker gives to :meth:`_fetches`."""
+        buffer = io.BytesIO()
+        torch.save(self._strategy.fetches_state(), buffer)
+        return buffer.getvalue()
+
+    def check(self) -> None:
+        """Raise what has failed in the background.
 
         Raises:
-            FileNotFoundError: if worker 0 sees this worker's side and this worker does not.
+            Exception: as it was there.
         """
-        # Worker 0 says what is there, for all: others may see a shared folder later, or not at all.
-        whole = find_whole(path, checkpoint[KEY].get("id"))
-        leader, folder = self._strategy.broadcast(
-            [str(whole.path), str(whole.folder)] if whole is not None else ["", ""]
-        )
-        if leader and leader != os.path.realpath(path):
-            rank_zero_warn(
-                f"The checkpoint {path} is not whole: the job ended before every worker had written its side. Training "
-                "goes on from the one that it was to replace."
-            )
-            checkpoint = self._strategy.read_checkpoint(leader, weights_only)
-        entry, workers = checkpoint[KEY], self._strategy.workers
-        if leader:
-            self._merge_positions(checkpoint, Path(folder), weights_only)
-        if "id" not in entry:
-            reason = "was written when the other workers had left"
-        elif not leader:
-            reason = "does not have every worker's side"
-        elif entry["workers"] != workers:
-            reason = f"was written by {entry['workers']} workers, and there are {workers} now"
-        else:
-            own = self._load_part(checkpoint, Path(folder), weights_only)
-            # The worker's own counts of that fit go on.
-            return checkpoint, Resumed(entry["state"], entry["steps_before_fit"], own["worker"], own["scheduler_steps"])
-        rank_zero_warn(
-            f"The checkpoint {path} {reason}. Training goes on from its global parameters and outer state: inner "
-            "optimizers start as worker 0's was, and what had been learned since each worker's last push is lost."
-        )
-        return checkpoint, Resumed(entry["state"], entry["job_steps"])
+        self._background.check()
 
-    def _load_part(self, checkpoint: dict[str, Any], folder: Path, weights_only: bool | None) -> Mapping[str, Any]:
-        """Put this worker's own into the checkpoint, and return what is not Lightning's."""
-        if self._strategy.worker_rank == 0:
-            entry: dict[str, Any] = checkpoint[KEY]
-            return entry
-        part = read_part(folder, self._strategy.worker_rank, weights_only)
-        own = part.pop("checkpoint")
-        # What watches worker 0's metrics goes on as on worker 0.
-        own["lr_schedulers"] = [
-            theirs if "num_bad_epochs" in theirs else ours
-            for theirs, ours in zip(checkpoint["lr_schedulers"], own["lr_schedulers"], strict=True)
-        ]
-        _set_positions(own["loops"], _positions(checkpoint["loops"]))
-        # What only worker 0 runs, and decides by, is in its side alone.
-        own["callbacks"] = checkpoint["callbacks"] | own.get("callbacks", {})
-        checkpoint |= own
-        return part
+    def prepare_to_end(self) -> None:
+        """This worker is about to make its last exchange: have the others hear of what it has written."""
+        self._ending = True
+        self._background.wait()
 
-    def _merge_positions(self, checkpoint: dict[str, Any], folder: Path, weights_only: bool | None) -> None:
-        """Have the training loaders leave out what any worker has trained on."""
-        workers = checkpoint[KEY]["workers"]
-        shared = any("trained" in position for position in _positions(checkpoint["loops"]))
-        if not shared and workers == self._strategy.workers:
-            return
-        parts = [read_part(folder, worker, weights_only)["checkpoint"] for worker in range(1, workers)]
-        sides = [{key: side[key] for key in ("loops", "lr_schedulers")} for side in (checkpoint, *parts)]
-        of_all = [_positions(side["loops"]) for side in sides]
-        own = self._strategy.worker_rank
-        if workers != self._strategy.workers:
-            # All go on as the one that was furthest behind, so that nobody has left an epoch too early.
-            own = min(range(workers), key=lambda worker: _epochs_over(sides[worker]["loops"]))
-            checkpoint |= sides[own]
-        merged = of_all[own]
-        if len({len(positions) for positions in of_all}) == 1:
-            merged = [merge_positions(states, own) for states in zip(*of_all, strict=True)]
-        _set_positions(checkpoint["loops"], merged)
+    def wait_until_written(self) -> None:
+        """Wait for what is being written in the background.
+
+        Raises:
+            Exception: what it has failed of.
+        """
+        if "_io" in vars(self):
+            self._io.teardown()
+        self._background.wait()
 
     @property
     def _worker(self) -> Worker | FollowingRank:
@@ -272,21 +242,28 @@ class _LeaderFile(_WrappingCheckpointIO):
     Args:
         checkpoint_io: how it is written.
         files: the books.
+        background: where it waits until the file is on the disk.
     """
 
-    def __init__(self, checkpoint_io: CheckpointIO, files: CheckpointFiles) -> None:
+    def __init__(self, checkpoint_io: CheckpointIO, files: CheckpointFiles, background: BackgroundWriter) -> None:
         super().__init__(checkpoint_io)
         self._files = files
+        self._background = background
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        assert self.checkpoint_io is not None
-        with self._files.write(path, checkpoint[KEY]["id"]) as leader:
-            self.checkpoint_io.save_checkpoint(checkpoint, leader)
+        checkpoint_id = checkpoint[KEY]["id"]
+        with self._files.write(path, checkpoint_id) as leader:
+            record = save_with(self.checkpoint_io, checkpoint, Path(leader))
+        self._background.submit(self._files.leader_written, checkpoint_id, record)
 
     @override
     def teardown(self) -> None:
         """The user's plugin ends with the strategy."""
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _aliases(module: nn.Module) -> dict[str, list[str]]:
@@ -301,20 +278,3 @@ def _aliases(module: nn.Module) -> dict[str, list[str]]:
         place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else id(tensor)
         names.setdefault(place, []).append(name)
     return {aliases[0]: aliases for aliases in names.values()}
-
-
-def _positions(loops: dict[str, Any]) -> list[dict[str, Any]]:
-    """Where a worker's training loaders are, in its loops' state."""
-    positions: list[dict[str, Any]] = loops["fit_loop"]["state_dict"].get("combined_loader", [])
-    return positions
-
-
-def _set_positions(loops: dict[str, Any], positions: list[dict[str, Any]]) -> None:
-    loops["fit_loop"]["state_dict"]["combined_loader"] = positions
-
-
-def _epochs_over(loops: dict[str, Any]) -> tuple[int, int]:
-    """Epochs that are over for a worker, in its loop and in its leases."""
-    over = [position["over"][0] for position in _positions(loops) if "over" in position]
-    in_leases = min((epoch if epoch is not None else -1 for epoch in over), default=-1)
-    return loops["fit_loop"]["epoch_progress"]["current"]["processed"], in_leases

@@ -7,7 +7,7 @@ exchange changes, it changes on the first rank, which gives it to the others at 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -45,6 +45,7 @@ class Crew:
 
     def __init__(self, store: Store, rank: int, size: int, devices: ProcessGroup, address: str | None = None) -> None:
         self.rank = rank
+        self.size = size
         # The others wait as long as the first rank waits for other workers, who watch it. That it dies is noticed.
         self._control: Any = make_gloo_group(PrefixStore("crew", store), rank, size, _A_DAY, address)
         self._devices = devices
@@ -79,9 +80,21 @@ class Crew:
         for tensor in tensors:
             self._broadcast(self._devices, tensor.detach())
 
-    def _broadcast(self, group: Any, tensor: Tensor) -> None:
+    def gather(self, own: bytes = b"") -> list[Tensor]:
+        """Give the first rank the bytes of each of the others, by rank."""
+        gathered = []
+        for root in range(1, self.size):
+            data = torch.frombuffer(bytearray(own), dtype=torch.uint8) if own and root == self.rank else None
+            length = torch.tensor([0 if data is None else data.numel()])
+            self._broadcast(self._control, length, root)
+            data = torch.empty(int(length), dtype=torch.uint8) if data is None else data
+            self._broadcast(self._control, data, root)
+            gathered.append(data)
+        return gathered
+
+    def _broadcast(self, group: Any, tensor: Tensor, root: int = 0) -> None:
         options = BroadcastOptions()
-        options.rootRank = 0
+        options.rootRank = root
         wire = tensor.contiguous()
         try:
             group.broadcast([torch.view_as_real(wire) if wire.is_complex() else wire], options).wait()
@@ -155,6 +168,11 @@ class LeadingWorker(Worker):
             with self._leading():
                 stack.enter_context(super().cut(what))
             yield
+
+    def gather_from_devices(self) -> list[Tensor]:
+        """See :meth:`Worker.gather_from_devices`."""
+        self._crew.tell({"gather": True})
+        return self._crew.gather()
 
     def take_updates(self) -> list[OuterUpdate]:
         """See :meth:`Worker.take_updates`."""
@@ -235,6 +253,8 @@ class FollowingRank:
         self.budget_spent = False
         self.stop_requested = False
         self.speeds: tuple[float, ...] = ()
+        self.on_gather: Callable[[], bytes] = bytes
+        """Gives what this process has to save of its own in a checkpoint."""
         self._crew = crew
         self._module = module
         self._optimizers = optimizers
@@ -269,6 +289,9 @@ class FollowingRank:
             AsyncLocalSGDError: if it has failed.
         """
         word = self._crew.hear()
+        while "gather" in word:
+            self._crew.gather(self.on_gather())
+            word = self._crew.hear()
         for name in ("shard", "share", "job_steps", "budget_spent", "stop_requested"):
             setattr(self, name, word[name])
         self.speeds = tuple(word["speeds"])

@@ -10,7 +10,8 @@ from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_async_localsgd.data import Leases
-from lightning_async_localsgd.loader import OpenEnded, WorkerLoader
+from lightning_async_localsgd.fetches import Fetches, OpenEnded
+from lightning_async_localsgd.loader import WorkerLoader
 
 __all__ = ["JobEpochs", "JobMaxSteps"]
 
@@ -51,10 +52,12 @@ class JobEpochs:
 
     Args:
         trainer: whose loop.
+        fetches: watches its fetches.
     """
 
-    def __init__(self, trainer: pl.Trainer) -> None:
+    def __init__(self, trainer: pl.Trainer, fetches: Fetches) -> None:
         self._trainer = trainer
+        self._fetches = fetches
         self._loop = trainer.fit_loop
         self._interval: float | None = None  # batches per worker between two validations
         self._validated_at = 0.0
@@ -72,7 +75,6 @@ class JobEpochs:
         """Begin with the first epoch, or go on in the one of the checkpoint."""
         if not self._open_end():
             return
-        self._load_positions()
         if self._trainer.current_epoch == 0 or self._loop.restarting or self._loop.is_resuming:  # else it does so later
             assert self._loop._combined_loader is not None and self._loop._data_fetcher is not None
             for loader in self._loop._combined_loader.flattened:
@@ -81,12 +83,6 @@ class JobEpochs:
         self._validated_at = self._made()
         if self._interval is not None and self._loop.epoch_loop.batch_progress.is_last_batch:
             self._trainer.val_check_batch = 1  # the checkpoint may have been written before or in this validation
-
-    def _load_positions(self) -> None:
-        """Lightning does so only within an epoch, and not if the module has asked for the number of steps."""
-        states, self._loop._combined_loader_states_to_load = self._loop._combined_loader_states_to_load, []
-        for loader, state in zip(self._leased, states, strict=False):
-            loader.load_state_dict(state)
 
     def begin_epoch(self) -> None:
         """Begin with an epoch; its loaders may be new."""
@@ -108,7 +104,7 @@ class JobEpochs:
                 "by `max_steps`, with `max_epochs=-1`; or pass `Trainer(use_distributed_sampler=False)` and divide the "
                 "data by `trainer.global_rank` yourself."
             )
-        fetcher.setup(OpenEnded(loaders))  # type: ignore[arg-type]
+        fetcher.setup(OpenEnded(loaders, self._fetches))  # type: ignore[arg-type]
         if self._loop.max_batches == float("inf"):  # a batch sampler without a length
             return True
         limit = self._trainer.limit_train_batches

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from lightning.fabric.utilities.distributed import _DatasetSamplerWrapper
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -27,7 +26,7 @@ from lightning_async_localsgd.data import Division, Leases, Pass, Shards, Shared
 if TYPE_CHECKING:
     from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
 
-__all__ = ["OpenEnded", "Orders", "TrainingLoaders", "WorkerLoader", "count_samples"]
+__all__ = ["Orders", "TrainingLoaders", "WorkerLoader", "count_samples", "fetched_ahead", "generators_of"]
 
 _COMPARED = 256  # batches of a pass that workers compare
 
@@ -67,19 +66,28 @@ class WorkerLoader:
         vars(loader)["batch_sampler" if loader.batch_sampler is not None else "sampler"] = self.sampler
 
     def __getattr__(self, name: str) -> Any:
+        # Where it is, the job's part of a checkpoint holds. Lightning's part is to be one that other strategies take.
+        if name in ("state_dict", "load_state_dict"):
+            raise AttributeError(name)
         return getattr(self._loader, name)
+
+    @property
+    def original(self) -> DataLoader[Any]:
+        """The user's loader."""
+        return self._loader
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Any]:
         self._settle(self._ahead())
-        return self._batches()
+        # Making an iterator draws a random number, which is not to be part of the first fetch.
+        return self._batches(iter(self._loader) if self._loader.num_workers == 0 else self._loader)
 
-    def _batches(self) -> Iterator[Any]:
+    def _batches(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Nothing is drawn before the first batch is asked for: Lightning makes iterators that it does not use."""
         self._fetched.clear()
-        for batch in self._loader:
+        for batch in batches:
             self._fetched.append(self.sampler.drawn.popleft())
             yield batch
             self._settle(2)  # at most one ahead, and the one that is being trained
@@ -95,14 +103,10 @@ class WorkerLoader:
         """How much of the current epoch has been drawn by all workers, from 0 to 1, if it is shared by all."""
         return self.sampler.position
 
-    def state_dict(self) -> dict[str, Any]:
-        """What this worker has trained on."""
+    def division_state(self) -> dict[str, Any]:
+        """What this worker has trained on, as the division's ``state_dict``."""
         self._settle(self._ahead())
         return self.division.state_dict()
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from there."""
-        self.division.load_state_dict(state_dict)
 
 
 class Orders:
@@ -215,6 +219,14 @@ class _WorkerBatches(Sampler[Any]):
         return batches
 
 
+def generators_of(loader: Any) -> Iterator[torch.Generator]:
+    """The generators of a ``DataLoader`` and its samplers."""
+    if isinstance(loader, DataLoader):
+        if loader.generator is not None:
+            yield loader.generator
+        yield from _generators(loader.batch_sampler if loader.batch_sampler is not None else loader.sampler)
+
+
 def _generators(sampler: Any) -> Iterator[torch.Generator]:
     """The generators of a sampler and of those under it, the user's own and those that Lightning wraps them in."""
     if isinstance(getattr(sampler, "generator", None), torch.Generator):
@@ -264,7 +276,7 @@ class TrainingLoaders:
         division = self._divisions[self._place]
         self._place += 1
         strategy = self._strategy
-        ahead = partial(_fetched_ahead, trainer)
+        ahead = partial(fetched_ahead, trainer)
         return WorkerLoader(loader, division, seed, ahead, strategy.device_rank, strategy.worker_size)
 
     def _make_division(self, trainer: pl.Trainer, store: Store) -> Division:
@@ -293,26 +305,9 @@ class TrainingLoaders:
         self._divisions, self._before, self._place = [], None, 0
 
 
-def _fetched_ahead(trainer: pl.Trainer) -> int:
+def fetched_ahead(trainer: pl.Trainer) -> int:
     """Batches that Lightning's loop holds and has not trained yet."""
     return len(getattr(trainer.fit_loop._data_fetcher, "batches", ()))
-
-
-class OpenEnded:
-    """Loaders as Lightning's loop goes through them, without a length: the end of an epoch comes when it comes.
-
-    Args:
-        loaders: the loaders, which have a length themselves (how many batches a worker gets on average).
-    """
-
-    def __init__(self, loaders: CombinedLoader) -> None:
-        self.loaders = loaders
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.loaders, name)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.loaders)
 
 
 def count_samples(batch: Any) -> int:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed import Store
 from torch.optim import Optimizer
@@ -16,6 +17,7 @@ from typing_extensions import Self
 from lightning_async_localsgd.arguments import check_names, names_of
 from lightning_async_localsgd.exchange.header import Message
 from lightning_async_localsgd.membership import StaticJob, join_job
+from lightning_async_localsgd.randomness import random_state, set_random_state
 from lightning_async_localsgd.rounds import whole_samples
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.steps import ParameterChanges, StepListener
@@ -51,7 +53,7 @@ class AsyncLocalSGD:
             number, the fast ones more of it. None: until the loop is left.
         samples: samples learned in each local step, as for the attribute of this name.
         on_checkpoint: called as ``on_checkpoint(name, state_dict)`` on every worker when worker 0 calls
-            :meth:`checkpoint`.
+            :meth:`checkpoint`. It must save or copy the ``state_dict``, which refers to tensors that are trained.
         rank: this process; None: ``RANK`` of the environment.
         size: number of processes; None: ``WORLD_SIZE`` of the environment.
         **settings: fields of :class:`~lightning_async_localsgd.Settings`, which are those of
@@ -232,6 +234,10 @@ class AsyncLocalSGD:
         self._running = False
 
     @property
+    def _device(self) -> torch.device:
+        return next(self._module.parameters()).device
+
+    @property
     def worker(self) -> Worker:
         """The worker, in the ``with``.
 
@@ -302,11 +308,15 @@ class AsyncLocalSGD:
             "global": self.worker.global_state_dict(),
             "worker": self.worker.local_state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+            "settings": self.settings.credentials(),
+            "random": random_state(self._device),
         }
         self.on_checkpoint(what["checkpoint"], state)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a checkpoint: the next ``with`` begins there. ``max_steps`` counts from the very beginning.
+
+        The settings are those of now. The global random generators go on where they were, if the workers are as many.
 
         Args:
             state_dict: what ``on_checkpoint`` was called with on the worker of this rank. If there are more or fewer
@@ -316,11 +326,13 @@ class AsyncLocalSGD:
 
     def _resume(self, worker: Worker, state: Mapping[str, Any]) -> None:
         same_workers = state["size"] == self.size
-        worker.load_global_state_dict(state["global"], same_workers)
+        worker.load_global_state_dict(state["global"], same_workers, state.get("settings"))
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         if same_workers:
             worker.load_local_state_dict(state["worker"])
+            if "random" in state:
+                set_random_state(state["random"], self._device)
         self._steps_before = state["steps_before"] if same_workers else state["job_steps"]
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
@@ -27,9 +29,11 @@ from typing_extensions import override
 
 from lightning_async_localsgd.arguments import check_names, names_of
 from lightning_async_localsgd.callbacks import WorkerCallback
-from lightning_async_localsgd.checkpointing import KEY, JobCheckpoints, Resumed
+from lightning_async_localsgd.checkpointing import KEY, JobCheckpoints
 from lightning_async_localsgd.codecs import Codec
 from lightning_async_localsgd.crew import Crew, FollowingRank, LeadingWorker
+from lightning_async_localsgd.fetches import SavedFetches
+from lightning_async_localsgd.file_writing import StreamingCheckpointIO
 from lightning_async_localsgd.launching import ForkingLauncher, check_start_method
 from lightning_async_localsgd.loader import TrainingLoaders
 from lightning_async_localsgd.meetings import meet_after_training, meet_before_training
@@ -37,6 +41,7 @@ from lightning_async_localsgd.membership import StaticJob, join_job
 from lightning_async_localsgd.membership.address import listening_at
 from lightning_async_localsgd.outer import OuterOptimizerFactory, Transform
 from lightning_async_localsgd.pace import Pace
+from lightning_async_localsgd.restoring import Restoring, Resumed
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.steps import LocalSteps
 from lightning_async_localsgd.version import __version__
@@ -158,6 +163,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         self._failed = False
         self._goes_on = False  # this fit has begun from a checkpoint
         self._resumed: Resumed | None = None  # what `fit` is to go on from
+        self.saved_fetches: SavedFetches | None = None
+        """Where this process goes on in its data."""
         self._out_of_step = False  # workers train, each at its own pace
         self._loaders = TrainingLoaders(self)
 
@@ -313,16 +320,20 @@ class AsyncLocalSGDStrategy(DDPStrategy):
                 "`ZeroRedundancyOptimizer` gathers its state in a collective call, which checkpoints of workers that "
                 "are out of step cannot make. Use the optimizer that it wraps."
             )
-        self.worker = self._make_worker(trainer)
-        scheduler_steps = 0
-        if self._resumed is not None:
-            scheduler_steps = self._resumed.scheduler_steps
-            if isinstance(self.worker, Worker):
-                self._resumed.load_into(self.worker)
-        self._goes_on, self._resumed = self._resumed is not None, None
-        self._steps = LocalSteps(self.lightning_module, self.optimizers)
         # Books of this run: what an earlier one that failed has left unfinished holds up nothing.
         self.checkpoints = JobCheckpoints(self, super().remove_checkpoint)
+        self.worker = self._make_worker(trainer)
+        scheduler_steps = 0
+        self._goes_on = False
+        self.saved_fetches = None
+        if self._resumed is not None:
+            scheduler_steps = self._resumed.scheduler_steps
+            self.saved_fetches = self._resumed.fetches
+            self._goes_on = self._resumed.state is not None
+            if isinstance(self.worker, Worker):
+                self._resumed.load_into(self.worker)
+        self._resumed = None
+        self._steps = LocalSteps(self.lightning_module, self.optimizers)
         self._callback = WorkerCallback(self, trainer, scheduler_steps)
 
     def _make_worker(self, trainer: pl.Trainer) -> Worker | FollowingRank:
@@ -335,7 +346,9 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             crew = Crew(store, self.device_rank, self.worker_size, dist.group.WORLD, self._job.address)
             if self.device_rank > 0:
                 settings = replace(self.settings, exchange_frozen=frozen)
-                return FollowingRank(crew, self.lightning_module, self.optimizers, self.worker_rank, settings)
+                follower = FollowingRank(crew, self.lightning_module, self.optimizers, self.worker_rank, settings)
+                follower.on_gather = self.checkpoints.pack_fetches
+                return follower
         worker = (partial(LeadingWorker, crew) if crew is not None else Worker)(
             self.lightning_module,
             self.optimizers,
@@ -431,6 +444,23 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         if self._steps is not None:
             self._steps.settle()
 
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        """How Lightning files are written: the user's way, or Lightning's without copies in memory."""
+        io = super().checkpoint_io
+        if type(io) is TorchCheckpointIO:
+            io = self._checkpoint_io = StreamingCheckpointIO()
+        return io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO | None) -> None:
+        self._checkpoint_io = io
+
+    def fetches_state(self) -> dict[str, Any]:
+        """Where this process is in its data, for a checkpoint."""
+        return self._callback.fetches_state() if self._callback is not None else {}
+
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What checkpoints hold: during ``fit`` the global parameters, not this worker's own."""
@@ -477,14 +507,10 @@ class AsyncLocalSGDStrategy(DDPStrategy):
                 "A checkpoint cannot be loaded while workers train. The learning-rate finder does so: run it at the "
                 "start of `fit` alone, in `on_fit_start`, or with `Tuner(trainer).lr_find(model)` before."
             )
-        checkpoint = self.read_checkpoint(checkpoint_path, weights_only)
         if not self._fitting:
-            return checkpoint
-        self._resumed = None
-        self._steps_before_fit = checkpoint.get(KEY, {}).get("job_steps")
-        if "state" in checkpoint.get(KEY, {}):
-            checkpoint, self._resumed = self.checkpoints.load(checkpoint, str(checkpoint_path), weights_only)
-            self._steps_before_fit = self._resumed.steps_before_fit
+            return self.read_checkpoint(checkpoint_path, weights_only)
+        checkpoint, self._resumed = Restoring(self, weights_only).restore(str(checkpoint_path))
+        self._steps_before_fit = self._resumed.steps_before_fit
         return checkpoint
 
     def read_checkpoint(self, path: Any, weights_only: bool | None) -> dict[str, Any]:

@@ -455,8 +455,7 @@ class Worker:
     def global_tensors(self) -> dict[str, Tensor]:
         """Copies of the global parameters and buffers of now, by name, on the CPU."""
         with self._mailbox.global_state():
-            flat = self._state.flat.to("cpu", copy=True)
-        return {slot.name: view for slot, view in zip(self._layout.slots, self._layout.views(flat), strict=True)}
+            return self._state.tensors()
 
     @torch.no_grad()
     def lend_global(self) -> None:
@@ -505,11 +504,16 @@ class Worker:
         finally:
             self._mailbox.release()
 
-    def global_state_dict(self) -> dict[str, Any]:
-        """The global state and the run's shared progress: equal on all workers during a cut."""
+    def global_state_dict(self, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        """The global state and the run's shared progress: equal on all workers during a cut.
+
+        Args:
+            tensors: where to copy the global parameters and buffers, by name, and what the state then holds; None: new
+                tensors.
+        """
         progress = self._mailbox.progress
         with self._mailbox.global_state():
-            state = self._state.state_dict()
+            state = self._state.state_dict(tensors)
             self._synchronize()
         counts = {name: getattr(progress, name) for name in _SAVED_PROGRESS}
         return {"global": state, "progress": counts | {"beat": tuple(progress.beat)}}
@@ -517,7 +521,9 @@ class Worker:
     def local_state_dict(self) -> dict[str, Any]:
         """What this worker alone knows: its own parameters and where in its round it is. To be called during a cut.
 
-        Progress that is not applied yet, pushed or not, is the difference between ``tensors`` and ``base``.
+        Progress that is not applied yet, pushed or not, is the difference between ``tensors`` and ``base``. The former
+        are the module's own, and what this worker holds between two pushes is not copied either: it is to be saved or
+        copied before the next step.
         """
         steps, samples, shard = self._rounds.round_steps, self._rounds.round_samples, self.shard
         base, version = self._base, self._start_version
@@ -526,34 +532,48 @@ class Worker:
         if push is not None:
             steps, samples, shard = steps + push.steps, samples + push.samples, push.shard
             base, version = push.base, push.start_version
-            if push is self._exchange.pending:
-                base = push.base + push.snapshot
-        assert base is not None
         same = version == self._state.version and not self._adopter.rounds
+        if push is not None and not same:  # the exchange thread makes it the delta, or has done so
+            base = push.base + push.snapshot if push is self._exchange.pending else push.base.to("cpu", copy=True)
+        assert base is not None
         return {
-            "tensors": [t.detach().to("cpu", copy=True) for t in self._own_tensors],
+            "tensors": [t.detach() for t in self._own_tensors],
             # Without updates since the round began, the base is the global state itself (if the module can hold it).
-            "base": None if same else base.to("cpu", copy=True),
+            "base": None if same else base,
             "round": self.round - (push is not None),
             "start_version": version,
             "round_steps": steps,
             "round_samples": samples,
             "shard": shard,
+            "next_shard": None if push is None else self.shard,  # it has been drawn already
             "local_steps": self.local_steps,
             "shard_generator": self._rounds.shard_generator.get_state(),
         }
 
-    def load_global_state_dict(self, state_dict: Mapping[str, Any], same_workers: bool) -> None:
-        """Go on from a saved global state. To be called before :meth:`start`.
+    def gather_from_devices(self) -> list[Tensor]:
+        """What the other processes of this worker, if there are any, have to save of their own: bytes of each."""
+        return []
+
+    def load_global_state_dict(
+        self, state_dict: Mapping[str, Any], same_workers: bool, settings: Mapping[str, Any] | None = None
+    ) -> None:
+        """Go on from a saved global state, with the settings of now. To be called before :meth:`start`.
 
         Args:
             state_dict: what :meth:`global_state_dict` gave.
             same_workers: whether the workers are as many as they were; else their counts begin anew.
+            settings: the settings of then, as ``Settings.credentials`` gave them; None: they are not known.
 
         Raises:
-            ValueError: if it belongs to another model.
+            ValueError: if it belongs to another model, or to an outer optimizer that cannot be this one.
         """
-        self._state.load_state_dict(state_dict["global"])
+        differences = self._state.load_state_dict(state_dict["global"]) + self._settings.differences(settings or {})
+        if differences and self.rank == 0:
+            warnings.warn(
+                "Training goes on with the settings of now, which differ from those of the checkpoint: "
+                f"{'; '.join(differences)}.",
+                stacklevel=2,
+            )
         if not same_workers:
             self._state.begin_rounds(range(self.size))
         self._copy_to_module(self._state.flat)
@@ -562,6 +582,8 @@ class Worker:
         self._progress = replace(self._progress, version=self.version)
         if same_workers:
             saved: dict[str, Any] = state_dict["progress"] | {"beat": Beat(*state_dict["progress"]["beat"])}
+            if max(saved["round_steps"]) != self._settings.local_steps:  # `local_steps` was another number
+                saved["round_steps"] = self._progress.round_steps
             self._rounds.beat = saved["beat"]
             self._progress = replace(self._progress, **saved)
 
@@ -592,8 +614,11 @@ class Worker:
                 self._adopter.advance(tensors, self._base, correction, ())
                 self._copies.move(self._named(correction))
         self._resumed_round = None
-        if self._rounds.push_is_due(self._mailbox.progress, wanted=False):
-            self._push()
+        next_shard = saved.get("next_shard")
+        if next_shard is not None or self._rounds.push_is_due(self._mailbox.progress, wanted=False):
+            self._push(shard=None if next_shard is None else saved["shard"])
+        if next_shard is not None:
+            self._rounds.shard = next_shard
 
     # ---- rounds -----------------------------------------------------------------------------------------------------
 

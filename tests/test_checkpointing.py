@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
-from lightning_async_localsgd.checkpoint_files import CheckpointFiles, find_whole, write_part
+from lightning_async_localsgd.checkpoint_files import Whole, find_wholes
 from tests.modules import FEATURES, Regression, make_trainer, regression_data, stream
 from tests.processes import results, run_processes
 
@@ -72,6 +72,18 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path) 
             assert resumed.digest == summary.digest and resumed.version == summary.version == 6
             assert resumed.local_steps == summary.local_steps == (60, 60)
             assert steps == 60 and not told
+
+
+def last_whole(path: Path) -> Whole | None:
+    """What a job would go on from."""
+    checkpoint_id = torch.load(path, weights_only=True)["async_localsgd"]["id"]
+    wholes = find_wholes(str(path), checkpoint_id)
+    return next((w for w in wholes if not any(w.problem(worker) for worker in range(len(w.files)))), None)
+
+
+def is_whole(path: Path) -> bool:
+    whole = last_whole(path)
+    return whole is not None and whole.path == str(path)
 
 
 def unequal(rank: int, size: int, folder: str, ckpt: str | None, max_steps: int = 60) -> Any:
@@ -127,7 +139,7 @@ def test_a_second_checkpoint_of_a_moment_asks_nobody_again(tmp_path: Path) -> No
     entries = [checkpoint["async_localsgd"] for checkpoint in saved]
     assert entries[0]["job_steps"] == entries[1]["job_steps"] and entries[0]["id"] != entries[1]["id"]
     assert all(torch.equal(saved[0]["state_dict"][name], tensor) for name, tensor in saved[1]["state_dict"].items())
-    assert find_whole(str(tmp_path / "second.ckpt"), entries[1]["id"]) is not None
+    assert is_whole(tmp_path / "second.ckpt")
     ends = results(run_processes(twice, 2, 2, str(tmp_path / "again"), str(tmp_path / "second.ckpt")))
     assert ends[0] == ends[1] and ends[0][1] == 60
 
@@ -163,7 +175,7 @@ def test_lightnings_background_writing_makes_whole_checkpoints(tmp_path: Path) -
     threads, by_training_thread = ends[0][2:]
     assert threads > 0 and not by_training_thread
     first = tmp_path / "step=40.ckpt"
-    assert find_whole(str(first), torch.load(first, weights_only=True)["async_localsgd"]["id"]) is not None
+    assert is_whole(first)
     again = results(run_processes(in_background, 2, 2, str(tmp_path / "again"), str(first)))
     assert again[0][0] == again[1][0] and again[0][1] == 80
 
@@ -276,34 +288,54 @@ def test_an_incomplete_checkpoint_falls_back_and_says_so(tmp_path: Path) -> None
     assert ends[0][0] == ends[1][0]
 
 
-def test_the_older_checkpoint_of_a_name_stays_until_the_newer_one_is_whole(tmp_path: Path) -> None:
-    deleted: list[str] = []
-    books = CheckpointFiles(deleted.append, workers=2)
-    path = str(tmp_path / "last.ckpt")
+@pytest.mark.parametrize("name", ["worker-1.pt", "leader.ckpt"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_names_the_file(tmp_path: Path, name: str) -> None:
+    results(run_processes(in_lockstep, 2, 2, str(tmp_path), None))
+    older, newer = (next(tmp_path.glob(f"step={step}.ckpt.workers/*")) for step in (23, 46))
+    os.rename(older, newer.with_name(older.name))  # as if both had had one name
+    os.truncate(newer / name, (newer / name).stat().st_size - 100)  # step=46.ckpt is the same file as leader.ckpt
+    ends = results(run_processes(in_lockstep, 2, 2, str(tmp_path / "again"), str(tmp_path / "step=46.ckpt")))
+    told = "\n".join(ends[0][2])
+    assert (name if name != "leader.ckpt" else "step=46.ckpt cannot be read") in told and "the one before it" in told
+    assert all(end[0] == ends[0][0] and end[1].local_steps == (60, 60) for end in ends)
 
-    def leader_writes(checkpoint_id: str) -> None:
-        with books.write(path, checkpoint_id) as leader:
-            Path(leader).write_text(checkpoint_id)
-        assert Path(path).read_text() == checkpoint_id
 
-    books.begin(path, "first")
-    leader_writes("first")
-    assert find_whole(path, "first") is None
-    write_part(path, "first", 1, {"x": torch.ones(1)})
-    books.part_written("first", 1)
-    first = find_whole(path, "first")
-    assert first is not None and first.path.read_text() == "first"
+def as_written_before(folder: Path) -> None:
+    """Put a checkpoint in the form in which version 0.1 wrote it."""
+    parts = {"leader.ckpt": "async_localsgd", "worker-1.pt": None}
+    for name, key in parts.items():
+        content = torch.load(folder / name, weights_only=True)
+        side = content[key] if key else content
+        lightning = content if key else content["checkpoint"]
+        places = side.pop("fetches")[0]["loaders"]
+        lightning["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [place["division"] for place in places]
+        side["worker"].pop("next_shard")
+        if key:
+            side.pop("settings")
+            for added in ("optimizer_name", "optimizer_given"):
+                side["state"]["global"].pop(added)
+        torch.save(content, folder / name)
+    (folder / "manifest.json").write_text('{"workers": 2}')
 
-    books.begin(path, "second")
-    leader_writes("second")
-    books.remove("replaced.ckpt")
-    found = find_whole(path, "second")
-    assert found is not None and found.path.read_text() == "first" and deleted == []
-    write_part(path, "second", 1, {"x": torch.ones(1)})
-    books.part_written("second", 1)
-    second = find_whole(path, "second")
-    assert second is not None and second.path.read_text() == "second" and deleted == ["replaced.ckpt"]
-    assert [p.name for p in Path(f"{path}.workers").iterdir()] == ["second"]
+
+def leased(rank: int, size: int, folder: str, ckpt: str | None) -> Any:
+    module, plan = Regression((0.004, 0.001)), lockstep()
+    save = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=9, save_top_k=-1)
+    trainer = make_trainer(size, plan, max_epochs=2, callbacks=[save], enable_checkpointing=True)
+    trainer.fit(module, DataLoader(regression_data(96), batch_size=4, shuffle=True), ckpt_path=ckpt)
+    return parameters(module), plan.summary, module.seen
+
+
+def test_checkpoints_of_earlier_versions_are_gone_on_from(tmp_path: Path) -> None:
+    first = results(run_processes(leased, 2, 2, str(tmp_path), None))
+    path = tmp_path / "step=9.ckpt"
+    as_written_before(next(tmp_path.glob("step=9.ckpt.workers/*")))
+    path.unlink()
+    os.link(next(tmp_path.glob("step=9.ckpt.workers/*/leader.ckpt")), path)
+    again = results(run_processes(leased, 2, 2, str(tmp_path / "again"), str(path)))
+    for (values, summary, seen), (after, resumed, trained) in zip(first, again, strict=True):
+        assert after == values and resumed.digest == summary.digest
+        assert 0 < len(trained) < len(seen) and seen[-len(trained) :] == trained
 
 
 def mortal(rank: int, size: int, folder: str, seconds: float | None) -> Any:
@@ -321,7 +353,7 @@ def mortal(rank: int, size: int, folder: str, seconds: float | None) -> Any:
 
 
 def steps_of_last_whole(path: Path) -> int:
-    whole = find_whole(str(path), torch.load(path, weights_only=True)["async_localsgd"]["id"])
+    whole = last_whole(path)
     return 0 if whole is None else int(torch.load(whole.path, weights_only=True)["async_localsgd"]["job_steps"])
 
 
