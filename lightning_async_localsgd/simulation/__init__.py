@@ -14,6 +14,7 @@ from lightning_async_localsgd.simulation.result import (
     LossPoint,
     SimulatedRound,
     SimulatedUpdate,
+    SimulatedWait,
     SimulationResult,
 )
 from lightning_async_localsgd.simulation.simulation import Simulation, simulate
@@ -30,6 +31,7 @@ __all__ = [
     "Recommendation",
     "SimulatedRound",
     "SimulatedUpdate",
+    "SimulatedWait",
     "Simulation",
     "SimulationResult",
     "VirtualWorker",

@@ -8,7 +8,13 @@ from pathlib import Path
 from statistics import fmean
 
 from lightning_async_localsgd.simulation.report import format_duration
-from lightning_async_localsgd.simulation.result import Evaluation, LossPoint, SimulatedRound, SimulationResult
+from lightning_async_localsgd.simulation.result import (
+    Evaluation,
+    LossPoint,
+    SimulatedRound,
+    SimulatedWait,
+    SimulationResult,
+)
 
 try:
     from matplotlib.axes import Axes
@@ -125,6 +131,9 @@ def _draw_rounds(axes: Axes, result: SimulationResult, lanes: int) -> None:
         until = max((max(round_.end, round_.adopted) for round_ in rounds), default=0.0)
         axes.barh(worker, min(until, window) / scale, height=0.7, color=_WAITING, linewidth=0)
         _draw_lane(axes, worker, [round_ for round_ in rounds if round_.begin < window], window, scale)
+        _draw_waits(
+            axes, [wait for wait in result.waits if wait.worker == worker and wait.begin < window], window, scale
+        )
     axes.set_yticks(range(lanes), [f"worker {worker}" for worker in range(lanes)], fontsize="small")
     axes.set_ylim(lanes - 0.5, -0.5)
     axes.set_xlim(0, window / scale or 1)
@@ -146,6 +155,13 @@ def _draw_lane(axes: Axes, worker: int, rounds: list[SimulatedRound], window: fl
         # A narrow bar has no room for a number, and one that is cut off would show it beside what it counts.
         if width * scale > 0.008 * window * (2 + len(str(round_.local_steps))) and round_.end <= window:
             axes.text(left + width / 2, worker, str(round_.local_steps), ha="center", va="center", fontsize=7)
+
+
+def _draw_waits(axes: Axes, waits: list[SimulatedWait], window: float, scale: float) -> None:
+    """Over the lane: a worker can wait within a round as well."""
+    for wait in waits:
+        width = (min(wait.end, window) - wait.begin) / scale
+        axes.barh(wait.worker, width, left=wait.begin / scale, height=0.7, color=_WAITING, linewidth=0)
 
 
 def _rounds_title(result: SimulationResult, lanes: int, window: float) -> str:

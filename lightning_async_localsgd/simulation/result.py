@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Evaluation", "LossPoint", "SimulatedRound", "SimulatedUpdate", "SimulationResult"]
+__all__ = ["Evaluation", "LossPoint", "SimulatedRound", "SimulatedUpdate", "SimulatedWait", "SimulationResult"]
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,25 @@ class SimulatedRound:
     worker: int
     round: int
     begin: float
+    """When its first local step began."""
     end: float
     """When its last local step was made."""
     local_steps: int
     adopted: float
     """When the global parameters that hold this round were there; with overlap the worker trained meanwhile."""
+
+
+@dataclass(frozen=True)
+class SimulatedWait:
+    """A time in which a worker made no step, for the exchange or the others had not come so far yet; virtual seconds.
+
+    With ``overlap`` a wait can be within a round: a worker that has made its share of the budget gets more of it when
+    others turn out to be slower.
+    """
+
+    worker: int
+    begin: float
+    end: float
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,8 @@ class SimulationResult:
     losses: list[LossPoint]
     evaluations: list[Evaluation]
     rounds: list[SimulatedRound]
+    waits: list[SimulatedWait]
+    """Up to each worker's last step: not the wait for the others after it."""
     present_seconds: tuple[float, ...]
     """Time each worker was there."""
     busy_seconds: tuple[float, ...]
@@ -117,7 +133,7 @@ class SimulationResult:
     def to_json(self) -> dict[str, Any]:
         """Everything but the parameters, the properties too, as values that the ``json`` module writes."""
         kept = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "state_dict"}
-        for name in ("updates", "losses", "evaluations", "rounds"):
+        for name in ("updates", "losses", "evaluations", "rounds", "waits"):
             kept[name] = [asdict(entry) for entry in kept[name]]
         for name, value in kept.items():
             kept[name] = list(value) if isinstance(value, tuple) else value

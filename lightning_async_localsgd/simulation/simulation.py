@@ -34,6 +34,7 @@ from lightning_async_localsgd.simulation.result import (
     LossPoint,
     SimulatedRound,
     SimulatedUpdate,
+    SimulatedWait,
     SimulationResult,
 )
 from lightning_async_localsgd.simulation.timeline import FinishedRound, Timeline
@@ -343,6 +344,7 @@ class Simulation:
             rounds=list(self._rounds),
             present_seconds=tuple(lane.present_until(self.moment[0]) for lane in lanes) or (0.0,) * len(self._workers),
             busy_seconds=tuple(lane.busy_seconds for lane in lanes) or (0.0,) * len(self._workers),
+            waits=[SimulatedWait(lane.rank, *wait) for lane in lanes for wait in lane.waits],
             waiting_seconds=tuple(lane.waiting_seconds for lane in lanes) or (0.0,) * len(self._workers),
             bytes_sent=tuple(lane.bytes_sent for lane in lanes) or nothing,
             bytes_received=tuple(lane.bytes_received for lane in lanes) or nothing,

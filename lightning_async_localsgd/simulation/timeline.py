@@ -148,8 +148,8 @@ class Lane:
         self.rounds = Rounds(rank, size, settings)
         self.busy_seconds = 0.0
         """Virtual time it has trained."""
-        self.waiting_seconds = 0.0
-        """Virtual time it has waited for the exchange or the others, before its last step."""
+        self.waits: list[tuple[float, float]] = []
+        """From when until when it has waited for the exchange or the others, before its last step."""
         self.present = False
         self.present_seconds = 0.0  # until it left
         self.bytes_sent = 0
@@ -161,7 +161,8 @@ class Lane:
         self.speed = 0.0
         self.patience = 0.0
         self.flags = Flag.FINAL  # who is not there has nothing more to say
-        self.began = 0.0  # the current round
+        self.began = 0.0  # the first step of the current round
+        self.ended = 0.0  # its latest step
         self.news = False
         self.push: _Push | None = None  # not taken by the exchange yet
         self.pending: _Push | None = None  # taken, not applied yet
@@ -174,12 +175,17 @@ class Lane:
         """Whether its last push has not come back yet."""
         return self.push is not None or self.pending is not None or self.adoption is not None
 
+    @property
+    def waiting_seconds(self) -> float:
+        """Virtual time of its waits that are over."""
+        return sum(until - since for since, until in self.waits)
+
     def present_until(self, now: float) -> float:
         """Virtual time it has been there."""
         return self.present_seconds + (now - self.worker.joins if self.present else 0.0)
 
     def waited_until(self, now: float) -> float:
-        """:attr:`waiting_seconds`, and what it waits for in vain so far."""
+        """Virtual time of all waits, with the one that goes on."""
         return self.waiting_seconds + (now - self.waits_since if self.wait is not None else 0.0)
 
 
@@ -300,8 +306,10 @@ class Timeline:
 
     def _begin_step(self, lane: Lane) -> None:
         if lane.wait is not None:  # at the end of the run it would not have waited for its next step
-            lane.waiting_seconds += self.now - lane.waits_since
+            lane.waits.append((lane.waits_since, self.now))
             lane.wait = None
+            if lane.rounds.round_steps == 0:
+                lane.began = self.now
         seconds = lane.worker.device.step_seconds(self.now, lane.chance)
         self._replicas.step(lane.rank, lane.rounds, self.progress)
         lane.stopwatch.resume()
@@ -311,6 +319,7 @@ class Timeline:
         if not lane.present:
             return
         lane.busy_seconds += seconds
+        lane.ended = self.now
         lane.stopwatch.step()
         self.local_steps += 1
         lane.rounds.count(samples=0)  # samples are counted when the step is really made, at the latest by the push
@@ -366,7 +375,7 @@ class Timeline:
             shard=rounds.shard if extended is None else extended.shard,
             start_version=lane.version,
             begin=lane.began if extended is None else extended.begin,
-            end=self.now,
+            end=lane.ended,
             all_steps=self.local_steps,
         )
         rounds.begin(self.progress, draw=extended is None)

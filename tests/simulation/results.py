@@ -11,6 +11,7 @@ from lightning_async_localsgd.simulation.result import (
     LossPoint,
     SimulatedRound,
     SimulatedUpdate,
+    SimulatedWait,
     SimulationResult,
 )
 
@@ -73,6 +74,7 @@ def make_result(speeds: tuple[float, ...] = (2.0, 1.0), rounds: int = 3, wait: f
         rounds=made,
         present_seconds=(max(round_.adopted for round_ in made),) * len(speeds),
         busy_seconds=tuple(sum(r.end - r.begin for r in made if r.worker == worker) for worker in everyone),
+        waits=[SimulatedWait(r.worker, r.end, r.adopted) for r in made],
         waiting_seconds=(rounds * wait,) * len(speeds),
         bytes_sent=(1_500_000,) * len(speeds),
         bytes_received=(3_000_000,) * len(speeds),

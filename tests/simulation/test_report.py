@@ -8,9 +8,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from matplotlib.colors import to_rgba
+from matplotlib.patches import Rectangle
 from PIL import Image
 
-from lightning_async_localsgd.simulation.picture import draw, make_figure
+from lightning_async_localsgd.simulation.picture import _WAITING, draw, make_figure
 from lightning_async_localsgd.simulation.report import (
     LiveTables,
     format_duration,
@@ -18,7 +20,7 @@ from lightning_async_localsgd.simulation.report import (
     write_csv,
     write_json,
 )
-from lightning_async_localsgd.simulation.result import Evaluation, SimulationResult
+from lightning_async_localsgd.simulation.result import Evaluation, SimulatedWait, SimulationResult
 from tests.simulation.results import make_result
 
 
@@ -137,6 +139,25 @@ def test_the_picture_opens_and_has_four_axes(workers: int, tmp_path: Path) -> No
     axes = make_figure(result).axes
     assert len(axes) == 4
     assert all(each.get_xlabel() and each.get_title(loc="left") for each in axes)
+
+
+def test_the_picture_shows_waiting_as_waiting() -> None:
+    result = make_result((2.0, 1.0), rounds=2, wait=4.0)
+    within = SimulatedWait(1, 2.0, 5.0)  # in its first round
+    bars = make_figure(replace(result, waits=[*result.waits, within])).axes[2].patches
+    topmost = [
+        [
+            bar.get_facecolor()
+            for bar in bars
+            if bar.get_y() < worker < bar.get_y() + bar.get_height() and covers(bar, t)
+        ]
+        for worker, t in ((0, 6.0), (1, 3.0), (1, 12.0), (0, 2.0), (1, 1.0))
+    ]
+    assert [colors[-1] == to_rgba(_WAITING) for colors in topmost] == [True, True, True, False, False]
+
+
+def covers(bar: Rectangle, moment: float) -> bool:
+    return bar.get_x() < moment < bar.get_x() + bar.get_width()
 
 
 def test_the_picture_says_which_rounds_it_shows() -> None:

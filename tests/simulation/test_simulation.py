@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import lightning as L
@@ -385,6 +386,22 @@ def test_only_a_worker_that_trains_on_does_not_wait_for_the_network() -> None:
     assert sum(overlap.waiting_seconds) < 0.2 * sum(waiting.waiting_seconds)  # at the end of the budget alone
     assert overlap.utilization > 0.95 > waiting.utilization
     assert overlap.seconds < waiting.seconds
+
+
+@pytest.mark.parametrize("method", ["dn", "sync"])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_worker_is_in_a_round_or_waits(method: str, overlap: bool) -> None:
+    settings = make_method(method, 4) | {"overlap": overlap}
+    result = simulate(Counter(), loader(), TOY, 43, local_steps=10, network=Network(latency=3.0), **settings)
+    for worker in range(4):
+        rounds = [r for r in result.rounds if r.worker == worker]
+        waits = [w for w in result.waits if w.worker == worker]
+        assert all(after.begin >= (before.end if overlap else before.adopted) for before, after in pairwise(rounds))
+        within = sum(w.end - w.begin for r in rounds for w in waits if r.begin <= w.begin < w.end <= r.end)
+        assert sum(r.end - r.begin for r in rounds) - within == pytest.approx(result.busy_seconds[worker])
+        assert sum(w.end - w.begin for w in waits) == pytest.approx(result.waiting_seconds[worker])
+        before_the_end = rounds[-1].end - sum(w.end - w.begin for w in waits)
+        assert before_the_end == pytest.approx(result.busy_seconds[worker])
 
 
 def test_traffic_is_that_of_the_codec() -> None:
