@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -15,7 +15,12 @@ from lightning_async_localsgd.pace import make_pace
 
 __all__ = ["METHODS", "Method", "make_method"]
 
-_NESTEROV = partial(torch.optim.SGD, nesterov=True)
+
+def _nesterov(params: Iterable[torch.nn.Parameter], lr: float, momentum: float, **options: Any) -> torch.optim.SGD:
+    """Nesterov momentum; without any momentum it is plain SGD, and torch refuses to call it otherwise."""
+    return torch.optim.SGD(params, lr=lr, momentum=momentum, nesterov=momentum > 0, **options)
+
+
 _LIU = "Liu et al. 2024 (arXiv 2401.09135)"
 _TUNED = "tuned in the paper to 0.05 to 0.1; 0.05 was best in this library's benchmark time_to_loss"
 
@@ -31,7 +36,7 @@ class Method:
     """Default outer learning rate."""
     outer_lr_source: str
     """Where that default comes from."""
-    optimizer: Callable[..., torch.optim.Optimizer] = _NESTEROV
+    optimizer: Callable[..., torch.optim.Optimizer] = _nesterov
     """Makes the outer optimizer; takes ``lr`` and ``momentum``."""
     outer_momentum: float = 0.9
     """Default outer momentum."""

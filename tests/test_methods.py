@@ -76,6 +76,15 @@ def test_what_is_given_replaces_the_defaults() -> None:
     assert isinstance(dn, DelayedNesterov) and dn.param_groups[0]["momentum_activation"] == 0.1
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_does_without_momentum(name: str) -> None:
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = make_method(name, 1, outer_lr=0.5, outer_momentum=0)["outer_optimizer"]([parameter])
+    parameter.grad = torch.ones(1)
+    optimizer.step()
+    assert parameter.item() == 0.5
+
+
 def test_an_unknown_name_is_refused_with_those_that_are_known() -> None:
     with pytest.raises(ValueError, match=r"no method 'nesterov'.*async-buffer, async-momentum.*sync"):
         make_method("nesterov", 4)
