@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections import deque
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
@@ -13,9 +13,11 @@ from typing_extensions import override
 
 from lightning_async_localsgd.exchange import OuterUpdate
 from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
-from lightning_async_localsgd.worker import RunSummary
+from lightning_async_localsgd.worker import RunSummary, Worker
 
 __all__ = ["AsyncLocalSGDMonitor"]
+
+_GOODPUT_ROUNDS = 4  # of the fastest worker, times the workers
 
 
 class AsyncLocalSGDMonitor(pl.Callback):
@@ -29,7 +31,8 @@ class AsyncLocalSGDMonitor(pl.Callback):
       with the outer momentum;
     - ``local_steps/<worker>``, ``steps_per_second/<worker>``: of each worker, as of the latest exchange;
     - ``bytes_sent``, ``bytes_received``, ``blocked_seconds``: of the worker that logs, worker 0, since the start;
-    - ``goodput``: local steps of all workers since the last time, over those that all could have made at their speeds.
+    - ``goodput``: local steps of all workers over those that all could have made at their speeds, both between two
+      exchanges: the latest, and one some rounds before it. 1 where nobody waits.
 
     The step on the axis is worker 0's own, as for everything else that it logs.
 
@@ -43,7 +46,7 @@ class AsyncLocalSGDMonitor(pl.Callback):
 
     def __init__(self) -> None:
         self._updates: list[OuterUpdate] = []
-        self._last: tuple[float, int] = (0.0, 0)  # when it was logged, and all workers' local steps then
+        self._goodput = Goodput(0)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -60,7 +63,8 @@ class AsyncLocalSGDMonitor(pl.Callback):
         assert worker is not None
         worker.measure_updates()
         self._updates.clear()
-        self._last = (time.monotonic(), worker.summary().total_local_steps)
+        settings = trainer.strategy.settings
+        self._goodput = Goodput(_GOODPUT_ROUNDS * settings.local_steps * trainer.strategy.workers)
 
     def on_outer_update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, update: OuterUpdate) -> None:
         """Called by the strategy for every outer update."""
@@ -70,6 +74,9 @@ class AsyncLocalSGDMonitor(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        worker = trainer.strategy.worker  # type: ignore[attr-defined]
+        if isinstance(worker, Worker):
+            self._goodput.note(worker.exchanged_at, worker.summary().total_local_steps)
         if trainer._logger_connector.should_update_logs:
             self._log(trainer)
 
@@ -84,15 +91,47 @@ class AsyncLocalSGDMonitor(pl.Callback):
             return
         summary = strategy.worker.summary()
         metrics = _metrics(self._updates, summary, strategy.worker.speeds)
-        now = time.monotonic()
-        possible = (now - self._last[0]) * sum(strategy.worker.speeds)
-        if possible > 0:
-            metrics["goodput"] = (summary.total_local_steps - self._last[1]) / possible
-        self._last = (now, summary.total_local_steps)
+        goodput = self._goodput.of(strategy.worker.speeds)
+        if goodput is not None:
+            metrics["goodput"] = goodput
         self._updates.clear()
         named = {f"async_localsgd/{name}": float(value) for name, value in metrics.items()}
         for logger in trainer.loggers:
             logger.log_metrics(named, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+class Goodput:
+    """Local steps made over those possible, between two exchanges: what is known of both is of the same moments.
+
+    Args:
+        window: local steps of all workers that lie between the two at least, once there are as many. A worker's count
+            is of whole steps, and exchanges come at any moment of a step.
+    """
+
+    def __init__(self, window: int) -> None:
+        self._window = window
+        self._exchanges: deque[tuple[float, int]] = deque()
+
+    def note(self, time: float, steps: int) -> None:
+        """Note the latest exchange, which may have been noted before.
+
+        Args:
+            time: when it was, in seconds.
+            steps: local steps of all workers then.
+        """
+        if steps == 0 or (self._exchanges and steps <= self._exchanges[-1][1]):
+            return
+        self._exchanges.append((time, steps))
+        while len(self._exchanges) > 2 and steps - self._exchanges[1][1] >= self._window:
+            self._exchanges.popleft()
+
+    def of(self, speeds: Sequence[float]) -> float | None:
+        """The goodput of workers at these speeds, in local steps per second; None while it is not known."""
+        if not self._exchanges:
+            return None
+        (began, before), (ended, after) = self._exchanges[0], self._exchanges[-1]
+        possible = (ended - began) * sum(speeds)
+        return (after - before) / possible if possible > 0 else None
 
 
 def _metrics(updates: Sequence[OuterUpdate], summary: RunSummary, speeds: Sequence[float]) -> dict[str, float]:

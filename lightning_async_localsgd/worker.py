@@ -157,6 +157,7 @@ class Worker:
         """Version of the global parameters that this worker has adopted."""
         self.blocked_seconds = 0.0
         self._round_started = 0.0
+        self._step_ended = 0.0
         self._start_version = 0  # of the global parameters that this round has begun from
         self._adopted: Callable[[], object] = self._synchronize
         self._pauses = 0
@@ -245,6 +246,7 @@ class Worker:
             AsyncLocalSGDError: if the exchange has failed, on this worker or another.
         """
         self._stopwatch.step()
+        self._step_ended = time.monotonic()
         self._rounds.count(samples)
         if self._rounds.round_steps == 1:
             self._copies.find()
@@ -258,6 +260,8 @@ class Worker:
             if not self._settings.overlap:
                 self._wait_for_adoption()
         running = self._go_on()
+        if self._rounds.round_steps == 0:  # what came between two rounds was waiting
+            self._round_started = time.monotonic()
         seconds = self._stopwatch.resume()
         if running:  # else it was the end of the run that this worker waited for, not its next step
             self.blocked_seconds += seconds
@@ -409,6 +413,11 @@ class Worker:
     def speeds(self) -> tuple[float, ...]:
         """Local steps per second of each worker, as of the latest exchange; 0 while unknown."""
         return self._mailbox.progress.speeds
+
+    @property
+    def exchanged_at(self) -> float:
+        """When the latest exchange was, which :meth:`summary` is as of, in seconds of the monotonic clock."""
+        return self._mailbox.published_at
 
     @property
     def share(self) -> float:
@@ -655,13 +664,12 @@ class Worker:
                 round=self.round,
                 steps=self._rounds.round_steps,
                 samples=self._rounds.round_samples,
-                seconds=time.monotonic() - self._round_started,
+                seconds=self._step_ended - self._round_started,
                 shard=self.shard if shard is None else shard,
                 start_version=self._start_version,
             )
             self._base = self._snapshot = None
             self._rounds.begin(self._mailbox.progress, draw=shard is None)
-            self._round_started = time.monotonic()
             self._report()
             self._mailbox.push(push, flags)
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import csv
+import random
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_async_localsgd import AsyncLocalSGDMonitor, AsyncLocalSGDStrategy
+from lightning_async_localsgd.monitor import Goodput
 from tests.modules import Regression, make_trainer, stream
 from tests.processes import results, run_processes
 
@@ -56,9 +60,30 @@ def test_the_monitor_logs_how_the_exchange_goes(tmp_path: Path) -> None:
     assert all(row["async_localsgd/delta_norm"] > 0 for row in rows)
     assert all(-1.001 <= row["async_localsgd/alignment"] <= 1.001 for row in rows[1:])
     assert all(0 <= row["async_localsgd/staleness"] <= summary.max_staleness for row in rows)
-    assert all(0 < row["async_localsgd/goodput"] < 2 for row in rows[1:])
+    assert all(0 < row["async_localsgd/goodput"] < 2 for row in rows[2:])
     assert shown["job_steps"] == "60/60"
     assert not patched
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    speeds=st.lists(st.floats(0.2, 5.0), min_size=1, max_size=6),
+    local_steps=st.integers(20, 100),
+    trip=st.floats(0.0, 2.0),
+    seed=st.integers(0, 1000),
+)
+def test_goodput_is_1_at_constant_speeds(speeds: list[float], local_steps: int, trip: float, seed: int) -> None:
+    fastest = max(speeds)
+    rounds = random.Random(seed)
+    goodput = Goodput(4 * local_steps * len(speeds))
+    now, found = 0.0, []
+    for _ in range(60):  # an exchange at any moment, seen at once or much later
+        now += rounds.uniform(0.2, 1.0) * local_steps / fastest
+        goodput.note(now + trip, sum(int(now * speed) for speed in speeds))
+        found.append(goodput.of(speeds))
+    settled = [value for value in found[40:] if value is not None]
+    assert len(settled) == 20
+    assert all(abs(value - 1) < 0.05 for value in settled)
 
 
 def watching_nothing(rank: int, size: int, strategy: Any) -> None:

@@ -6,8 +6,10 @@ import math
 import os
 import signal
 import statistics
+import sys
 import threading
 import time
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -317,6 +319,45 @@ def test_unequal_workers_keep_their_pace_spend_the_budget_and_end_together() -> 
     for counted in job_steps:
         assert list(counted) == sorted(counted)
         assert counted[-1] == 480
+
+
+class StepClock:
+    """A clock that local steps move on by a second, and waits for an exchange by a hundred."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def timed(rank: int, size: int, settings: Settings) -> list[tuple[int, float]]:
+    loop, clock = Loop(rank, size, settings), StepClock()
+    vars(sys.modules[Worker.__module__])["time"] = clock
+    worker = loop.worker
+    worker.start(20)
+    wait = worker._mailbox.wait_for_adoption
+
+    def wait_for_adoption() -> Any:
+        clock.now += 100
+        return wait()
+
+    worker._mailbox.wait_for_adoption = wait_for_adoption  # type: ignore[method-assign]
+    running = True
+    while running:
+        loop.train_step()
+        clock.now += 1
+        running = worker.step(samples=4)
+    worker.finish()
+    return [(update.local_steps, update.seconds) for update in worker.take_updates()]
+
+
+@pytest.mark.parametrize("quorum", [1, 2])
+def test_a_round_lasts_as_long_as_its_steps_and_not_as_the_wait_before_it(quorum: int) -> None:
+    settings = replace(QUICK, overlap=False, pace="fixed", quorum=quorum)
+    updates, _ = results(run_processes(timed, 2, 2, settings))
+    assert len(updates) >= 6
+    assert all(seconds == steps for steps, seconds in updates)
 
 
 # ---- what can go wrong -----------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ class OuterUpdate(NamedTuple):
     staleness: int
     """Versions that passed between the start of the round and the application of its delta."""
     seconds: float
-    """How long the round took its worker."""
+    """How long the round took its worker, from its first step to its last."""
     norm: float | None = None
     """L2 norm of the delta, of the mean delta with a quorum; None where nobody asked for it."""
     alignment: float | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,6 +79,8 @@ class Mailbox:
     """
 
     def __init__(self, progress: Progress) -> None:
+        self.published_at = time.monotonic()
+        """When the latest progress came, in seconds of the monotonic clock."""
         self.measure_updates = False
         """Whether the training thread wants to know each update's norm and alignment, which takes time to compute."""
         self._condition = threading.Condition()
@@ -344,6 +347,7 @@ class Mailbox:
         """Give the training thread the outcome of a turn."""
         with self._condition:
             self._progress = progress
+            self.published_at = time.monotonic()
             self._updates.extend(updates)
             self._inbox.extend((worker, message) for worker, message in messages if _CUT not in message)
             if Flag.ABORT not in self._flags:  # else the training thread has left
