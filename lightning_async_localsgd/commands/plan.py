@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +122,7 @@ def _describe(plan: Plan) -> str:
 
 
 def _compare(plans: Sequence[Plan]) -> str:
-    """A row per codec and H."""
+    """A row per codec and H, and one for those H of a codec that come to the same."""
     header = ("codec", "H", "utilization", "steps/round", "exposed/round", "exchange", "sent/round", "staleness", "99%")
     rows = [header] + [
         (
@@ -137,10 +138,20 @@ def _compare(plans: Sequence[Plan]) -> str:
         )
         for plan in plans
     ]
+    rows = _joined(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def _joined(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The rows, where those that follow each other and differ in H alone are one."""
+    joined: list[tuple[str, ...]] = []
+    for (codec, *figures), group in groupby(rows, key=lambda row: (row[0], *row[2:])):
+        steps = [row[1] for row in group]
+        joined.append((codec, steps[0] if len(steps) == 1 else f"{steps[0]}-{steps[-1]}", *figures))
+    return joined
 
 
 def _seconds(seconds: float) -> str:

@@ -430,26 +430,70 @@ def _link_need(speeds: Sequence[float], settings: Settings, network: Network, co
 
 
 def _limit(predict: partial[Plan], network: Network) -> str:
-    """Why nothing reaches the target, if the longest rounds and the smallest messages do not."""
+    """Why nothing reaches the target, if the longest rounds and the smallest messages do not.
+
+    Of several causes the one that is shortest of what it needs comes first.
+    """
     smallest = min(codecs_by_name().values(), key=lambda codec: codec.wire_dtype.itemsize)
     predict = partial(predict, local_steps=LOCAL_STEPS[-1], codec=smallest.name)
     setting = f"H = {LOCAL_STEPS[-1]} with {smallest.name}"
     if not predict(network=Network(), memory_bandwidth=math.inf).reaches_target:
         return "workers wait for each other, whatever the network; a method without a quorum does not."
-    if not predict(network=Network()).reaches_target:
-        return "copies and outer updates take too long at this memory bandwidth."
+    has_memory = predict.keywords.get("memory_bandwidth", MEMORY_BANDWIDTH)
+    memory = _needed_memory(predict, has_memory)
+    at_memory = partial(predict, memory_bandwidth=memory)
+    link = _needed_link(at_memory, network)
+    lacks = []
+    if link is None:
+        lacks.append((math.inf, _no_link(at_memory(network=network), setting)))
+    elif link > 0:
+        text = f"the network is too slow; {setting} needs {_mbit(link)} Mbit/s of each worker's link"
+        lacks.append((link / network.bandwidth, text))
+    if memory > has_memory:
+        text = (
+            f"copies and outer updates take too long at this memory bandwidth; {setting} needs {memory / 1e9:,.3g} GB/s"
+        )
+        lacks.append((memory / has_memory, text))
+    lacks.sort(reverse=True)
+    return ". Besides, ".join(text for _, text in lacks) + "."
+
+
+def _needed_memory(predict: partial[Plan], here: float) -> float:
+    """Memory bandwidth at which a network without limits reaches the target: that of here, or more."""
+    planned = predict(network=Network(), memory_bandwidth=here)
+    if planned.reaches_target:
+        return here
+    # What is exposed then are copies, whose time is that of the bytes.
+    needed = here * (1 / planned.utilization - 1) / (1 / TARGET - 1)
+    while not predict(network=Network(), memory_bandwidth=needed).reaches_target:
+        needed *= 1.25
+    return needed
+
+
+def _needed_link(predict: partial[Plan], network: Network) -> float | None:
+    """Bandwidth of each worker's link that reaches the target: 0 if it is reached here, None if none does."""
     here = predict(network=network)
+    if here.reaches_target:
+        return 0.0
     bandwidth = here.link_need
     for _ in range(8):
         if bandwidth == math.inf:
             break
         if predict(network=replace(network, bandwidth=bandwidth)).reaches_target:
-            return f"the network is too slow; {setting} needs {bandwidth * 8 / 1e6:,.3g} Mbit/s of each worker's link."
+            return bandwidth
         bandwidth *= 1.25
+    return None
+
+
+def _no_link(here: Plan, setting: str) -> str:
     alone = "latency, links of sites or outer updates"
     return f"even {setting} would not with any link of its own: {alone} take too long" + (
-        "." if here.overlap else ". Training during the exchange (overlap) hides them."
+        "" if here.overlap else ". Training during the exchange (overlap) hides them"
     )
+
+
+def _mbit(bytes_per_second: float) -> str:
+    return f"{bytes_per_second * 8 / 1e6:,.0f}" if bytes_per_second >= 1.25e7 else f"{bytes_per_second * 8 / 1e6:,.3g}"
 
 
 # ---- what is asked ---------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -198,6 +199,20 @@ def test_where_the_network_is_too_slow_it_says_how_fast_it_must_be() -> None:
 def test_where_nothing_helps_it_says_why(options: dict[str, Any], said: str) -> None:
     found = recommend(PARAMETERS, SPEEDS, **options)
     assert found.best is None and said in found.sentence
+
+
+def test_of_several_causes_the_one_that_is_shortest_comes_first() -> None:
+    slow_link = Network(latency=0.04, bandwidth=1.25e7)
+    found = recommend(1_100_000_000, [3.0, 1.0], network=slow_link)
+    assert found.best is None
+    first, second = found.sentence.split("Besides, ")
+    needed = re.search(r"needs ([\d,.]+) Mbit/s", first), re.search(r"needs ([\d,.]+) GB/s", second)
+    link, memory = (float(number[1].replace(",", "")) for number in needed if number is not None)
+    network = replace(slow_link, bandwidth=1.01 * link * 1e6 / 8)
+    settings: dict[str, Any] = {"local_steps": 500, "codec": "bf16", "memory_bandwidth": 1.01 * memory * 1e9}
+    assert plan(1_100_000_000, [3.0, 1.0], network=network, **settings).reaches_target
+    little_memory = recommend(1_100_000_000, [3.0, 1.0], network=slow_link, memory_bandwidth=1e8)
+    assert little_memory.sentence.index("GB/s") < little_memory.sentence.index("Mbit/s")
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
