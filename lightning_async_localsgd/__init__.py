@@ -12,6 +12,7 @@ from lightning_async_localsgd.exchange import OuterUpdate
 from lightning_async_localsgd.loop import AsyncLocalSGD
 from lightning_async_localsgd.methods import METHODS, make_method
 from lightning_async_localsgd.monitor import AsyncLocalSGDMonitor
+from lightning_async_localsgd.registration import register_strategy
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
 from lightning_async_localsgd.version import __version__
@@ -34,4 +35,5 @@ __all__ = [
     "WorkerMismatchError",
     "__version__",
     "make_method",
+    "register_strategy",
 ]
