@@ -14,6 +14,7 @@ from torch.distributed import Store
 from torch.optim import Optimizer
 from typing_extensions import Self
 
+from lightning_async_localsgd.advice import warn_of_useless_settings
 from lightning_async_localsgd.arguments import check_names, names_of
 from lightning_async_localsgd.exchange.header import Message
 from lightning_async_localsgd.membership import StaticJob, join_job
@@ -112,6 +113,8 @@ class AsyncLocalSGD:
             _environment(name)
         resumed, self._resumed = self._resumed, None
         self.summary, self._stop, self._steps_before = None, False, 0
+        if self.rank == 0:
+            warn_of_useless_settings(self.settings, self.size, self.max_steps)
         self._job = join_job(self.rank, self.size, self.settings.timeout)
         store = self._job.next_stage()
         try:

@@ -27,6 +27,8 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
+from lightning_async_localsgd.advice import warn_of_useless_settings
+from lightning_async_localsgd.aliasing import hint_of_other_lightning
 from lightning_async_localsgd.arguments import check_names, names_of
 from lightning_async_localsgd.callbacks import WorkerCallback
 from lightning_async_localsgd.checkpointing import KEY, JobCheckpoints
@@ -167,6 +169,10 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         """Where this process goes on in its data."""
         self._out_of_step = False  # workers train, each at its own pace
         self._loaders = TrainingLoaders(self)
+
+    def __repr__(self) -> str:
+        """The `Trainer` of another Lightning refuses this object with its `repr` alone, which then tells the way."""
+        return f"<{type(self).__name__}{hint_of_other_lightning()}>"
 
     # ---- the process world ------------------------------------------------------------------------------------------
 
@@ -397,6 +403,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         assert self.worker is not None and self._job is not None and self._steps is not None
         meet_before_training(self._job, trains=True)
         self._out_of_step = True
+        if self.is_global_zero:
+            warn_of_useless_settings(self.settings, self.workers, max_steps)
         self.worker.start(max_steps, open_end)
         self._steps.restart()  # the learning-rate finder has made steps of its own
 

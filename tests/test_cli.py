@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -181,6 +182,54 @@ def test_a_plan_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     assert f"utilization  {written['plan']['utilization']:.1%}" in printed
     assert printed.endswith(written["recommendation"] + "\n")
+
+
+def test_a_plan_has_no_two_equal_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--parameters", "1e8", "--speeds", "3", "1", "--bandwidth", "100", "--local-steps", "20"]) == 0
+    table = capsys.readouterr().out.split("\n\n")[1].splitlines()[1:]
+    rows = [(codec, *figures) for codec, _, *figures in map(str.split, table)]
+    assert len(set(rows)) == len(rows) > 1
+    assert table[0].split()[1] == "10-500"
+
+
+def test_without_matplotlib_everything_but_the_picture_is_written(
+    simulate: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "lightning_async_localsgd.simulation.picture", raising=False)
+    for name in ("matplotlib", "matplotlib.axes", "matplotlib.figure", "matplotlib.ticker"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main([*simulate, "--max-steps", "12", "--evaluate-every", "0"]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"result.json", "rounds.csv", "losses.csv"}
+    assert not (tmp_path / "out" / "run.png").exists()
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1].endswith("pip install matplotlib") and "run.png" not in printed[-2]
+
+
+def test_settings_that_do_nothing_useful_are_told_once(simulate: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*simulate, "--max-steps", "20", "--local-steps", "30", "--evaluate-every", "0"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line.lower()]
+    assert len(told) == 1 and told[0].startswith("async-localsgd: warning: `local_steps=30` are more than the 20 steps")
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_what_the_docs_install_is_there() -> None:
+    """No package index has this package, and an extra that is mistyped is a warning of pip that nobody reads."""
+    project = (ROOT / "pyproject.toml").read_text()
+    installed = []
+    for page in [
+        ROOT / "README.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "lightning_async_localsgd").rglob("*.py"),
+    ]:
+        installed += re.findall(r"pip install (?:-e )?(['\"]?[^\s`]*)", page.read_text())
+    assert len(installed) > 5
+    for what in installed:
+        assert "lightning-async-localsgd" not in what
+        _, bracket, extras = what.partition("[")
+        if "/" in what or what.strip("'").startswith("."):
+            assert all(f"\n{extra} = [" in project for extra in extras.rstrip("]'").split(",") if bracket)
 
 
 # ---- how it ends early -----------------------------------------------------------------------------------------------

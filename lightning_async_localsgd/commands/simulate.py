@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from lightning_async_localsgd.commands.job import (
     read_settings,
     read_speeds,
 )
-from lightning_async_localsgd.commands.usage import HelpFormatter, UsageError, refusals
+from lightning_async_localsgd.commands.usage import HelpFormatter, UsageError, one_line, refusals
 from lightning_async_localsgd.demo.argument_types import whole
 from lightning_async_localsgd.demo.arguments import add_arguments, build_data, build_model
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser", "run"]
 
+_FILES = ("result.json", "rounds.csv", "losses.csv", "updates.csv", "evaluations.csv")
 HELD_OUT_BLOCKS = 512  # that an evaluation reads
 _EVALUATE_EVERY = "job steps (local steps over workers) between evaluations; 0: none; not given: a tenth of --max-steps"
 DESCRIPTION = f"""
@@ -93,9 +95,9 @@ def run(args: argparse.Namespace) -> int:
     with refusals():
         settings = read_settings(args, len(speeds))
         network = read_network(args, len(speeds))
-        from lightning_async_localsgd.simulation.picture import draw  # refuses to be imported without matplotlib
         from lightning_async_localsgd.simulation.report import format_table, write_json
 
+        _warn(settings, len(speeds), args.max_steps)
         model, data = _model_and_data(args)
         progress = _Progress(args.output_dir, args.max_steps * len(speeds))
         simulation = _simulation(args, settings, network, speeds, model, data, progress)
@@ -107,12 +109,36 @@ def run(args: argparse.Namespace) -> int:
         arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         del arguments["run"]
         write_json(result, args.output_dir / "result.json", finished=code == 0, arguments=arguments)
-        draw(result, args.output_dir / "run.png")
+        missing = _draw(result, args.output_dir / "run.png")
     print(format_table(result))
     if code:
         print("unfinished: the run was interrupted, and this is what there was until then")
-    print(f"\nwritten to {args.output_dir}: result.json, run.png, rounds.csv, losses.csv, updates.csv, evaluations.csv")
+    files = [*([] if missing else ["run.png"]), *_FILES]
+    print(f"\nwritten to {args.output_dir}: {', '.join(files)}")
+    if missing:
+        print(missing)
     return code
+
+
+def _warn(settings: dict[str, Any], workers: int, max_steps: int) -> None:
+    """Settings that cannot do anything useful, in a line each."""
+    from lightning_async_localsgd.advice import SettingsWarning, useless_settings
+    from lightning_async_localsgd.settings import Settings
+
+    for sentence in useless_settings(Settings(**settings), workers, max_steps):
+        print(f"async-localsgd: warning: {sentence}", file=sys.stderr)
+    warnings.simplefilter("ignore", SettingsWarning)  # the simulation would say so again
+
+
+def _draw(result: SimulationResult, path: Path) -> str | None:
+    """Draws the picture; returns why there is none where matplotlib is not installed."""
+    try:
+        from lightning_async_localsgd.simulation.picture import draw
+    except ImportError as error:
+        path.unlink(missing_ok=True)  # it would be that of an earlier run
+        return one_line(error)
+    draw(result, path)
+    return None
 
 
 def _model_and_data(args: argparse.Namespace) -> tuple[LanguageModel, TextDataModule]:

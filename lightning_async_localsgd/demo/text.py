@@ -16,8 +16,7 @@ try:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 except ImportError as error:
     raise ImportError(
-        f"The text needs a package that is not installed ({error.name}): "
-        "pip install 'lightning-async-localsgd[examples]'"
+        f"The text needs a package that is not installed ({error.name}): pip install datasets tokenizers"
     ) from error
 
 END_OF_TEXT = "<|endoftext|>"

@@ -21,10 +21,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 except ImportError as error:
-    raise ImportError(
-        f"The picture needs a package that is not installed ({error.name}): "
-        "pip install 'lightning-async-localsgd[examples]'"
-    ) from error
+    raise ImportError("There is no picture, for matplotlib is not installed: pip install matplotlib") from error
 
 __all__ = ["draw", "make_figure"]
 

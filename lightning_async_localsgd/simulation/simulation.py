@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
+from lightning_async_localsgd.advice import warn_of_useless_settings
 from lightning_async_localsgd.codecs import make_codec
 from lightning_async_localsgd.exchange.ledger import OuterUpdate
 from lightning_async_localsgd.layout import Layout
@@ -104,6 +105,7 @@ class Simulation:
                 f"`max_steps={max_steps}` of {size} workers are less than one round of "
                 f"`local_steps={self.settings.local_steps}`: nobody would push anything."
             )
+        warn_of_useless_settings(self.settings, size, max_steps)
         if evaluate_every is not None and evaluate_every < 1:
             raise ValueError(f"`evaluate_every` must be at least 1 step, got {evaluate_every}.")
         if update_seconds < 0:

@@ -1,0 +1,64 @@
+"""Settings that are possible and cannot do anything useful: said once, at the start, with what to do."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+
+from lightning_async_localsgd.outer import AsyncBuffer, DelayedNesterov
+from lightning_async_localsgd.settings import Settings
+
+__all__ = ["SettingsWarning", "useless_settings", "warn_of_useless_settings"]
+
+
+class SettingsWarning(UserWarning):
+    """Settings that cannot do anything useful."""
+
+
+def useless_settings(settings: Settings, workers: int, max_steps: int | None) -> list[str]:
+    """What these settings cannot do in such a run, and what to do: a sentence or two for each.
+
+    Args:
+        settings: settings of the run.
+        workers: number of workers.
+        max_steps: local steps per worker, on average; None: unknown.
+    """
+    found = []
+    optimizer = None
+    if settings.outer_optimizer is not None:
+        optimizer = settings.outer_optimizer([torch.nn.Parameter(torch.zeros(1))])
+        if all(group.get("lr") == 0 for group in optimizer.param_groups):
+            found.append(
+                "The outer optimizer has the learning rate 0: the global parameters stay as they are, and what workers "
+                "learn is lost. Pass a positive one; 0.7 is the default."
+            )
+    if max_steps is None:
+        return found
+    if max_steps < settings.local_steps:
+        found.append(
+            f"`local_steps={settings.local_steps}` are more than the {max_steps} steps that each worker makes on "
+            "average: not one round is as long as asked for, and hardly anything is exchanged before the end. Make "
+            f"rounds shorter, `local_steps={max(1, max_steps // 20)}` for instance, or train for longer."
+        )
+    deltas = workers * math.ceil(max_steps * workers / settings.local_steps)  # at most: all as fast as one can be
+    for transform in settings.transforms:
+        if isinstance(transform, AsyncBuffer) and (transform.size or 0) > deltas:
+            found.append(
+                f"`AsyncBuffer(size={transform.size})` is never full: all {workers} workers together send at most "
+                f"{deltas} pseudo-gradients, and the global parameters stay as they are. Make it smaller."
+            )
+    if isinstance(optimizer, DelayedNesterov) and (optimizer.param_groups[0].get("buffer_size") or 0) > deltas:
+        found.append(
+            f"`DelayedNesterov(buffer_size={optimizer.param_groups[0]['buffer_size']})` is never full: all {workers} "
+            f"workers together send at most {deltas} pseudo-gradients, and momentum never acts. Leave `buffer_size` "
+            "out: it is then the number of workers."
+        )
+    return found
+
+
+def warn_of_useless_settings(settings: Settings, workers: int, max_steps: int | None) -> None:
+    """Warn of each; see :func:`useless_settings`."""
+    for sentence in useless_settings(settings, workers, max_steps):
+        warnings.warn(sentence, SettingsWarning, stacklevel=3)
