@@ -80,6 +80,8 @@ def test_what_is_given_replaces_the_defaults() -> None:
 def test_every_method_does_without_momentum(name: str) -> None:
     parameter = torch.nn.Parameter(torch.ones(1))
     optimizer = make_method(name, 1, outer_lr=0.5, outer_momentum=0)["outer_optimizer"]([parameter])
+    if isinstance(optimizer, DelayedNesterov):
+        optimizer.set_default_buffer_size(1)
     parameter.grad = torch.ones(1)
     optimizer.step()
     assert parameter.item() == 0.5
