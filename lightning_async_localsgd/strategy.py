@@ -527,6 +527,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
+        self._failed = True
         if self.worker is not None:
             self.worker.abort(exception)
         if self._job is not None:

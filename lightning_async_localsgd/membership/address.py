@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import struct
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -113,12 +113,16 @@ def listening_at(address: str | None) -> Iterator[None]:
 
 
 def _interface_of(address: str) -> str | None:
-    """The network interface that has an IPv4 address; None if there is none, or the system has no such question."""
+    """The network interface that has an IPv4 address; None if there is none, or the system is not Linux."""
+    if sys.platform != "linux":
+        return None
+    import fcntl
+
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
                 answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:  # no address, or not Linux
+            except OSError:  # it has none
                 continue
             if socket.inet_ntoa(answer[20:24]) == address:
                 return name
