@@ -224,6 +224,8 @@ class Worker:
         if self._resumed_round is not None:
             self._resume_round(self._resumed_round)
         self._report()  # a turn may open before this worker's first step has ended
+        if not self.budget_spent:
+            self._mailbox.begin_step()
         self._synchronize()  # from here on the other thread moves the global state
         self._exchange.start()
         if not self._settings.overlap:
@@ -262,6 +264,8 @@ class Worker:
         running = self._go_on()
         if self._rounds.round_steps == 0:  # what came between two rounds was waiting
             self._round_started = time.monotonic()
+        if running:
+            self._mailbox.begin_step()
         seconds = self._stopwatch.resume()
         if running:  # else it was the end of the run that this worker waited for, not its next step
             self.blocked_seconds += seconds

@@ -83,21 +83,18 @@ def unequal_workers(rank: int, size: int, overlap: bool) -> Any:
     module = Regression([seconds / 60 for seconds in SPEEDS])
     trainer = make_trainer(size, plan, max_steps=60, callbacks=[record])
     trainer.fit(module, stream(rank))
-    return plan.summary, parameters(module), record.updates, record.last_step, trainer.global_step
+    return plan.summary, parameters(module), record.updates, trainer.global_step
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-def test_unequal_workers_agree_spend_the_budget_and_end_together(overlap: bool) -> None:
-    summaries, values, logs, last_steps, global_steps = zip(
-        *results(run_processes(unequal_workers, 4, 4, overlap)), strict=True
-    )
+def test_unequal_workers_agree_and_spend_the_budget(overlap: bool) -> None:
+    summaries, values, logs, global_steps = zip(*results(run_processes(unequal_workers, 4, 4, overlap)), strict=True)
     assert all(s.digest == summaries[0].digest for s in summaries)
     assert all(v == values[0] for v in values)
     assert all(log == logs[0] for log in logs)
-    assert abs(summaries[0].total_local_steps - 240) <= 20
+    assert 0 <= summaries[0].total_local_steps - 240 <= 20
     assert summaries[0].local_steps == global_steps
-    assert global_steps[0] > global_steps[2] > global_steps[3]
-    assert max(last_steps) - min(last_steps) <= 2 * 20 * max(SPEEDS) / 60 / 4 + 1.0
+    assert global_steps[0] > global_steps[3]
     assert summaries[0].max_staleness <= 12
 
 

@@ -14,7 +14,7 @@ __all__ = ["HEADER_BYTES", "MESSAGE_BYTES", "PROTOCOL", "Flag", "Header", "Messa
 Message = dict[str, Any]
 """A control message: a JSON object of at most ``MESSAGE_BYTES``."""
 
-PROTOCOL = 2
+PROTOCOL = 3
 HEADER_BYTES = 4096
 _MAGIC = b"ALSG"
 _PREFIX = struct.Struct("<4sHHI")  # magic, protocol, flags, bytes of message
@@ -36,6 +36,7 @@ class Flag(IntFlag):
     STOP = 16  # it asks all workers to end their training
     PAUSED = 32  # it is busy with something other than training: validation, a checkpoint
     ABORT = 64  # it leaves because of an error, which the message tells
+    STEPPING = 128  # it has begun a step, or will after a pause, that `steps` does not count yet
 
 
 _ALL_FLAGS = sum(Flag)

@@ -123,7 +123,6 @@ class Ledger:
         self._pace = make_pace(settings.pace)
         self.steps: Sequence[int] = progress.steps
         """Local steps of each worker, at its last header."""
-        self._caps = progress.caps
         self._updates = progress.updates
         self._total_staleness = progress.total_staleness
         self._max_staleness = progress.max_staleness
@@ -204,13 +203,12 @@ class Ledger:
         round_steps = self._pace.steps([h.speed for h in headers], self._settings.local_steps)
         under_way = self._under_way(headers)
         final = [Flag.FINAL in h.flags for h in headers]
-        self._caps = self._budget.caps(self.steps, round_steps, under_way, final)
         return Progress(
             version=self._state.version,
             steps=self.steps,
             speeds=tuple(h.speed for h in headers),
             round_steps=tuple(round_steps),
-            caps=self._caps,
+            caps=self._budget.caps(self.steps, round_steps, under_way, final),
             exhausted=self._budget.exhausted(self.steps, under_way),
             stop=any(Flag.STOP in h.flags for h in headers),
             over=all(final),
@@ -224,9 +222,10 @@ class Ledger:
             bytes_received=bytes_received,
         )
 
-    def _under_way(self, headers: Sequence[Header]) -> list[bool]:
-        """Which workers are making a step that their header does not count yet, or will after a pause."""
-        not_training = Flag.IDLE | Flag.FINAL
-        if not self._settings.overlap:
-            not_training |= Flag.DELTA | Flag.DROPPED
-        return [not h.flags & not_training and (self._caps is None or h.steps < self._caps[h.worker]) for h in headers]
+    @staticmethod
+    def _under_way(headers: Sequence[Header]) -> list[bool]:
+        """Which workers are making a step that their header does not count yet, or will after a pause.
+
+        One that is between two steps is not among them: it may learn that the budget is spent, and make no other.
+        """
+        return [Flag.STEPPING in h.flags and not h.flags & (Flag.IDLE | Flag.FINAL) for h in headers]

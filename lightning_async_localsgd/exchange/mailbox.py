@@ -85,7 +85,7 @@ class Mailbox:
         """Whether the training thread wants to know each update's norm and alignment, which takes time to compute."""
         self._condition = threading.Condition()
         self._state_lock = threading.Lock()
-        self._counts = (0, 0.0, 0.0)  # what `report` tells; assigned whole by the training thread
+        self._counts = (0, 0.0, 0.0, False)  # what `report` and `begin_step` tell; assigned whole
         self._flags = Flag.NONE
         self._outbox: deque[Message] = deque()
         self._inbox: deque[tuple[int, Message]] = deque()
@@ -128,7 +128,11 @@ class Mailbox:
             speed: local steps per second.
             patience: seconds for which a turn that opens now is worth holding open for this worker's next push.
         """
-        self._counts = (steps, speed, patience)
+        self._counts = (steps, speed, patience, False)
+
+    def begin_step(self) -> None:
+        """Tell that another step will be made for certain, whatever the next turn says."""
+        self._counts = (*self._counts[:3], True)
 
     @property
     def push_wanted(self) -> bool:
@@ -335,7 +339,8 @@ class Mailbox:
             message = self._outbox.popleft() if self._outbox else None
             self._news = bool(self._outbox)
             flags = self._flags & ~Flag.FINAL if self._outbox else self._flags
-            return Live(*self._counts[:2], flags, message), push
+            steps, speed, _, stepping = self._counts
+            return Live(steps, speed, flags | Flag.STEPPING if stepping else flags, message), push
 
     def publish(
         self,

@@ -313,6 +313,7 @@ class Timeline:
         seconds = lane.worker.device.step_seconds(self.now, lane.chance)
         self._replicas.step(lane.rank, lane.rounds, self.progress)
         lane.stopwatch.resume()
+        lane.flags |= Flag.STEPPING
         self._at(self.now + seconds, _Phase.DEVICES, self._end_step, lane, seconds)
 
     def _end_step(self, lane: Lane, seconds: float) -> None:
@@ -320,6 +321,7 @@ class Timeline:
             return
         lane.busy_seconds += seconds
         lane.ended = self.now
+        lane.flags &= ~Flag.STEPPING
         lane.stopwatch.step()
         self.local_steps += 1
         lane.rounds.count(samples=0)  # samples are counted when the step is really made, at the latest by the push
