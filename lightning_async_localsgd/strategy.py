@@ -74,7 +74,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         pace: ``"dylu"`` (slow workers make fewer steps per round, so that all rounds take the same time), ``"fixed"``
             (H for everyone), or an object with ``steps(speeds, local_steps)`` and ``tolerance``.
         grace_period: seconds that an exchange waits for workers who are about to finish their round as well (with
-            ``overlap``, at least two of their steps or a tenth of their round, for nobody waits meanwhile).
+            ``overlap``, at least two of their steps or a tenth of their round, for nobody waits meanwhile; but no
+            longer than the fastest takes for a round).
         quorum: deltas to wait for before the outer state moves. 1: every delta is an outer update as it comes. More:
             the mean of the deltas at hand is one. The number of workers: synchronous DiLoCo.
         overlap: keep training while a delta is in flight, and add what was learned meanwhile to the new global
