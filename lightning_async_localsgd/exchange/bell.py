@@ -60,7 +60,7 @@ class Bell:
                 self.ring(self._turn)
             except PeerLostError:
                 return  # the store is gone, and the listener with it
-            self._thread.join(timeout=2)
+            self._thread.join(timeout=1)
 
     def _listen(self) -> None:
         store = self._store.clone()
