@@ -163,7 +163,14 @@ class JobCheckpoints:
             self._saving_side = False
 
     def _write_part(self, what: Message, side: dict[str, Any]) -> None:
-        self._tell_saved(what["id"], self._sides.write(what["path"], what["id"], side))
+        try:
+            record = self._sides.write(what["path"], what["id"], side)
+        except OSError as error:
+            raise OSError(
+                f"Worker {self._strategy.worker_rank} could not write its side of the checkpoint {what['path']}: "
+                f"{error}. Go on from the one before it, which is still there."
+            ) from error
+        self._tell_saved(what["id"], record)
 
     def save_part_again(self, before: Message, again: Message) -> None:
         """Make this worker's side of one checkpoint that of another one as well, which worker 0 has just written."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -105,18 +106,21 @@ class BackgroundWriter:
     def __init__(self) -> None:
         self._thread: ThreadPoolExecutor | None = None
         self._under_way: list[Future[Any]] = []
+        self._lock = threading.RLock()  # Lightning's `AsyncCheckpointIO` has a thread of its own, which submits too
 
     def submit(self, function: Callable[..., Any], *args: Any) -> None:
         """Have it called after all that was submitted before."""
-        self.check()
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "async-localsgd-checkpoints")
-        self._under_way.append(self._thread.submit(function, *args))
+        with self._lock:
+            self.check()
+            if self._thread is None:
+                self._thread = ThreadPoolExecutor(1, "async-localsgd-checkpoints")
+            self._under_way.append(self._thread.submit(function, *args))
 
     def check(self) -> None:
         """Raise what has failed."""
-        while self._under_way and self._under_way[0].done():
-            self._under_way.pop(0).result()
+        with self._lock:
+            while self._under_way and self._under_way[0].done():
+                self._under_way.pop(0).result()
 
     def wait(self) -> None:
         """Wait until all is done, and end the thread; raise what has failed."""
