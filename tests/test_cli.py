@@ -189,7 +189,7 @@ def test_a_plan_has_no_two_equal_rows(capsys: pytest.CaptureFixture[str]) -> Non
     table = capsys.readouterr().out.split("\n\n")[1].splitlines()[1:]
     rows = [(codec, *figures) for codec, _, *figures in map(str.split, table)]
     assert len(set(rows)) == len(rows) > 1
-    assert table[0].split()[1] == "10-500"
+    assert re.fullmatch(r"10-\d+", table[0].split()[1])
 
 
 def test_without_matplotlib_everything_but_the_picture_is_written(
