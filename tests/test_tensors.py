@@ -68,7 +68,8 @@ def one_learns(rank: int, size: int, dtype: torch.dtype, overlap: bool) -> Any:
             if rank == 0:
                 parameter.add_(0.003 * torch.randn(parameter.shape, generator=generator))
 
-    run = Run(rank, size, nn.Linear(64, 64).to(dtype), overlap=overlap)
+    off_the_grid = partial(torch.optim.SGD, lr=0.7)  # of what the module can hold
+    run = Run(rank, size, nn.Linear(64, 64).to(dtype), overlap=overlap, outer_optimizer=off_the_grid)
     run.train(40, step, 0.002 + 0.001 * rank)
     return [(update.worker, update.norm) for update in run.updates]
 
