@@ -12,10 +12,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_async_localsgd.duplicates import SameData
 from lightning_async_localsgd.epochs import JobEpochs, JobMaxSteps
 from lightning_async_localsgd.fetches import Fetches
 from lightning_async_localsgd.loader import count_samples
-from lightning_async_localsgd.meetings import check_pass
+from lightning_async_localsgd.meetings import check_pass, learn_decisions
 from lightning_async_localsgd.membership import StaticJob, as_json
 from lightning_async_localsgd.schedulers import JobSchedulers
 
@@ -29,6 +30,10 @@ __all__ = ["WorkerCallback"]
 _METRICS_PER_MESSAGE = 20  # their names may have a hundred characters or more each
 _DECIDING = (Checkpoint, EarlyStopping)
 """Callbacks that only worker 0 runs: they decide by what it has validated, for all workers."""
+
+_LAST_SAVED = ("_last_checkpoint_saved", "_last_global_step_saved")
+"""Attributes by which a ``ModelCheckpoint`` decides at the end of training, and which its ``state_dict`` leaves out."""
+_BESIDE_STATE = "async_localsgd"
 
 
 class WorkerCallback(pl.Callback):
@@ -52,6 +57,7 @@ class WorkerCallback(pl.Callback):
         self._epochs: JobEpochs | None = None
         self._fetches: Fetches | None = None
         self._scheduler_steps = scheduler_steps
+        self._same_data: SameData | None = None
         self._samples = 0
         self._batches = 0  # of this pass over the data
         self._metrics_before: dict[str, Tensor] = {}
@@ -61,7 +67,6 @@ class WorkerCallback(pl.Callback):
         self._users_callbacks = list(self._callbacks)
         if self._follows:
             trainer.limit_val_batches = 0
-            self._callbacks[:] = [c for c in self._callbacks if not isinstance(c, _DECIDING)]
         self._job_max_steps = JobMaxSteps(self._max_steps)
         trainer.fit_loop.epoch_loop.max_steps = self._job_max_steps
         self._callbacks.insert(0, self)
@@ -69,10 +74,9 @@ class WorkerCallback(pl.Callback):
 
     def detach(self) -> None:
         """Leave the trainer as it was."""
-        if self in self._callbacks:  # the learning-rate finder swaps the list
+        if self.attached:
+            self._give_decisions_back()
             self._callbacks.remove(self)
-            added = [c for c in self._callbacks if c not in self._users_callbacks]
-            self._callbacks[:] = [*self._users_callbacks, *added]
         if self._trainer.progress_bar_callback is not None:
             vars(self._trainer.progress_bar_callback).pop("get_metrics", None)
         self._trainer.limit_val_batches = self._limit_val_batches
@@ -83,8 +87,9 @@ class WorkerCallback(pl.Callback):
     def take_part(self) -> None:
         """Run a worker's side without a step of training."""
         module = self._trainer.lightning_module
-        self.on_train_start(self._trainer, module)
-        self._finish(self._trainer, module)
+        self._strategy.leave_step()
+        self.begin_training()
+        self.on_train_end(self._trainer, module)
 
     @property
     def scheduler_steps(self) -> int:
@@ -96,9 +101,9 @@ class WorkerCallback(pl.Callback):
         return {} if self._fetches is None else self._fetches.state_dict()
 
     def share_decisions(self, job: StaticJob) -> None:
-        """After the run: give all workers what worker 0 has validated, saved and decided.
+        """Give all workers what worker 0 has validated, saved and decided. All processes must call this.
 
-        Everyone then knows the metrics and, for instance, the best checkpoint. All processes must call this.
+        Everyone then knows the metrics and, for instance, the best checkpoint.
         """
         deciding = [c for c in self._users_callbacks if isinstance(c, _DECIDING)]
         states = [_sendable_state(c) for c in deciding] if self._trainer.is_global_zero else None
@@ -108,6 +113,7 @@ class WorkerCallback(pl.Callback):
         self._trainer.callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})
         for callback, state in zip(deciding, states, strict=False):
             if state is not None:
+                vars(callback).update(state.pop(_BESIDE_STATE))
                 callback.load_state_dict(state)
 
     def _show_job_progress(self) -> None:
@@ -138,8 +144,16 @@ class WorkerCallback(pl.Callback):
         assert worker is not None
         return worker
 
-    @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    @property
+    def attached(self) -> bool:
+        """Whether the trainer has this callback: the learning-rate finder takes all away for its trial."""
+        return self in self._callbacks
+
+    def begin_training(self) -> None:
+        """Start the worker; from here on worker 0 decides for all."""
+        trainer = self._trainer
+        if self._follows:
+            self._callbacks[:] = [c for c in self._callbacks if not isinstance(c, _DECIDING)]
         self._fetches = Fetches(trainer, self._strategy.root_device, self._strategy.saved_fetches)
         self._fetches.load_places()
         self._epochs = JobEpochs(trainer, self._fetches)
@@ -150,6 +164,7 @@ class WorkerCallback(pl.Callback):
         self._fetches.watch()
         self._strategy.begin_training(None if total is None else max(0, total - before), open_end)
         self._job_max_steps.reached = self._worker.budget_spent
+        self._same_data = SameData.where_possible(self._strategy, trainer)
         self._schedulers = JobSchedulers(trainer, self._scheduler_steps, self._follows)
         self._schedulers.advance(self._worker.job_steps)
 
@@ -170,6 +185,8 @@ class WorkerCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._samples += count_samples(batch)
+        if self._same_data is not None:
+            self._same_data.see(batch)
         self._batches += 1
         accumulating = pl_module.automatic_optimization and trainer.fit_loop.epoch_loop._should_accumulate()
         if self._strategy.take_local_step(accumulating):
@@ -205,8 +222,18 @@ class WorkerCallback(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """All are in step again, and go through the other hooks of this name with what worker 0 has decided."""
         if self._strategy.summary is None:
             self._finish(trainer, pl_module)
+        self._give_decisions_back()
+        if self._strategy.validate_global:
+            learn_decisions(self._strategy.job, self)
+        self._strategy.meet_again()
+
+    def _give_decisions_back(self) -> None:
+        """Have all callbacks run on this worker again. Lightning may be walking through the list: it is the same."""
+        added = [c for c in self._callbacks if c is not self and c not in self._users_callbacks]
+        self._callbacks[:] = [self, *self._users_callbacks, *added]
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -306,8 +333,9 @@ class WorkerCallback(pl.Callback):
 
 
 def _sendable_state(callback: pl.Callback) -> dict[str, Any] | None:
-    """The state of a callback as all processes can be told it; None, with a warning, if they cannot."""
-    state = callback.state_dict()
+    """What all processes are told of a callback; None, with a warning, if they cannot be."""
+    beside = {name: value for name, value in vars(callback).items() if name in _LAST_SAVED}
+    state = callback.state_dict() | {_BESIDE_STATE: beside}
     try:
         as_json(state)
     except TypeError as error:

@@ -6,6 +6,7 @@ import random
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,9 @@ class WorkerLoader:
         device: rank of this process within its worker.
         devices: processes of the worker; each gets one batch of a unit.
         orders: the orders of passes that have been drawn already, where several workers of one process share them.
+        for_training: tells whether it is the training loop that iterates. Whoever else does gets a process' part of the
+            data, as under DDP, and takes nothing from the training.
+        place: this process, and the number of processes, by which that part is cut.
     """
 
     def __init__(
@@ -55,8 +59,12 @@ class WorkerLoader:
         device: int = 0,
         devices: int = 1,
         orders: Orders | None = None,
+        for_training: Callable[[], bool] = lambda: True,
+        place: tuple[int, int] = (0, 1),
     ) -> None:
         self.division = division
+        self._for_training = for_training
+        self._place = place
         self._loader = loader
         self._ahead = ahead
         self._fetched: deque[tuple[Pass, int]] = deque()
@@ -80,9 +88,18 @@ class WorkerLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Any]:
+        if not self._for_training():
+            return iter(self._looked_at())
         self._settle(self._ahead())
         # Making an iterator draws a random number, which is not to be part of the first fetch.
         return self._batches(iter(self._loader) if self._loader.num_workers == 0 else self._loader)
+
+    def _looked_at(self) -> DataLoader[Any]:
+        """The same loader, with processes of its own if it has any, over this process' part of the data."""
+        loader = copy(self._loader)
+        name = "batch_sampler" if loader.batch_sampler is not None else "sampler"
+        vars(loader).update({name: _Part(self.sampler.order, *self._place), "_iterator": None})
+        return loader
 
     def _batches(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Nothing is drawn before the first batch is asked for: Lightning makes iterators that it does not use."""
@@ -107,6 +124,20 @@ class WorkerLoader:
         """What this worker has trained on, as the division's ``state_dict``."""
         self._settle(self._ahead())
         return self.division.state_dict()
+
+
+class _Part(Sampler[Any]):
+    """Every k-th batch of a pass; all k processes get as many, as under DDP."""
+
+    def __init__(self, order: Callable[[], list[Any]], rank: int, size: int) -> None:
+        self._order = order
+        self._rank = rank
+        self._size = size
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = self._order()
+        for first in range(0, len(batches), self._size):
+            yield batches[(first + self._rank) % len(batches)]
 
 
 class Orders:
@@ -202,11 +233,18 @@ class _WorkerBatches(Sampler[Any]):
             yield batches[(unit * self._devices + self._device) % len(batches)]
 
     def _draw_order(self, name: Pass) -> list[Any]:
-        """All batches of a pass, in an order that all workers have in common."""
+        """All batches of a pass, in an order that is found to be the same on all workers."""
+        batches = self.order()
+        compared = batches[:: max(1, len(batches) // _COMPARED)]
+        self._division.check_order(name, f"{len(batches)} {zlib.crc32(repr(compared).encode())}")
+        return batches
+
+    def order(self) -> list[Any]:
+        """All batches of the current epoch, in an order that all workers have in common."""
         generators = list(_generators(self.source))
         states = [generator.get_state() for generator in generators]
         with isolate_rng(include_cuda=False):
-            seed = (self._seed + name[0]) % 2**32
+            seed = (self._seed + self._pass[0]) % 2**32
             for generator in (torch.default_generator, *generators):
                 generator.manual_seed(seed)
             random.seed(seed)
@@ -214,8 +252,6 @@ class _WorkerBatches(Sampler[Any]):
             batches = list(self.source)
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
-        compared = batches[:: max(1, len(batches) // _COMPARED)]
-        self._division.check_order(name, f"{len(batches)} {zlib.crc32(repr(compared).encode())}")
         return batches
 
 
@@ -277,7 +313,16 @@ class TrainingLoaders:
         self._place += 1
         strategy = self._strategy
         ahead = partial(fetched_ahead, trainer)
-        return WorkerLoader(loader, division, seed, ahead, strategy.device_rank, strategy.worker_size)
+        return WorkerLoader(
+            loader,
+            division,
+            seed,
+            ahead,
+            strategy.device_rank,
+            strategy.worker_size,
+            for_training=lambda: strategy.reads_training_data,
+            place=(strategy.global_rank, strategy.world_size),
+        )
 
     def _make_division(self, trainer: pl.Trainer, store: Store) -> Division:
         """By leases where epochs are counted, else by Eq. 2."""

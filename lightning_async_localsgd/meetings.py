@@ -9,14 +9,13 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_async_localsgd.errors import AsyncLocalSGDError
-from lightning_async_localsgd.final_module import FinalModule
 from lightning_async_localsgd.loader import WorkerLoader
 from lightning_async_localsgd.membership import StaticJob
 
 if TYPE_CHECKING:
     from lightning_async_localsgd.callbacks import WorkerCallback
 
-__all__ = ["check_pass", "meet_after_training", "meet_before_training"]
+__all__ = ["check_pass", "learn_decisions", "meet_before_training"]
 
 
 def meet_before_training(job: StaticJob, trains: bool) -> None:
@@ -58,18 +57,16 @@ def check_pass(trainer: pl.Trainer, rank: int, batches: int) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def meet_after_training(job: StaticJob, trainer: pl.Trainer, callback: WorkerCallback, shares_decisions: bool) -> None:
-    """Take over what worker 0 has decided, now, and the module with which it ends, later.
+def learn_decisions(job: StaticJob, callback: WorkerCallback) -> None:
+    """Take over what worker 0 has decided.
 
     The run is complete: that a process is lost from now on is warned of, and fails no other one.
     """
-    if shares_decisions:
-        try:
-            callback.share_decisions(job)
-        except AsyncLocalSGDError as error:
-            warnings.warn(
-                "The run is complete, but this process could not learn what worker 0 has validated and decided "
-                f"(`callback_metrics`, the best checkpoint). {error}",
-                stacklevel=2,
-            )
-    FinalModule(job).attach(trainer)
+    try:
+        callback.share_decisions(job)
+    except AsyncLocalSGDError as error:
+        warnings.warn(
+            "The run is complete, but this process could not learn what worker 0 has validated and decided "
+            f"(`callback_metrics`, the best checkpoint). {error}",
+            stacklevel=2,
+        )

@@ -33,13 +33,15 @@ from lightning_async_localsgd.arguments import check_names, names_of
 from lightning_async_localsgd.callbacks import WorkerCallback
 from lightning_async_localsgd.checkpointing import KEY, JobCheckpoints
 from lightning_async_localsgd.codecs import Codec
+from lightning_async_localsgd.collectives import CollectiveStrategy, explain_missing_group
 from lightning_async_localsgd.crew import Crew, FollowingRank, LeadingWorker
 from lightning_async_localsgd.fetches import SavedFetches
 from lightning_async_localsgd.file_writing import StreamingCheckpointIO
+from lightning_async_localsgd.final_module import FinalModule
 from lightning_async_localsgd.launching import ForkingLauncher, check_start_method
 from lightning_async_localsgd.loader import TrainingLoaders
-from lightning_async_localsgd.meetings import meet_after_training, meet_before_training
-from lightning_async_localsgd.membership import StaticJob, join_job
+from lightning_async_localsgd.meetings import meet_before_training
+from lightning_async_localsgd.membership import join_job
 from lightning_async_localsgd.membership.address import listening_at
 from lightning_async_localsgd.outer import OuterOptimizerFactory, Transform
 from lightning_async_localsgd.pace import Pace
@@ -52,7 +54,7 @@ from lightning_async_localsgd.worker import RunSummary, Worker
 __all__ = ["AsyncLocalSGDStrategy"]
 
 
-class AsyncLocalSGDStrategy(DDPStrategy):
+class AsyncLocalSGDStrategy(CollectiveStrategy):
     """Trains any LightningModule with asynchronous Local-SGD: one worker per device, each at its own pace.
 
     Workers train on their own copies of the model. A background thread per worker exchanges pseudo-gradients, and every
@@ -98,6 +100,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             values, with a warning.
         local_buffers: names of buffers, or patterns of them, that each worker keeps for itself during ``fit`` and that
             are worker 0's after it: ``["queue", "*.cache"]``. A pattern means the full name or the last part of it.
+        same_data: workers are meant to train on the same batches. False: a warning says so if they do.
         **kwargs: further arguments of Lightning's ``DDPStrategy``, such as ``cluster_environment``,
             ``checkpoint_io``, ``process_group_backend`` (of the group used outside ``fit``) or ``start_method``; and of
             torch's ``DistributedDataParallel``, which workers of several devices use.
@@ -130,6 +133,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         transforms: Sequence[Transform] = (),
         weight_copies: Sequence[str] | None = None,
         local_buffers: Sequence[str] = (),
+        same_data: bool = False,
         **kwargs: Any,
     ) -> None:
         check_names(kwargs, _KNOWN_ARGUMENTS, "AsyncLocalSGDStrategy")
@@ -154,12 +158,12 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             local_buffers=local_buffers,
         )
         self.validate_global = validate_global
+        self.same_data = same_data
         self.checkpoints = JobCheckpoints(self, super().remove_checkpoint)
         self.worker: Worker | FollowingRank | None = None
         """This process' worker, during ``fit``."""
         self.summary: RunSummary | None = None
         """The last finished run in numbers."""
-        self._job: StaticJob | None = None
         self._callback: WorkerCallback | None = None
         self._steps: LocalSteps | None = None
         self._steps_before_fit: int | None = None
@@ -201,17 +205,9 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         """Rank of this process within its worker."""
         return self.global_rank % self.worker_size
 
-    @property
-    def _fitting(self) -> bool:
-        module = self.lightning_module
-        return module is not None and module._trainer is not None and module.trainer.state.fn == TrainerFn.FITTING
-
     @override
     def setup_distributed(self) -> None:
-        """Meet the other processes. In ``fit`` the default process group, if any, spans this process' worker only.
-
-        So nothing that the module or Lightning calls can block on another worker.
-        """
+        """Meet the other processes. In ``fit`` several default process groups take turns; see :class:`Groups`."""
         reset_seed()
         self.set_world_ranks()
         if self.world_size % self.worker_size != 0:
@@ -220,6 +216,9 @@ class AsyncLocalSGDStrategy(DDPStrategy):
                 "multiple of it, or choose another size."
             )
         self.settings.check_workers(self.workers)
+        if self._groups is not None:  # of the last `fit`
+            self._groups.close()
+            self._groups = None
         if dist.is_initialized():
             raise MisconfigurationException(
                 "A default process group exists already, and metrics would be reduced over it while workers are out of "
@@ -232,9 +231,12 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         store = self._job.next_stage()
         if not self._fitting:
             self._init_process_group(store, self.global_rank, self.world_size)
-        elif self.worker_size > 1:
+            return
+        if self.worker_size > 1:
             own_store = PrefixStore(f"worker{self.worker_rank}", store)
             self._init_process_group(own_store, self.device_rank, self.worker_size)
+        assert self.lightning_module is not None
+        self.begin_groups(dist.group.WORLD)
 
     def _init_process_group(self, store: Store, rank: int, size: int) -> None:
         self._process_group_backend = self._get_process_group_backend()
@@ -248,6 +250,11 @@ class AsyncLocalSGDStrategy(DDPStrategy):
                 timeout=self.settings.timeout,
                 device_id=self.root_device if self.root_device.type == "cuda" else None,
             )
+
+    @property
+    def reads_training_data(self) -> bool:
+        """Whether it is the training loop that iterates over a loader now."""
+        return self._reading is not None and self._reading.by_loop
 
     @property
     @override
@@ -277,39 +284,6 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             return dataloader
         assert self._job is not None
         return self._loaders.divide(dataloader, sampler.seed, trainer, self._job.store)
-
-    @override
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Job-wide, except while workers train: then it is this worker's alone."""
-        if self._meeting:
-            assert self._job is not None
-            self._job.barrier()
-        else:
-            super().barrier(*args, **kwargs)
-
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Job-wide, except while workers train. In ``fit`` ``obj`` must be made of what JSON can say."""
-        if self._meeting:
-            assert self._job is not None
-            return self._job.broadcast(obj, src)
-        return super().broadcast(obj, src)
-
-    @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        return super().reduce_boolean_decision(decision, all) if dist.is_initialized() else decision
-
-    @property
-    def _meeting(self) -> bool:
-        """Whether all processes go through the same calls: in ``fit`` from its start to the first training step.
-
-        Then worker 0 validates alone, also for the sanity check before.
-        """
-        if not self._fitting or self._job is None or self._out_of_step:
-            return False
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        return not (self.validate_global and (trainer.sanity_checking or trainer.validating))
 
     # ---- fit --------------------------------------------------------------------------------------------------------
 
@@ -349,8 +323,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         crew = None
         if self.worker_size > 1:
             store = PrefixStore(f"worker{self.worker_rank}", self._job.store)
-            assert dist.group.WORLD is not None
-            crew = Crew(store, self.device_rank, self.worker_size, dist.group.WORLD, self._job.address)
+            assert self._groups is not None and self._groups.worker is not None
+            crew = Crew(store, self.device_rank, self.worker_size, self._groups.worker, self._job.address)
             if self.device_rank > 0:
                 settings = replace(self.settings, exchange_frozen=frozen)
                 follower = FollowingRank(crew, self.lightning_module, self.optimizers, self.worker_rank, settings)
@@ -382,9 +356,22 @@ class AsyncLocalSGDStrategy(DDPStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        """A worker of one device needs no DDP."""
+        """A worker of one device needs no DDP. Several devices wrap the module while their own group is the default."""
         if self.worker_size > 1:
-            super().configure_ddp()
+            assert self._groups is not None
+            with self._groups.of_worker():
+                super().configure_ddp()
+
+    @override
+    def on_train_start(self) -> None:
+        """Lightning calls this after the hooks of that name of all callbacks and of the module: all meet in those."""
+        self.leave_step()
+        if self._callback is not None and self._callback.attached:  # in a trial of the learning-rate finder it is not
+            self._callback.begin_training()
+
+    @override
+    def on_train_end(self) -> None:
+        self.meet_again()  # after such a trial
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -400,7 +387,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             self.worker.watch(optimizers)
 
     def begin_training(self, max_steps: int | None, open_end: bool) -> None:
-        """Start the worker; from here on processes are out of step."""
+        """Start the worker."""
         assert self.worker is not None and self._job is not None and self._steps is not None
         meet_before_training(self._job, trains=True)
         self._out_of_step = True
@@ -529,6 +516,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         self._failed = True
+        explain_missing_group(exception)
         if self.worker is not None:
             self.worker.abort(exception)
         if self._job is not None:
@@ -548,7 +536,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         if not self._out_of_step:
             meet_before_training(self._job, trains=False)
         elif self.summary is not None:
-            meet_after_training(self._job, self.lightning_module.trainer, callback, self.validate_global)
+            FinalModule(self._job).attach(self.lightning_module.trainer)
 
     @override
     def teardown(self) -> None:
@@ -564,13 +552,11 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             self._steps.close()
             self._steps = None
         self.worker = None
-        self._job = None
         self._out_of_step = False
         self.checkpoints.forget_moment()
         self._loaders.close()
         self._failed = False
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        self.end_groups()
         super().teardown()
         self.checkpoints.wait_until_written()
 

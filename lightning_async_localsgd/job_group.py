@@ -1,0 +1,224 @@
+"""What ``torch.distributed`` finds as its default process group in ``fit``: the job, this worker, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import HashStore, PrefixStore, ProcessGroup, ProcessGroupGloo, ReduceOp, Store
+
+from lightning_async_localsgd.membership import StaticJob
+from lightning_async_localsgd.membership.address import listening_at
+
+__all__ = ["NO_GROUP", "Groups", "JobGroup"]
+
+_BACKEND = "async_localsgd"
+_SMALL = 1 << 16  # bytes that go through the job's store
+NO_GROUP = (
+    "`torch.distributed` has no process group while workers train, each at its own pace: one that waited for another "
+    "would hold it up. Who this process is say `trainer.global_rank` and `trainer.world_size`. In steps, "
+    "`self.log(..., sync_dist=True)` and `self.all_gather` concern this worker alone. From `setup` to "
+    "`on_train_start`, in `on_train_end`, and where data sets and loaders are made and read, `torch.distributed` knows "
+    "rank and size."
+)
+_REDUCTIONS: dict[Any, Callable[[Tensor], Tensor]] = {
+    ReduceOp.SUM: lambda stacked: stacked.sum(0),
+    ReduceOp.AVG: lambda stacked: stacked.sum(0) / len(stacked),
+    ReduceOp.PRODUCT: lambda stacked: stacked.prod(0),
+    ReduceOp.MIN: lambda stacked: stacked.amin(0),
+    ReduceOp.MAX: lambda stacked: stacked.amax(0),
+}
+
+
+class _Done(dist.Work):
+    """A collective that is over."""
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+
+class JobGroup(ProcessGroup):
+    """Says rank and size at no cost. Collectives of a few numbers need no connections between the processes.
+
+    Args:
+        rank: this process.
+        size: number of processes.
+        connect: makes the group of gloo that larger collectives go through.
+    """
+
+    def __init__(self, rank: int, size: int, connect: Callable[[], ProcessGroupGloo]) -> None:
+        super().__init__(rank, size)  # type: ignore[call-arg]  # as torch's own tests call it
+        self._connect = connect
+        self._gloo: Any = None
+        self.job: StaticJob | None = None
+        """The processes, by whose store they find each other; None: this process alone."""
+        self.closed_by: str | None = None
+        """Why there are no collectives now."""
+
+    def getBackendName(self) -> str:
+        """The name of the kind, for torch."""
+        return _BACKEND
+
+    def meet(self) -> None:
+        """Wait for the others here, by name: gloo says of none of them what it has come to.
+
+        Raises:
+            RuntimeError: if there are no collectives now.
+            AsyncLocalSGDError: what has become of a process that does not come.
+        """
+        if self.closed_by is not None:
+            raise RuntimeError(self.closed_by)
+        if self.job is not None:
+            self.job.barrier()
+
+    def gloo(self) -> Any:
+        """The group of gloo, once the others are here."""
+        self.meet()
+        if self._gloo is None:
+            with listening_at(self.job.address if self.job is not None else None):
+                self._gloo = self._connect()
+        return self._gloo
+
+    def disconnect(self) -> None:
+        """Give up the connections, if there are any; the next collective that needs some makes new ones."""
+        self._gloo = None
+
+    def barrier(self, *args: Any, **kwargs: Any) -> dist.Work:
+        """See torch's."""
+        self.meet()
+        return _Done()
+
+    def allreduce(self, tensors: Sequence[Tensor], opts: Any = None) -> dist.Work:  # type: ignore[override]
+        """See torch's. Gloo knows no mean, so that means go by the store whatever their size."""
+        operation = ReduceOp.SUM if opts is None else opts.reduceOp
+        reduction = next((r for op, r in _REDUCTIONS.items() if operation == op), None)
+        small = sum(tensor.nbytes for tensor in tensors) <= _SMALL or operation == ReduceOp.AVG
+        if self.job is None or reduction is None or not small:
+            work: dist.Work = self.gloo().allreduce(tensors, *([] if opts is None else [opts]))
+            return work
+        for tensor in tensors:
+            everyones = torch.stack(self._gather(tensor))
+            tensor.copy_(reduction(everyones))
+        return _Done()
+
+    def _gather(self, tensor: Tensor) -> list[Tensor]:
+        if self.closed_by is not None:
+            raise RuntimeError(self.closed_by)
+        assert self.job is not None
+        return self.job.gather(tensor.detach().cpu())
+
+
+def _by_gloo(name: str) -> Callable[..., Any]:
+    def collective(self: JobGroup, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.gloo(), name)(*args, **kwargs)
+
+    collective.__name__ = name
+    return collective
+
+
+for _name in (
+    *("_allgather_base", "allgather", "allgather_coalesced", "allgather_into_tensor_coalesced", "allreduce_coalesced"),
+    *("alltoall", "alltoall_base", "broadcast", "gather", "monitored_barrier", "recv", "recv_anysource", "reduce"),
+    *("_reduce_scatter_base", "reduce_scatter", "reduce_scatter_tensor_coalesced", "scatter", "send"),
+):
+    setattr(JobGroup, _name, _by_gloo(_name))
+
+
+def _make(store: Store, rank: int, size: int, timeout: timedelta) -> JobGroup:
+    return JobGroup(rank, size, lambda: ProcessGroupGloo(PrefixStore("gloo", store), rank, size, timeout))
+
+
+dist.Backend.register_backend(_BACKEND, _make, devices=["cpu", "cuda"])
+
+
+def _init(store: Store, rank: int, size: int, timeout: timedelta) -> JobGroup:
+    """A group that torch knows, without being the default one."""
+    dist.init_process_group(_BACKEND, store=store, rank=rank, world_size=size, timeout=timeout)
+    group = dist.group.WORLD
+    assert isinstance(group, JobGroup)
+    dist.group.WORLD = None
+    return group
+
+
+class Groups:
+    """The default process group of a ``fit``, at its different times.
+
+    In step, where all processes pass, it is the job's. Workers that train each at their own pace have their own, or
+    none if they have one device: nothing that Lightning, torchmetrics or the module calls can wait for another worker.
+    While data sets and loaders are made and read, rank and size are the job's, for these are what data is divided by;
+    collectives are refused meanwhile.
+
+    Args:
+        job: the processes.
+        worker: the group of this worker's devices; None if it has one device.
+    """
+
+    def __init__(self, job: StaticJob, worker: ProcessGroup | None) -> None:
+        dist.group.WORLD = None
+        self._everyone = _init(PrefixStore("job_group", job.store), job.rank, job.size, job.timeout)
+        self._everyone.job = job
+        self.worker = worker
+        """The group of this worker's devices; None if it has one device."""
+        self._alone: ProcessGroup = worker if worker is not None else _init(HashStore(), 0, 1, job.timeout)
+        dist.group.WORLD = worker
+
+    def begin_in_step(self) -> None:
+        """From now on the default group is the job's."""
+        self._everyone.closed_by = None
+        dist.group.WORLD = self._everyone
+
+    def begin_out_of_step(self) -> None:
+        """From now on it is this worker's, or there is none."""
+        self._everyone.closed_by = _OUT_OF_STEP
+        self._everyone.disconnect()  # processes that loaders fork from this one would keep the connections open
+        dist.group.WORLD = self.worker
+
+    @contextmanager
+    def of_job(self) -> Iterator[None]:
+        """Where all processes pass, or training data is made or read: the default group is the job's."""
+        with _default(self._everyone):
+            yield
+
+    @contextmanager
+    def of_devices(self) -> Iterator[None]:
+        """The default group is this worker's, or there is none."""
+        with _default(self.worker):
+            yield
+
+    @contextmanager
+    def of_worker(self) -> Iterator[None]:
+        """While this worker validates: rank and size are those within the worker, also for a single device."""
+        with _default(self._alone):
+            yield
+
+    def end(self) -> None:
+        """There is no default group any more; that of the job is there for :meth:`of_job`."""
+        dist.group.WORLD = None
+
+    def close(self) -> None:
+        """Let torch forget all of them."""
+        dist.group.WORLD = self._everyone
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _default(group: ProcessGroup | None) -> Iterator[None]:
+    before, dist.group.WORLD = dist.group.WORLD, group
+    try:
+        yield
+    finally:
+        dist.group.WORLD = before
+
+
+_OUT_OF_STEP = (
+    "A collective of `torch.distributed` was called while training data is made or read, which every worker does at "
+    "its own pace: the others may never come to it. Rank and size are all that can be asked for here."
+)
