@@ -59,11 +59,13 @@ class CollectiveStrategy(DDPStrategy):
     @property
     def _in_step(self) -> bool:
         """Whether all processes go through the same calls. In a validation in ``fit`` they do not: it is worker 0's."""
-        if not self._fitting or self._job is None or self._training:
-            return False
+        return self._fitting and self._job is not None and not self._training and not self._validating_alone
+
+    @property
+    def _validating_alone(self) -> bool:
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
-        return not (self.validate_global and (trainer.sanity_checking or trainer.validating))
+        return self.validate_global and (trainer.sanity_checking or trainer.validating)
 
     @override
     def barrier(self, name: str | None = None) -> None:
@@ -182,8 +184,10 @@ class CollectiveStrategy(DDPStrategy):
             yield
 
     def _tell_if_apart(self, what: str, by_user: bool = False) -> None:
-        """Warn once of a user's call that cannot be of the job. Lightning's own calls know that they are local."""
+        """Warn once of a user's call that cannot be of the job. Lightning's own are right as they are."""
         if not (self._fitting and self._training) or self._told or self.world_size == self.worker_size:
+            return
+        if self._validating_alone:  # then all that is gathered is this worker's
             return
         caller = sys._getframe(2).f_globals.get("__name__", "")
         if caller.startswith(_LIBRARIES) and not by_user:

@@ -98,6 +98,8 @@ class JobGroup(ProcessGroup):
 
     def allreduce(self, tensors: Sequence[Tensor], opts: Any = None) -> dist.Work:  # type: ignore[override]
         """See torch's. Gloo knows no mean, so that means go by the store whatever their size."""
+        if self.size() == 1:
+            return _Done()
         operation = ReduceOp.SUM if opts is None else opts.reduceOp
         reduction = next((r for op, r in _REDUCTIONS.items() if operation == op), None)
         small = sum(tensor.nbytes for tensor in tensors) <= _SMALL or operation == ReduceOp.AVG
@@ -107,6 +109,15 @@ class JobGroup(ProcessGroup):
         for tensor in tensors:
             everyones = torch.stack(self._gather(tensor))
             tensor.copy_(reduction(everyones))
+        return _Done()
+
+    def allgather(self, outputs: Any, inputs: Any, *opts: Any) -> dist.Work:
+        """See torch's."""
+        if self.size() > 1:
+            work: dist.Work = self.gloo().allgather(outputs, inputs, *opts)
+            return work
+        for (output,), tensor in zip(outputs, inputs, strict=True):
+            output.copy_(tensor)
         return _Done()
 
     def _gather(self, tensor: Tensor) -> list[Tensor]:
@@ -125,7 +136,7 @@ def _by_gloo(name: str) -> Callable[..., Any]:
 
 
 for _name in (
-    *("_allgather_base", "allgather", "allgather_coalesced", "allgather_into_tensor_coalesced", "allreduce_coalesced"),
+    *("_allgather_base", "allgather_coalesced", "allgather_into_tensor_coalesced", "allreduce_coalesced"),
     *("alltoall", "alltoall_base", "broadcast", "gather", "monitored_barrier", "recv", "recv_anysource", "reduce"),
     *("_reduce_scatter_base", "reduce_scatter", "reduce_scatter_tensor_coalesced", "scatter", "send"),
 ):

@@ -200,9 +200,12 @@ def test_who_looks_at_the_training_data_takes_nothing_from_it(limit: dict[str, i
     ends = results(run_processes(looking, 2, limit))
     if "max_epochs" in limit:
         assert sorted(ends[0][0] + ends[1][0]) == list(range(SAMPLES))
-    for hook in ends[0][1]:
+    for hook in ("on_train_start", "on_train_epoch_end"):
         parts = [end[1][hook] for end in ends]
-        assert all(len(part) == SAMPLES // 2 for part in parts), hook
-        assert sorted(parts[0] + parts[1]) == list(range(SAMPLES)), hook
+        assert all(len(part) == len(set(part)) == SAMPLES // 2 for part in parts)
+        if (
+            "max_epochs" in limit or hook == "on_train_start"
+        ):  # else workers are in epochs of their own, in other orders
+            assert sorted(parts[0] + parts[1]) == list(range(SAMPLES))
     assert sorted(ends[0][2] + ends[1][2]) == list(range(SAMPLES))
     assert ends[0][3] == ends[1][3]

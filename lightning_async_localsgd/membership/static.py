@@ -223,6 +223,8 @@ class StaticJob:
         return self.calls.wait(list(keys.values()), min(_SLICE, self.timeout / 4))
 
     def _next_key(self, kind: str) -> str:
+        if self._pulse.phase is Phase.LEFT:  # after a `fit`, say: who meets again does so in a stage of its own
+            self.next_stage()
         self._messages += 1
         return f"{kind}{self._messages}"
 
