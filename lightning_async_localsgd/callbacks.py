@@ -228,7 +228,7 @@ class WorkerCallback(pl.Callback):
         self._give_decisions_back()
         if self._strategy.validate_global:
             learn_decisions(self._strategy.job, self)
-        self._strategy.meet_again()
+        self._strategy.meet_again(run_complete=True)
 
     def _give_decisions_back(self) -> None:
         """Have all callbacks run on this worker again. Lightning may be walking through the list: it is the same."""

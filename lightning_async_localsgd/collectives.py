@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from typing_extensions import override
 
+from lightning_async_localsgd.errors import AsyncLocalSGDError
 from lightning_async_localsgd.job_group import NO_GROUP, Groups
 from lightning_async_localsgd.membership import StaticJob
 from lightning_async_localsgd.reading import Reading
@@ -43,6 +45,7 @@ class CollectiveStrategy(DDPStrategy):
         self._reading: Reading | None = None  # in `fit`
         self._training = False  # workers train, each at its own pace
         self._torn_down = False  # the last `fit` is over, but for the hooks that Lightning calls after the strategy's
+        self._run_complete = False  # the last update is made: who is lost from now on fails no other one
         self._told = False  # that a collective was of this worker alone
 
     @property
@@ -75,8 +78,12 @@ class CollectiveStrategy(DDPStrategy):
             with self._of_worker():
                 super().barrier(name)
             return
-        assert self._job is not None
-        self._job.barrier()
+        try:
+            self.job.barrier()
+        except AsyncLocalSGDError as error:
+            if not (self._run_complete and _is_librarys(sys._getframe(1))):
+                raise
+            warnings.warn(f"The run is complete, but a process was lost at its end. {error}", stacklevel=2)
         if self._groups is not None and not self._torn_down:
             self._groups.begin_in_step()  # Lightning's first barrier comes after `prepare_data`, which waits otherwise
 
@@ -133,7 +140,7 @@ class CollectiveStrategy(DDPStrategy):
         self._groups = Groups(self.job, worker)
         self._reading = Reading(self._groups)
         self._reading.watch(self.lightning_module.trainer)
-        self._torn_down = self._told = False
+        self._torn_down = self._told = self._run_complete = False
 
     def leave_step(self) -> None:
         """From here on each worker trains at its own pace."""
@@ -141,9 +148,10 @@ class CollectiveStrategy(DDPStrategy):
         self._training = True
         self._groups.begin_out_of_step()
 
-    def meet_again(self) -> None:
+    def meet_again(self, run_complete: bool = False) -> None:
         """From here on all processes go through the same calls."""
         assert self._groups is not None
+        self._run_complete |= run_complete
         self._training = False
         self._groups.begin_in_step()
 
@@ -189,8 +197,7 @@ class CollectiveStrategy(DDPStrategy):
             return
         if self._validating_alone:  # then all that is gathered is this worker's
             return
-        caller = sys._getframe(2).f_globals.get("__name__", "")
-        if caller.startswith(_LIBRARIES) and not by_user:
+        if _is_librarys(sys._getframe(2)) and not by_user:
             return
         self._told = True
         assert self.lightning_module is not None
@@ -202,6 +209,11 @@ class CollectiveStrategy(DDPStrategy):
             "worker.",
             stacklevel=3,
         )
+
+
+def _is_librarys(caller: FrameType) -> bool:
+    """Whether a call comes from Lightning or from here, and not from the user's code."""
+    return str(caller.f_globals.get("__name__", "")).startswith(_LIBRARIES)
 
 
 def explain_missing_group(error: BaseException) -> None:
