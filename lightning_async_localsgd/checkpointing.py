@@ -131,6 +131,8 @@ class JobCheckpoints:
         self._background.submit(self.files.part_written, message["saved"], worker, record)
 
     def _tell_replaced(self, path: str, checkpoint_id: str | None) -> None:
+        if not self._strategy._out_of_step:
+            return  # the learning-rate finder removes its own before the workers start
         if isinstance(self._strategy.worker, Worker) and self._strategy.workers > 1:
             self._strategy.worker.send({"replaced": [path, checkpoint_id]})
 
