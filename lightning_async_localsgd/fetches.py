@@ -134,9 +134,9 @@ class Fetches:
     def state_dict(self) -> dict[str, Any]:
         """Where this process is: fields of :class:`SavedFetches`. Fetches of batches not trained yet do not count."""
         ahead = fetched_ahead(self._trainer)
-        began = list(self._began)[len(self._began) - ahead :] if ahead else []
+        began = list(self._began)[max(0, len(self._began) - ahead) :]
         places = began[0]["loaders"] if began else [None] * len(self._loaders)
-        ended = self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        ended = self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and ahead == 0
         return {
             "loaders": [_place(loader, before, ended) for loader, before in zip(self._loaders, places, strict=True)],
             "random": {

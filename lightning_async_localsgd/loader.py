@@ -41,7 +41,8 @@ class WorkerLoader:
         loader: the loader. Its batch sampler is replaced: it must not be used otherwise.
         division: divides the batches among the workers.
         seed: seed of the order of the samples, for samplers that draw it from global generators.
-        ahead: tells how many batches have been fetched from this loader that are not trained yet.
+        fetches: tells how many batches have been fetched in this epoch (with several loaders, from all together), and
+            how many of these are not trained yet.
         device: rank of this process within its worker.
         devices: processes of the worker; each gets one batch of a unit.
         orders: the orders of passes that have been drawn already, where several workers of one process share them.
@@ -55,7 +56,7 @@ class WorkerLoader:
         loader: DataLoader[Any],
         division: Division,
         seed: int,
-        ahead: Callable[[], int],
+        fetches: Callable[[], tuple[int, int]],
         device: int = 0,
         devices: int = 1,
         orders: Orders | None = None,
@@ -66,7 +67,8 @@ class WorkerLoader:
         self._for_training = for_training
         self._place = place
         self._loader = loader
-        self._ahead = ahead
+        self._fetches = fetches
+        self._ended_after = 0  # so many fetches
         self._fetched: deque[tuple[Pass, int]] = deque()
         source = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
         self.sampler = _WorkerBatches(source, division, seed, device, devices, orders)
@@ -90,7 +92,7 @@ class WorkerLoader:
     def __iter__(self) -> Iterator[Any]:
         if not self._for_training():
             return iter(self._looked_at())
-        self._settle(self._ahead())
+        self._settle()
         # Making an iterator draws a random number, which is not to be part of the first fetch.
         return self._batches(iter(self._loader) if self._loader.num_workers == 0 else self._loader)
 
@@ -107,12 +109,20 @@ class WorkerLoader:
         for batch in batches:
             self._fetched.append(self.sampler.drawn.popleft())
             yield batch
-            self._settle(2)  # at most one ahead, and the one that is being trained
+            self._note_trained(but=2)  # at most one is ahead of the one that is about to be trained
+        self._ended_after, _ = self._fetches()
         self.sampler.end_pass()
 
-    def _settle(self, ahead: int) -> None:
-        """Note that all batches but the last ``ahead`` have been trained."""
-        while len(self._fetched) > (0 if self.sampler.at_the_end else ahead):
+    def _settle(self) -> None:
+        """Note what has been trained. A batch whose step has raised, or is not over yet, has not."""
+        fetched, untrained = self._fetches()
+        if self.sampler.at_the_end:  # what was fetched after it came from other loaders
+            untrained -= max(0, fetched - self._ended_after)
+        self._note_trained(but=max(0, untrained))
+
+    def _note_trained(self, but: int) -> None:
+        """Note that all batches fetched have been trained, but for the last ones."""
+        while len(self._fetched) > but:
             self.division.trained(*self._fetched.popleft())
 
     @property
@@ -122,7 +132,7 @@ class WorkerLoader:
 
     def division_state(self) -> dict[str, Any]:
         """What this worker has trained on, as the division's ``state_dict``."""
-        self._settle(self._ahead())
+        self._settle()
         return self.division.state_dict()
 
 
@@ -312,12 +322,12 @@ class TrainingLoaders:
         division = self._divisions[self._place]
         self._place += 1
         strategy = self._strategy
-        ahead = partial(fetched_ahead, trainer)
+        fetches = partial(_fetches, trainer)
         return WorkerLoader(
             loader,
             division,
             seed,
-            ahead,
+            fetches,
             strategy.device_rank,
             strategy.worker_size,
             for_training=lambda: strategy.reads_training_data,
@@ -351,8 +361,14 @@ class TrainingLoaders:
 
 
 def fetched_ahead(trainer: pl.Trainer) -> int:
-    """Batches that Lightning's loop holds and has not trained yet."""
-    return len(getattr(trainer.fit_loop._data_fetcher, "batches", ()))
+    """Batches that Lightning's loop holds and has not trained yet, with the one whose step is under way or has raised."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return len(getattr(trainer.fit_loop._data_fetcher, "batches", ())) + (progress.ready > progress.processed)
+
+
+def _fetches(trainer: pl.Trainer) -> tuple[int, int]:
+    """Batches that Lightning's loop has fetched in this epoch, and those of them that it has not trained yet."""
+    return getattr(trainer.fit_loop._data_fetcher, "fetched", 0), fetched_ahead(trainer)
 
 
 def count_samples(batch: Any) -> int:

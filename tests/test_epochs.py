@@ -351,3 +351,39 @@ def test_workers_with_another_order_are_told() -> None:
     outcomes = run_processes(other_order, 2, 2)
     assert any("in another order on this worker" in outcome.error for outcome in outcomes)
     assert all(outcome.exitcode != 0 for outcome in outcomes)
+
+
+# ---- a step that raised ----------------------------------------------------------------------------------------------
+
+
+class RaisesOnce(Watched):
+    """The step of a batch raises, before it has trained."""
+
+    def __init__(self, batch: int | None) -> None:
+        super().__init__([0.0])
+        self.batch = batch
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if batch_idx == self.batch:
+            raise ArithmeticError(batch[2].tolist())
+        return super().training_step(batch, batch_idx)
+
+
+def raising(rank: int, folder: str, batch: int) -> Any:
+    data = DataLoader(regression_data(32), batch_size=2, shuffle=True)
+    save = ModelCheckpoint(dirpath=folder, save_on_exception=True)
+    plan: dict[str, Any] = {"local_steps": 1, "timeout": timedelta(seconds=30)}
+    first, second = RaisesOnce(batch), RaisesOnce(None)
+    trainer = make_trainer(1, AsyncLocalSGDStrategy(**plan), max_epochs=1, callbacks=[save], enable_checkpointing=True)
+    with pytest.raises(ArithmeticError) as raised:
+        trainer.fit(first, data)
+    saved = next(Path(folder).glob("*.ckpt"))
+    make_trainer(1, AsyncLocalSGDStrategy(**plan), max_epochs=1).fit(second, data, ckpt_path=str(saved))
+    return first.trained, second.trained, raised.value.args[0]
+
+
+@pytest.mark.parametrize("batch", [5, 15])  # 15: the last one, when nothing more can be fetched
+def test_a_batch_whose_step_raised_is_trained_when_the_run_goes_on(tmp_path: Path, batch: int) -> None:
+    [(before, after, raised)] = results(run_processes(raising, 1, str(tmp_path), batch))
+    assert len(before) == 2 * batch and set(raised) <= {i for _, i in after}
+    assert Counter(before + after) == Counter((0, i) for i in range(32))

@@ -103,7 +103,7 @@ class VirtualLoaders:
         own = _update_dataloader(loader, sampler, mode=RunningStage.TRAINING)
         vars(own).update(num_workers=0, timeout=0, prefetch_factor=None, persistent_workers=False)
         return WorkerLoader(
-            own, Shards(worker, self._workers, current_shard), self._seed, ahead=lambda: 0, orders=orders
+            own, Shards(worker, self._workers, current_shard), self._seed, fetches=lambda: (0, 0), orders=orders
         )
 
 

@@ -98,7 +98,7 @@ def record(rank: int, settings: Settings) -> Recording:
     worker = RecordedWorker(module, [optimizer], job_store(), rank, SIZE, settings)
     sampler = DistributedSampler(regression_data(128), num_replicas=1, rank=0, shuffle=True, seed=0)
     loader = DataLoader(regression_data(128), batch_size=4, sampler=sampler)
-    own = WorkerLoader(loader, Shards(rank, SIZE, lambda: worker.shard), seed=0, ahead=lambda: 0)
+    own = WorkerLoader(loader, Shards(rank, SIZE, lambda: worker.shard), seed=0, fetches=lambda: (0, 0))
     worker.start(STEPS)
     scheduled, running = 0, True
     for batch in passes(own):
