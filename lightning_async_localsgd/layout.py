@@ -125,6 +125,10 @@ class Layout:
         """One view of ``flat`` (shape ``(numel,)``) per tensor, each in the shape of its tensor."""
         return [flat[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in self.slots]
 
+    def by_name(self, flat: Tensor) -> dict[str, Tensor]:
+        """The views of the parameters alone, by their names."""
+        return {slot.name: view for slot, view in zip(self.parameter_slots, self.views(flat), strict=False)}
+
     def others(self, module: nn.Module) -> dict[str, Tensor]:
         """The tensors of ``module`` that have no place in the flat vector, by name; but for sparse ones."""
         shared = {slot.name for slot in self.slots}

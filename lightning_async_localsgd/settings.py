@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lightning_async_localsgd.codecs import Codec, make_codec
-from lightning_async_localsgd.outer import OuterOptimizerFactory, Transform
+from lightning_async_localsgd.outer import Constraint, OuterOptimizerFactory, Transform
 from lightning_async_localsgd.outer.transforms import check_transforms
 from lightning_async_localsgd.pace import FixedPace, Pace, make_pace
 
@@ -42,6 +42,7 @@ class Settings:
     transforms: Sequence[Transform] = ()
     weight_copies: Sequence[str] | None = None
     local_buffers: Sequence[str] = ()
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         if self.local_steps < 1:
@@ -66,6 +67,11 @@ class Settings:
             self.outer_optimizer([torch.nn.Parameter(torch.zeros(1))])  # its own checks speak now rather than at start
         if isinstance(self.weight_copies, str):
             raise ValueError(f"`weight_copies` must be a list of names, got {self.weight_copies!r}.")
+        if self.constraint is not None and not callable(self.constraint):
+            raise ValueError(
+                "`constraint` must be a function that changes a mapping from names to parameters in place, got "
+                f"{self.constraint!r}."
+            )
         check_transforms(self.transforms, self.quorum)
         if isinstance(self.local_buffers, str) or not all(isinstance(name, str) for name in self.local_buffers):
             raise ValueError(
@@ -118,6 +124,7 @@ class Settings:
             "codec": make_codec(self.codec).name,
             "outer_device": torch.device(self.outer_device).type,  # kinds of devices may round differently
             "exchange_frozen": bool(self.exchange_frozen),
+            "constraint": _describe(self.constraint),
             "weight_copies": None if self.weight_copies is None else sorted(self.weight_copies),
             "local_buffers": sorted(self.local_buffers),
         }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["LocalSteps", "ParameterChanges", "StepListener"]
+__all__ = ["ParameterChanges", "StepListener", "StepWatch"]
 
 
 class StepListener:
@@ -101,7 +101,7 @@ class ParameterChanges:
         return sum(parameter._version for parameter in self._parameters)
 
 
-class LocalSteps:
+class StepWatch:
     """Tells which batches were local steps of a worker.
 
     As long as optimizers step, nothing else is looked at. A batch in which none has stepped was a local step all the

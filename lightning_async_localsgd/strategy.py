@@ -43,11 +43,11 @@ from lightning_async_localsgd.loader import TrainingLoaders
 from lightning_async_localsgd.meetings import meet_before_training
 from lightning_async_localsgd.membership import join_job
 from lightning_async_localsgd.membership.address import listening_at
-from lightning_async_localsgd.outer import OuterOptimizerFactory, Transform
+from lightning_async_localsgd.outer import Constraint, OuterOptimizerFactory, Transform
 from lightning_async_localsgd.pace import Pace
 from lightning_async_localsgd.restoring import Restoring, Resumed
 from lightning_async_localsgd.settings import Settings
-from lightning_async_localsgd.steps import LocalSteps
+from lightning_async_localsgd.steps import StepWatch
 from lightning_async_localsgd.version import __version__
 from lightning_async_localsgd.worker import RunSummary, Worker
 
@@ -101,6 +101,10 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
         local_buffers: names of buffers, or patterns of them, that each worker keeps for itself during ``fit`` and that
             are worker 0's after it: ``["queue", "*.cache"]``. A pattern means the full name or the last part of it.
         same_data: workers are meant to train on the same batches. False: a warning says so if they do.
+        constraint: a function that changes parameters in place so that they keep a constraint which the module imposes
+            after each of its steps (weight clipping, a projection). It is called with a mapping from the parameters'
+            names to the parameters, without gradients: with the global ones after each outer update, on the exchange
+            thread, and with this worker's own after each adoption. It must do the same on every worker.
         **kwargs: further arguments of Lightning's ``DDPStrategy``, such as ``cluster_environment``,
             ``checkpoint_io``, ``process_group_backend`` (of the group used outside ``fit``) or ``start_method``; and of
             torch's ``DistributedDataParallel``, which workers of several devices use.
@@ -134,6 +138,7 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
         weight_copies: Sequence[str] | None = None,
         local_buffers: Sequence[str] = (),
         same_data: bool = False,
+        constraint: Constraint | None = None,
         **kwargs: Any,
     ) -> None:
         check_names(kwargs, _KNOWN_ARGUMENTS, "AsyncLocalSGDStrategy")
@@ -156,6 +161,7 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
             transforms=transforms,
             weight_copies=weight_copies,
             local_buffers=local_buffers,
+            constraint=constraint,
         )
         self.validate_global = validate_global
         self.same_data = same_data
@@ -165,7 +171,7 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
         self.summary: RunSummary | None = None
         """The last finished run in numbers."""
         self._callback: WorkerCallback | None = None
-        self._steps: LocalSteps | None = None
+        self._steps: StepWatch | None = None
         self._steps_before_fit: int | None = None
         self._failed = False
         self._goes_on = False  # this fit has begun from a checkpoint
@@ -314,7 +320,7 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
             if isinstance(self.worker, Worker):
                 self._resumed.load_into(self.worker)
         self._resumed = None
-        self._steps = LocalSteps(self.lightning_module, self.optimizers)
+        self._steps = StepWatch(self.lightning_module, self.optimizers)
         self._callback = WorkerCallback(self, trainer, scheduler_steps)
 
     def _make_worker(self, trainer: pl.Trainer) -> Worker | FollowingRank:

@@ -137,6 +137,7 @@ class Worker:
             settings.quorum,
             torch.device(settings.outer_device),
             settings.transforms,
+            settings.constraint,
         )
         self._roster = Roster.introduce(
             store,
@@ -220,7 +221,7 @@ class Worker:
         )
         self._copies.find()
         if self._has_others_copies:
-            self._copies.reset(self._named(self._state.flat))
+            self._copies.reset(self._layout.by_name(self._state.flat))
         if self._resumed_round is not None:
             self._resume_round(self._resumed_round)
         self._report()  # a turn may open before this worker's first step has ended
@@ -625,7 +626,7 @@ class Worker:
                 self._state.clear_holes(correction)
                 correction = correction.to(self._device)
                 self._adopter.advance(tensors, self._base, correction, ())
-                self._copies.move(self._named(correction))
+                self._copies.move(self._layout.by_name(correction))
         self._resumed_round = None
         next_shard = saved.get("next_shard")
         if next_shard is not None or self._rounds.push_is_due(self._mailbox.progress, wanted=False):
@@ -708,16 +709,19 @@ class Worker:
             if adoption.restart:
                 self._adopter.replace(self._own_tensors, adoption.base)
                 forget_non_finite_state(self._optimizers)
-                self._copies.reset(self._named(adoption.base))
+                self._copies.reset(self._layout.by_name(adoption.base))
                 self._rounds.restart()
             elif self._rounds.round_steps == 0:
                 self._adopter.replace(self._own_tensors, adoption.base, adoption.correction)
-                self._copies.move(self._named(adoption.correction))
+                self._copies.move(self._layout.by_name(adoption.correction))
             else:
                 correction = adoption.correction.to(self._device, non_blocking=True)
                 self._adopter.advance(self._own_tensors, adoption.base, correction, adoption.unsendable.buffers)
-                self._copies.move(self._named(correction))
+                self._copies.move(self._layout.by_name(correction))
             self._adopted = self._transfers()
+            if self._settings.constraint is not None:
+                own = zip(self._layout.parameter_slots, self._own_tensors, strict=False)
+                self._settings.constraint({slot.name: tensor for slot, tensor in own})
             self._base, self._snapshot = adoption.base, adoption.correction
             self.version = self._start_version = adoption.version
 
@@ -725,11 +729,6 @@ class Worker:
     def _own_tensors(self) -> list[Tensor]:
         """This worker's own parameters and buffers: the module's, but while it holds the global ones."""
         return self._layout.tensors(self._module) if self._own is None else self._own
-
-    def _named(self, flat: Tensor) -> dict[str, Tensor]:
-        """Views of the parameters in a flat vector, by name."""
-        slots = self._layout.parameter_slots
-        return {slot.name: view for slot, view in zip(slots, self._layout.views(flat), strict=False)}
 
     @torch.no_grad()
     def _copy_to_module(self, flat: Tensor) -> None:

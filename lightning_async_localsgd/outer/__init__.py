@@ -2,7 +2,7 @@
 
 from lightning_async_localsgd.outer.delayed_nesterov import DelayedNesterov
 from lightning_async_localsgd.outer.delta import Adopter, Unsendable, write_delta
-from lightning_async_localsgd.outer.state import GlobalState, OuterOptimizerFactory
+from lightning_async_localsgd.outer.state import Constraint, GlobalState, OuterOptimizerFactory
 from lightning_async_localsgd.outer.transforms import (
     Arrival,
     AsyncBuffer,
@@ -17,6 +17,7 @@ __all__ = [
     "Adopter",
     "Arrival",
     "AsyncBuffer",
+    "Constraint",
     "Context",
     "DelayCompensation",
     "DelayedNesterov",

@@ -19,9 +19,11 @@ from lightning_async_localsgd.outer.resuming import given_settings, load_outer_o
 from lightning_async_localsgd.outer.starts import RoundStarts
 from lightning_async_localsgd.outer.transforms import Arrival, Context, Transform, check_transforms
 
-__all__ = ["GlobalState", "OuterOptimizerFactory"]
+__all__ = ["Constraint", "GlobalState", "OuterOptimizerFactory"]
 
 OuterOptimizerFactory = Callable[[Iterable[Parameter]], Optimizer]
+Constraint = Callable[[Mapping[str, Tensor]], None]
+"""Changes parameters, given by name, in place so that they keep a constraint. Must do the same on every worker."""
 
 
 class GlobalState:
@@ -36,6 +38,7 @@ class GlobalState:
         quorum: deltas that one outer update takes the mean of (1: each delta is an outer update of its own).
         device: where the state lives.
         transforms: what the pseudo-gradient goes through, in this order, before the outer optimizer.
+        constraint: what the parameters are to keep after each outer update.
 
     Raises:
         ValueError: if the outer optimizer's settings are impossible for this number of workers, or the transformations
@@ -50,6 +53,7 @@ class GlobalState:
         quorum: int = 1,
         device: torch.device | str = "cpu",
         transforms: Sequence[Transform] = (),
+        constraint: Constraint | None = None,
     ) -> None:
         check_transforms(transforms, quorum)
         self.layout = layout
@@ -70,6 +74,8 @@ class GlobalState:
         if isinstance(self.optimizer, DelayedNesterov):
             self.optimizer.set_default_buffer_size(self._default_buffer_size)
         self.transforms = tuple(transforms)
+        self._constraint = constraint
+        self._by_name = layout.by_name(self.flat)
         self._flat_parameters = self.flat[: layout.parameter_numel]
         self._transform_states = self._initial_transform_states()
         needs_start = any(transform.needs_start for transform in self.transforms)
@@ -130,6 +136,8 @@ class GlobalState:
             self.optimizer.step()
             if self._holes.numel() > 0:
                 self._flat_parameters[self._holes] = self._hole_values  # weight decay would make NaN of them
+            if self._constraint is not None:
+                self._constraint(self._by_name)
         start = self.layout.parameter_numel
         if start < self.layout.numel:
             self.flat[start:].sub_(self.pseudo_gradient[start:].mul_(deltas / self.workers))

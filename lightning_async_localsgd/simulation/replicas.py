@@ -88,6 +88,7 @@ class TrainingReplicas:
     ) -> None:
         self._state = state
         self._layout = state.layout
+        self._constraint = settings.constraint
         self._codec = make_codec(settings.codec)
         self._device = next(module.parameters()).device
         self._live = LiveModule(module, state.layout)
@@ -171,6 +172,9 @@ class TrainingReplicas:
         else:
             left_out = replica.unsendable.buffers
             self._adopter.advance(tensors, base.values, correction.to(self._device), left_out)
+        if self._constraint is not None:
+            own = zip(self._layout.parameter_slots, self._live.exchanged(replica.own), strict=False)
+            self._constraint({slot.name: tensor for slot, tensor in own})
         replica.base, replica.adoption, replica.snapshot = base, None, None
 
     # ---- around the run ---------------------------------------------------------------------------------------------

@@ -196,6 +196,7 @@ class Simulation:
             settings.quorum,
             torch.device(settings.outer_device),
             settings.transforms,
+            settings.constraint,
         )
         state.begin(layout.tensors(self._module))
         loaders = VirtualLoaders(data, size, self._seed)
