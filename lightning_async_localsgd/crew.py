@@ -25,7 +25,7 @@ from lightning_async_localsgd.layout import Layout
 from lightning_async_localsgd.membership.address import make_gloo_group
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.weight_copies import WeightCopies
-from lightning_async_localsgd.worker import RunSummary, Worker, forget_non_finite_state
+from lightning_async_localsgd.worker import RunSummary, Worker, forget_non_finite_state, unversioned
 
 __all__ = ["Crew", "FollowingRank", "LeadingWorker"]
 
@@ -156,10 +156,10 @@ class LeadingWorker(Worker):
         super().abort(error)
         self._crew.close()
 
-    def lend_global(self) -> None:
+    def lend_global(self, for_cut: bool = False) -> None:
         """See :meth:`Worker.lend_global`."""
-        super().lend_global()
-        self._crew.share(self._layout.tensors(self._module))
+        super().lend_global(for_cut)
+        self._crew.share(unversioned(self._layout.tensors(self._module)))
 
     @contextmanager
     def cut(self, what: Message) -> Iterator[None]:
@@ -316,9 +316,9 @@ class FollowingRank:
         """Leave; the first rank notices."""
         self._crew.close()
 
-    def lend_global(self) -> None:
+    def lend_global(self, for_cut: bool = False) -> None:
         """See :meth:`Worker.lend_global`."""
-        tensors = self._layout.tensors(self._module)
+        tensors = unversioned(self._layout.tensors(self._module))
         self._own = [tensor.clone() for tensor in tensors]
         self._crew.share(tensors)
 
@@ -326,8 +326,13 @@ class FollowingRank:
     def take_back_own(self) -> None:
         """See :meth:`Worker.take_back_own`."""
         assert self._own is not None
-        torch._foreach_copy_(self._layout.tensors(self._module), self._own)
+        torch._foreach_copy_(unversioned(self._layout.tensors(self._module)), self._own)
         self._own = None
+
+    @property
+    def has_lent(self) -> bool:
+        """See :meth:`Worker.has_lent`."""
+        return self._own is not None
 
     def summary(self) -> RunSummary:
         """See :meth:`Worker.summary`."""

@@ -361,7 +361,7 @@ class TrainingLoaders:
 
 
 def fetched_ahead(trainer: pl.Trainer) -> int:
-    """Batches that Lightning's loop holds and has not trained yet. The one whose step is under way, or has raised, too."""
+    """Batches that Lightning's loop holds and has not trained yet; also one whose step is under way, or has raised."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return len(getattr(trainer.fit_loop._data_fetcher, "batches", ())) + (progress.ready > progress.processed)
 

@@ -39,6 +39,7 @@ from lightning_async_localsgd.fetches import SavedFetches
 from lightning_async_localsgd.file_writing import StreamingCheckpointIO
 from lightning_async_localsgd.final_module import FinalModule
 from lightning_async_localsgd.launching import ForkingLauncher, check_start_method
+from lightning_async_localsgd.lending import GlobalCheckpoints
 from lightning_async_localsgd.loader import TrainingLoaders
 from lightning_async_localsgd.meetings import meet_before_training
 from lightning_async_localsgd.membership import join_job
@@ -171,6 +172,7 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
         self.summary: RunSummary | None = None
         """The last finished run in numbers."""
         self._callback: WorkerCallback | None = None
+        self._global_checkpoints: GlobalCheckpoints | None = None
         self._steps: StepWatch | None = None
         self._steps_before_fit: int | None = None
         self._failed = False
@@ -322,6 +324,7 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
         self._resumed = None
         self._steps = StepWatch(self.lightning_module, self.optimizers)
         self._callback = WorkerCallback(self, trainer, scheduler_steps)
+        self._global_checkpoints = GlobalCheckpoints(trainer, self)
 
     def _make_worker(self, trainer: pl.Trainer) -> Worker | FollowingRank:
         assert self._job is not None and self.lightning_module is not None
@@ -463,11 +466,16 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
         """Where this process is in its data, for a checkpoint."""
         return self._callback.fetches_state() if self._callback is not None else {}
 
+    @property
+    def own_in_module(self) -> bool:
+        """Whether the module is this worker's own: from the first training step to the last one."""
+        return self._out_of_step and self.summary is None
+
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What checkpoints hold: during ``fit`` the global parameters, not this worker's own."""
         state = super().lightning_module_state_dict()
-        if not self._out_of_step or self.summary is not None:
+        if not self.own_in_module:
             return state  # after the last step the module's own: the global ones, or what callbacks have made of them
         return self.checkpoints.put_global(state)
 
@@ -551,6 +559,8 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
                 self._end(self._callback)
             finally:
                 self._callback.detach()
+                assert self._global_checkpoints is not None
+                self._global_checkpoints.detach()
                 self._callback = None
         if self._out_of_step:
             self._steps_before_fit = self.job_steps

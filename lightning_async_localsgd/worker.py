@@ -38,7 +38,7 @@ from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.stopwatch import Stopwatch
 from lightning_async_localsgd.weight_copies import WeightCopies
 
-__all__ = ["RunSummary", "Worker", "forget_non_finite_state"]
+__all__ = ["RunSummary", "Worker", "forget_non_finite_state", "unversioned"]
 
 _SAVED_PROGRESS = (
     "steps",
@@ -163,6 +163,7 @@ class Worker:
         self._adopted: Callable[[], object] = self._synchronize
         self._pauses = 0
         self._own: list[Tensor] | None = None  # what `lend_global` has put aside
+        self._lent_for_cut = False
         self._progress = Progress.at_start(size, settings.local_steps)
         self._resumed_round: Mapping[str, Any] | None = None
         self._has_others_copies = False  # inner optimizers were loaded from another worker's
@@ -472,19 +473,33 @@ class Worker:
             return self._state.tensors()
 
     @torch.no_grad()
-    def lend_global(self) -> None:
-        """Put the global parameters and buffers of now into the module, until :meth:`take_back_own`."""
+    def lend_global(self, for_cut: bool = False) -> None:
+        """Put the global parameters and buffers of now into the module, until :meth:`take_back_own`.
+
+        Args:
+            for_cut: they become those of the next :meth:`cut`.
+        """
+        self._lent_for_cut = for_cut
         self._own = [tensor.clone() for tensor in self._layout.tensors(self._module)]
+        self._lend_of_now()
+
+    @torch.no_grad()
+    def _lend_of_now(self) -> None:
         with self._mailbox.global_state():
-            self._copy_to_module(self._state.flat)
+            torch._foreach_copy_(unversioned(self._layout.tensors(self._module)), self._layout.views(self._state.flat))
             self._synchronize()
 
     @torch.no_grad()
     def take_back_own(self) -> None:
         """Put this worker's own parameters back, bit for bit."""
         assert self._own is not None
-        torch._foreach_copy_(self._layout.tensors(self._module), self._own)
+        torch._foreach_copy_(unversioned(self._layout.tensors(self._module)), self._own)
         self._own = None
+
+    @property
+    def has_lent(self) -> bool:
+        """Whether the module holds the global parameters, and this worker its own."""
+        return self._own is not None
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -502,6 +517,8 @@ class Worker:
             self._mailbox.ask_for_cut(what)
             self._mailbox.wait_for_cut()
             self._adopt_if_ready()
+            if self.has_lent and self._lent_for_cut:  # an update may have come since
+                self._lend_of_now()
             yield
         finally:
             self._mailbox.release()
@@ -741,3 +758,8 @@ def forget_non_finite_state(optimizers: Iterable[Optimizer]) -> None:
         for parameter, state in list(optimizer.state.items()):
             if not all(bool(torch.isfinite(v).all()) for v in state.values() if isinstance(v, Tensor)):
                 del optimizer.state[parameter]
+
+
+def unversioned(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The same memory, but writes to it leave no version: who lends tensors, and a backward pass, get back the same."""
+    return [tensor.data for tensor in tensors]

@@ -387,3 +387,34 @@ def test_a_job_killed_at_any_moment_resumes_from_its_last_whole_checkpoint(tmp_p
     for values, steps in ends:
         assert values == ends[0][0]
         assert steps == max_steps
+
+
+# ---- weights that hooks save -----------------------------------------------------------------------------------------
+
+
+class Adapter(L.Callback):
+    """Saves weights of its choice, as references to the module's parameters; so does many an adapter library."""
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["whole"] = {k: v.clone() for k, v in checkpoint["state_dict"].items()}
+        checkpoint["state_dict"] = {n: p.detach() for n, p in pl_module.named_parameters() if n.startswith("net.0")}
+        checkpoint["version"] = trainer.strategy.worker.version
+
+
+def saving_adapters(rank: int, size: int, folder: str) -> None:
+    save = ModelCheckpoint(dirpath=folder, every_n_train_steps=7, save_top_k=-1, filename="{step}")
+    plan = AsyncLocalSGDStrategy(local_steps=5, timeout=timedelta(seconds=30))
+    trainer = make_trainer(size, plan, max_steps=30, callbacks=[save, Adapter()], enable_checkpointing=True)
+    trainer.fit(Regression([0.002]), stream(rank))
+    assert "save_checkpoint" not in vars(trainer)
+
+
+def test_what_hooks_save_of_the_module_is_the_global_model(tmp_path: Path) -> None:
+    results(run_processes(saving_adapters, 2, 2, str(tmp_path)))
+    saved = [torch.load(path, weights_only=False) for path in tmp_path.glob("step=*.ckpt")]
+    moments = [s for s in saved if s["version"] > 0 and "state" in s["async_localsgd"]]
+    assert moments
+    for checkpoint in moments:
+        in_the_log = checkpoint["async_localsgd"]["state"]["global"]["tensors"]
+        assert len(checkpoint["state_dict"]) == 2
+        assert all(torch.equal(tensor, in_the_log[name]) for name, tensor in checkpoint["state_dict"].items())
