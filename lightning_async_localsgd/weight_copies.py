@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 
 __all__ = ["WeightCopies"]
 
+_PARAMETERS = "params"  # in a group of an optimizer
+_DEPTH = 3  # of lists within lists in an optimizer's attributes
 _NEAR = 0.1  # distance to the parameters over their norm; moments of gradients are about as far from them as zero is
 
 
@@ -54,6 +56,8 @@ class WeightCopies:
             return
         for optimizer in self._optimizers:
             entries = {k: pairs for k, pairs in self._entries(optimizer).items() if k not in self._looked_at}
+            if type(optimizer).__module__.startswith("torch.optim."):  # none of these writes parameters from its state
+                entries = {k: pairs for k, pairs in entries.items() if k == _PARAMETERS}
             self._looked_at |= entries.keys()
             new = sorted(name for name, pairs in entries.items() if _are_near(pairs))
             if new:
@@ -112,19 +116,16 @@ class WeightCopies:
         own = {id(p) for p in self._module.parameters()}
         for inner in _with_inner(optimizer):
             parameters = [p for group in inner.param_groups for p in group["params"]]
+            state: Mapping[Any, Any] = getattr(inner, "state", {})
             lists = _lists(inner)
             if not any(id(p) in own for p in parameters):  # it trains copies, and somebody writes them back
-                lists["params"] = parameters
+                lists[_PARAMETERS] = parameters
                 parameters = [p for p in self._module.parameters() if p.requires_grad]
             for name, tensors in lists.items():
                 if [t.shape for t in tensors] == [p.shape for p in parameters]:
                     entries[name] += zip(parameters, tensors, strict=True)
-            for p in parameters:
-                state = inner.state.get(p, {}) if id(p) in own else {}
-                entries_of_p = state.items() if isinstance(state, Mapping) else ()
-                for name, value in entries_of_p:
-                    if isinstance(value, Tensor) and value.shape == p.shape:
-                        entries[name].append((p, value))
+            for name, pairs in _in_state(state, [p for p in parameters if id(p) in own]).items():
+                entries[name] += pairs
         return {name: kept for name, pairs in entries.items() if (kept := [pair for pair in pairs if _is_copy(*pair)])}
 
 
@@ -136,6 +137,17 @@ def _with_inner(optimizer: Optimizer, seen: frozenset[int] = frozenset()) -> Ite
             yield from _with_inner(value, seen | {id(optimizer)})
 
 
+def _in_state(state: Mapping[Any, Any], parameters: Iterable[Tensor]) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """Entries of the state, by name, that have the shape of their parameter for all of the parameters."""
+    entries: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for p in parameters:
+        of_p = state.get(p, {})
+        for name, value in of_p.items() if isinstance(of_p, Mapping) else ():
+            if isinstance(value, Tensor) and name != "step":  # a count has the shape of a scalar parameter
+                entries[name].append((p, value))
+    return {name: pairs for name, pairs in entries.items() if all(p.shape == value.shape for p, value in pairs)}
+
+
 def _lists(optimizer: Optimizer) -> dict[str, list[Tensor]]:
     """The tensors in the attributes of an optimizer, and in the options of its groups, by name."""
     lists = {
@@ -143,19 +155,17 @@ def _lists(optimizer: Optimizer) -> dict[str, list[Tensor]]:
     }
     for group in optimizer.param_groups:
         for name, value in group.items():
-            if name != "params":
+            if name != _PARAMETERS:
                 lists.setdefault(name, []).extend(_tensors(value))
     return {name: tensors for name, tensors in lists.items() if tensors}
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
+    elif isinstance(value, (list, tuple, Mapping)) and depth > 0:
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item, depth - 1)
 
 
 def _is_copy(parameter: Tensor, tensor: Tensor) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from lightning_async_localsgd import AsyncLocalSGD, AsyncLocalSGDStrategy
+from lightning_async_localsgd.weight_copies import WeightCopies
 from tests.modules import Regression, make_net, make_trainer, regression_data, stream
 from tests.processes import results, run_processes
 
@@ -187,6 +188,20 @@ def named(rank: int) -> Any:
 def test_what_is_named_is_moved_without_a_word_and_nothing_else() -> None:
     moved, left = results(run_processes(named, 2))[0]
     assert moved[2] == left[2] == [] and moved[0] != pytest.approx(left[0], abs=1e-2)
+
+
+class OnlyCounts(torch.optim.AdamW):
+    """Holds moments and a count of its steps."""
+
+
+def test_moments_and_counts_are_no_copies() -> None:
+    module = nn.ParameterList([nn.Parameter(torch.ones(())), nn.Parameter(torch.randn(4, 4))])
+    optimizer = OnlyCounts(module.parameters(), lr=1e-3)
+    copies = WeightCopies(module, [optimizer])
+    sum(p.sum() for p in module).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    copies.find()
+    assert optimizer.state[module[0]]["step"] == 1 and copies.names == set()
 
 
 class Fits(Regression):
