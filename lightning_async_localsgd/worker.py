@@ -36,6 +36,7 @@ from lightning_async_localsgd.outer import Adopter, GlobalState
 from lightning_async_localsgd.rounds import Rounds
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.stopwatch import Stopwatch
+from lightning_async_localsgd.undone import AdoptionCheck
 from lightning_async_localsgd.weight_copies import WeightCopies
 
 __all__ = ["RunSummary", "Worker", "forget_non_finite_state", "unversioned"]
@@ -151,6 +152,7 @@ class Worker:
         )
         self._copies = WeightCopies(module, self._optimizers, settings.weight_copies)
         self._drops = Drops(self._roster.name(rank), self._layout)
+        self._check = AdoptionCheck()
         self._transport = GlooTransport(store, self._roster, settings.timeout)
         self._share_initial_parameters()
 
@@ -254,6 +256,8 @@ class Worker:
         self._rounds.count(samples)
         if self._rounds.round_steps == 1:
             self._copies.find()
+        if self._check.pending:
+            self._check.stepped(self._own_tensors, self._optimizers)
         self._adopt_if_ready()
         self._cut_if_asked()
         self._report()
@@ -679,6 +683,7 @@ class Worker:
         with record_function("async_localsgd::push"):
             self._adopted()  # the user may have gone on on another stream
             torch._foreach_copy_(self._layout.views(self._snapshot), tensors, True)
+            self._check.pushed(self._rounds.round_steps)
             push = Push(
                 base=self._base,
                 snapshot=self._snapshot,
@@ -739,6 +744,9 @@ class Worker:
             if self._settings.constraint is not None:
                 own = zip(self._layout.parameter_slots, self._own_tensors, strict=False)
                 self._settings.constraint({slot.name: tensor for slot, tensor in own})
+            if not adoption.restart:
+                count = self._layout.parameter_count
+                self._check.adopted(self._own_tensors[:count], self._layout.views(adoption.correction)[:count])
             self._base, self._snapshot = adoption.base, adoption.correction
             self.version = self._start_version = adoption.version
 

@@ -190,6 +190,35 @@ def test_what_is_named_is_moved_without_a_word_and_nothing_else() -> None:
     assert moved[2] == left[2] == [] and moved[0] != pytest.approx(left[0], abs=1e-2)
 
 
+class Flattened(SGD):
+    """Makes its steps on one flat copy in a closure, where nobody else can find it."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr)
+        own = self.param_groups[0]["params"]
+        flat = nn.utils.parameters_to_vector(own).detach()
+
+        def write() -> None:
+            flat.sub_(nn.utils.parameters_to_vector([p.grad for p in own]), alpha=lr)
+            for p, values in zip(own, flat.split([p.numel() for p in own]), strict=True):
+                p.copy_(values.view_as(p))
+
+        self.write = write
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.write()
+
+
+def hidden(rank: int) -> Any:
+    told = [train(rank, make, 60, 0.05, local_steps=10)[-1] for make in (Flattened, SGD, Masters)]
+    return [[text.split()[0] for text in texts if "puts the parameters back" in text] for texts in told]
+
+
+def test_an_optimizer_that_undoes_adoptions_from_where_nobody_sees_is_named() -> None:
+    assert results(run_processes(hidden, 2)) == [[["Flattened"], [], []]] * 2
+
+
 class OnlyCounts(torch.optim.AdamW):
     """Holds moments and a count of its steps."""
 

@@ -1,0 +1,83 @@
+"""Notices an inner optimizer that undoes adoptions, and says so."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["AdoptionCheck"]
+
+_CHECKED = 3  # adoptions
+_STEPS = 10  # of a round: one step of many makes a small part of the way back, one of few may make all of it
+_UNDONE = (0.8, 1.2)  # part of the way back
+
+
+class AdoptionCheck:
+    """Looks at the first adoptions whether the next step has put the parameters back.
+
+    That is what an optimizer does that writes them from copies which :class:`WeightCopies` has not found (in a closure,
+    or flattened): the worker then learns nothing from the others.
+    """
+
+    def __init__(self) -> None:
+        self._checks_left = _CHECKED
+        self._undone = 0
+        self._correction: list[Tensor] | None = None
+        self._before = self._square = 0.0
+        self._steps = 0
+
+    def pushed(self, steps: int) -> None:
+        """A round of so many local steps is on its way."""
+        self._steps = steps
+
+    @torch.no_grad()
+    def adopted(self, parameters: Sequence[Tensor], correction: Sequence[Tensor]) -> None:
+        """The correction has just been added to the parameters.
+
+        Args:
+            parameters: the worker's own.
+            correction: what has been added to each; it must stay as it is until :meth:`stepped`.
+        """
+        if self._checks_left > 0 and self._steps >= _STEPS:
+            self._correction = list(correction)
+            self._square = _dot(correction, correction)
+            self._before = _dot(parameters, correction)
+
+    @property
+    def pending(self) -> bool:
+        """Whether :meth:`stepped` is to be called after the next step."""
+        return self._correction is not None
+
+    @torch.no_grad()
+    def stepped(self, parameters: Sequence[Tensor], optimizers: Iterable[Optimizer]) -> None:
+        """An optimizer has made the next step.
+
+        Args:
+            parameters: the worker's own, and what else it has after them.
+            optimizers: the optimizers.
+        """
+        assert self._correction is not None
+        names = " or ".join(type(optimizer).__name__ for optimizer in optimizers)
+        back = self._before - _dot(parameters, self._correction)
+        self._correction = None
+        self._checks_left -= 1
+        if self._square > 0 and _UNDONE[0] < back / self._square < _UNDONE[1]:
+            self._undone += 1
+        if self._undone == _CHECKED:
+            warnings.warn(
+                f"{names} puts the parameters back after each adoption, so that this worker learns nothing from "
+                "the others. If it keeps copies of the weights, put them into its state or into an attribute, as "
+                "tensors of the parameters' shapes, and name them by `weight_copies`.",
+                stacklevel=3,
+            )
+
+
+def _dot(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    products = [
+        torch.dot(a.flatten().float(), b.flatten().to(a.device).float()) for a, b in zip(first, second, strict=False)
+    ]
+    return sum(float(product) for product in products)
