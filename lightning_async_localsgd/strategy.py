@@ -497,7 +497,7 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
                 return
             self.checkpoints.wait_until_written()  # it may be of the same name
             if resumable and isinstance(self.worker, Worker):
-                checkpoint[KEY]["state"] = self.worker.global_state_dict()
+                checkpoint[KEY] |= {"state": self.worker.global_state_dict(), "fetches": [self.fetches_state()]}
             super().save_checkpoint(checkpoint, filepath, storage_options)
             if local and self.is_global_zero:
                 self.checkpoints.files.forget(os.path.abspath(filepath))
