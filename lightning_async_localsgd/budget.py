@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Budget", "allocate", "estimate_total"]
+__all__ = ["Budget", "allocate", "estimate_steps", "estimate_total"]
 
 
 def allocate(amount: int, weights: Sequence[int]) -> list[int]:
@@ -83,6 +83,12 @@ class Budget:
         if not self.shared or self.max_steps is None or self.open_end:
             return False
         return sum(steps) + sum(under_way) >= self.max_steps * self.workers
+
+
+def estimate_steps(steps: Sequence[int], weights: Sequence[int], worker: int, own_steps: int) -> tuple[int, ...]:
+    """Local steps of each worker now; see :func:`estimate_total`."""
+    advance = own_steps - steps[worker]
+    return tuple(made + advance * weight // weights[worker] for made, weight in zip(steps, weights, strict=True))
 
 
 def estimate_total(steps: Sequence[int], weights: Sequence[int], worker: int, own_steps: int) -> int:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_async_localsgd.duplicates import SameData
-from lightning_async_localsgd.epochs import JobEpochs, JobMaxSteps
+from lightning_async_localsgd.epochs import JobEpochs
 from lightning_async_localsgd.fetches import Fetches
-from lightning_async_localsgd.loader import count_samples
+from lightning_async_localsgd.fit_loops import LoopControl, release_loops, take_over_loops
+from lightning_async_localsgd.followers import FollowedMetrics, Inactive, metric_messages
+from lightning_async_localsgd.loader import samples_in_training
 from lightning_async_localsgd.meetings import check_pass, learn_decisions
 from lightning_async_localsgd.membership import StaticJob, as_json
+from lightning_async_localsgd.mixing import mix_in, mix_out
+from lightning_async_localsgd.progress_bar import JobBar, NamedByJob
 from lightning_async_localsgd.schedulers import JobSchedulers
 
 if TYPE_CHECKING:
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["WorkerCallback"]
 
-_METRICS_PER_MESSAGE = 20  # their names may have a hundred characters or more each
 _DECIDING = (Checkpoint, EarlyStopping)
 """Callbacks that only worker 0 runs: they decide by what it has validated, for all workers."""
 
@@ -41,8 +43,8 @@ class WorkerCallback(pl.Callback):
 
     The strategy attaches it before all other callbacks, so that they see the outcome of the exchange.
 
-    Worker 0 validates for all: the others have neither a validation loader nor callbacks that decide by its metrics
-    (checkpoints, early stopping) until :meth:`detach`; they are told the metrics, and what worker 0 decides.
+    Worker 0 validates for all: on the others callbacks that decide by its metrics (checkpoints, early stopping) do
+    nothing until :meth:`detach`; they are told the metrics, and what worker 0 decides.
 
     Args:
         strategy: the strategy that attaches it.
@@ -54,7 +56,6 @@ class WorkerCallback(pl.Callback):
         self._strategy = strategy
         self._trainer = trainer
         self._schedulers: JobSchedulers | None = None
-        self._epochs: JobEpochs | None = None
         self._fetches: Fetches | None = None
         self._scheduler_steps = scheduler_steps
         self._same_data: SameData | None = None
@@ -62,25 +63,38 @@ class WorkerCallback(pl.Callback):
         self._batches = 0  # of this pass over the data
         self._metrics_before: dict[str, Tensor] = {}
         self._validated: dict[str, float] = {}
-        self._max_steps = trainer.max_steps
-        self._limit_val_batches = trainer.limit_val_batches
-        self._users_callbacks = list(self._callbacks)
-        if self._follows:
-            trainer.limit_val_batches = 0
-        self._job_max_steps = JobMaxSteps(self._max_steps)
-        trainer.fit_loop.epoch_loop.max_steps = self._job_max_steps
+        self._validated_once = False
+        self._sanity_val_steps = trainer.num_sanity_val_steps
+        self._control = LoopControl(trainer, self)
+        self._epochs = JobEpochs(strategy, trainer, self._control)
+        self._mixed = list(self._callbacks)
+        self._mix_in()
         self._callbacks.insert(0, self)
-        self._show_job_progress()
+
+    def _mix_in(self) -> None:
+        """Have the trainer's loops and callbacks go by the job, or leave to worker 0 what it does for all."""
+        take_over_loops(self._trainer, self._control)
+        self._control.validates = not self._follows
+        self._control.after_validation = self._heed_metrics
+        if self._follows:
+            self._trainer.num_sanity_val_steps = 0
+        for callback in self._mixed:
+            if isinstance(callback, ModelCheckpoint) and not self._follows:
+                mix_in(callback, NamedByJob, strategy=self._strategy)
+            elif isinstance(callback, pl.callbacks.ProgressBar):
+                mix_in(callback, JobBar, strategy=self._strategy, epochs=self._epochs)
 
     def detach(self) -> None:
         """Leave the trainer as it was."""
         if self.attached:
             self._give_decisions_back()
             self._callbacks.remove(self)
-        if self._trainer.progress_bar_callback is not None:
-            vars(self._trainer.progress_bar_callback).pop("get_metrics", None)
-        self._trainer.limit_val_batches = self._limit_val_batches
-        self._trainer.fit_loop.epoch_loop.max_steps = self._max_steps
+        for callback in self._mixed:
+            mix_out(callback)
+        release_loops(self._trainer)
+        self._trainer.num_sanity_val_steps = self._sanity_val_steps
+        connector = self._trainer._logger_connector
+        connector._callback_metrics = dict(connector._callback_metrics)
         if self._schedulers is not None:
             self._schedulers.restore()
 
@@ -105,7 +119,7 @@ class WorkerCallback(pl.Callback):
 
         Everyone then knows the metrics and, for instance, the best checkpoint.
         """
-        deciding = [c for c in self._users_callbacks if isinstance(c, _DECIDING)]
+        deciding = self._deciding
         states = [_sendable_state(c) for c in deciding] if self._trainer.is_global_zero else None
         metrics, states = job.broadcast([self._validated, states])
         if self._leads:
@@ -115,19 +129,6 @@ class WorkerCallback(pl.Callback):
             if state is not None:
                 vars(callback).update(state.pop(_BESIDE_STATE))
                 callback.load_state_dict(state)
-
-    def _show_job_progress(self) -> None:
-        """Have the progress bar, which counts worker 0's batches, show the job's steps beside them."""
-        bar = self._trainer.progress_bar_callback
-        if bar is None:
-            return
-        get_metrics = bar.get_metrics
-
-        def with_job_steps(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-            of = f"/{self._max_steps}" if self._max_steps != -1 else ""
-            return {**get_metrics(trainer, pl_module), "job_steps": f"{self._strategy.job_steps}{of}"}
-
-        bar.get_metrics = with_job_steps  # type: ignore[method-assign]
 
     @property
     def _follows(self) -> bool:
@@ -152,25 +153,32 @@ class WorkerCallback(pl.Callback):
     def begin_training(self) -> None:
         """Start the worker; from here on worker 0 decides for all."""
         trainer = self._trainer
-        if self._follows:
-            self._callbacks[:] = [c for c in self._callbacks if not isinstance(c, _DECIDING)]
+        for callback in self._deciding if self._follows else []:
+            mix_in(callback, Inactive)
         self._fetches = Fetches(trainer, self._strategy.root_device, self._strategy.saved_fetches)
         self._fetches.load_places()
-        self._epochs = JobEpochs(trainer, self._fetches)
-        open_end = self._max_steps == -1
-        total = self._epochs.expected_steps if open_end else self._max_steps
-        before = self._strategy.steps_before_fit(trainer)
-        self._epochs.begin_training()
+        self._epochs.prepare(self._fetches)
         self._fetches.watch()
-        self._strategy.begin_training(None if total is None else max(0, total - before), open_end)
-        self._job_max_steps.reached = self._worker.budget_spent
+        open_end = trainer.max_steps == -1
+        total = self._epochs.expected_steps if open_end else trainer.max_steps
+        before = self._strategy.steps_before_fit(trainer)
+        budget = None if total is None else max(0, total - before)
+        self._strategy.begin_training(budget, open_end)
+        self._epochs.begin_training()
+        self._control.run_over = self._worker.budget_spent
         self._same_data = SameData.where_possible(self._strategy, trainer)
-        self._schedulers = JobSchedulers(trainer, self._scheduler_steps, self._follows)
+        self._schedulers = JobSchedulers(trainer, self._scheduler_steps, self._follows, self._steps_made, budget)
         self._schedulers.advance(self._worker.job_steps)
+        if self._strategy.validate_global and self._strategy.workers > 1:
+            connector = trainer._logger_connector
+            connector._callback_metrics = FollowedMetrics(connector._callback_metrics)
+
+    def _steps_made(self) -> tuple[int, int]:
+        return self._worker.local_steps, self._worker.job_steps
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self._epochs is not None and self._fetches is not None
+        assert self._fetches is not None
         self._epochs.begin_epoch()
         self._batches = 0
         self._fetches.watch()
@@ -184,7 +192,7 @@ class WorkerCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._samples += count_samples(batch)
+        self._samples += samples_in_training(trainer, batch)
         if self._same_data is not None:
             self._same_data.see(batch)
         self._batches += 1
@@ -192,8 +200,7 @@ class WorkerCallback(pl.Callback):
         if self._strategy.take_local_step(accumulating):
             self._count_step(trainer, pl_module)
             self._strategy.settle_parameters()
-        assert self._epochs is not None
-        self._epochs.schedule_validation()
+        self._epochs.count_batch()
         if self._epochs.at_the_end and self._strategy.summary is None:
             self._finish(trainer, pl_module)  # before worker 0 validates what has come of it
 
@@ -215,7 +222,6 @@ class WorkerCallback(pl.Callback):
         check_pass(trainer, self._worker.rank, self._batches)
         if self._running(trainer) and self._leads:
             self._send_plateaus(trainer)
-        assert self._epochs is not None
         stopped = trainer.should_stop and trainer.fit_loop._can_stop_early
         if (self._epochs.is_last or stopped) and self._strategy.summary is None:
             self._finish(trainer, pl_module)
@@ -231,9 +237,13 @@ class WorkerCallback(pl.Callback):
         self._strategy.meet_again(run_complete=True)
 
     def _give_decisions_back(self) -> None:
-        """Have all callbacks run on this worker again. Lightning may be walking through the list: it is the same."""
-        added = [c for c in self._callbacks if c is not self and c not in self._users_callbacks]
-        self._callbacks[:] = [self, *self._users_callbacks, *added]
+        """Have all callbacks run on this worker again."""
+        for callback in self._deciding if self._follows else []:
+            mix_out(callback)
+
+    @property
+    def _deciding(self) -> list[pl.Callback]:
+        return [callback for callback in self._mixed if isinstance(callback, _DECIDING)]
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -251,14 +261,17 @@ class WorkerCallback(pl.Callback):
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
+            list(metric_messages({str(name): 0.0 for name in trainer.callback_metrics}))  # refuses names in good time
             return
+        self._validated_once = True
         before = self._metrics_before
         new = {
             k: float(v) for k, v in trainer.callback_metrics.items() if k not in before or not torch.equal(v, before[k])
         }
         self._validated.update(new)
         if self._running(trainer) and self._leads:
-            self._send_metrics(new)
+            for message in metric_messages(new):
+                self._worker.send(message)
 
     def after_validation(self) -> None:
         """After all ``on_validation_end``: others may have put weights of their own into the module until then."""
@@ -272,10 +285,10 @@ class WorkerCallback(pl.Callback):
     def _leads(self) -> bool:
         return self._strategy.validate_global and self._strategy.worker_rank == 0
 
-    def _send_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Tell the others what validation has found, as many metrics at a time as a message holds."""
-        for start in range(0, len(metrics), _METRICS_PER_MESSAGE):
-            self._worker.send({"metrics": dict(list(metrics.items())[start : start + _METRICS_PER_MESSAGE])})
+    def _heed_metrics(self) -> None:
+        """After each batch, and its validation."""
+        if self._schedulers is not None and not self._trainer.sanity_checking:
+            self._schedulers.heed_metrics(self._validated_once)
 
     def _send_plateaus(self, trainer: pl.Trainer) -> None:
         """Tell the others what worker 0's schedulers of kind ``ReduceLROnPlateau`` are about to be stepped with."""
@@ -313,9 +326,7 @@ class WorkerCallback(pl.Callback):
         with self._worker.paused():
             self._strategy.checkpoints.prepare_to_end()
         self._strategy.summary = self._worker.finish(stop=trainer.should_stop)
-        self._job_max_steps.reached = True
-        if self._max_steps == -1 and self._worker.stop_requested:
-            trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
+        self._control.run_over = trainer.max_steps != -1 or self._worker.stop_requested
         self._announce_updates(trainer, pl_module)
         assert self._schedulers is not None
         self._schedulers.advance(self._worker.job_steps)

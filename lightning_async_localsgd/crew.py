@@ -148,7 +148,6 @@ class LeadingWorker(Worker):
             word["digest"] = summary.digest
             self._changed = True
         self._crew.share(list(self._layout.others(self._module).values()))
-        self._crew.close()
         return summary
 
     def abort(self, error: BaseException) -> None:
@@ -173,6 +172,11 @@ class LeadingWorker(Worker):
         """See :meth:`Worker.gather_from_devices`."""
         self._crew.tell({"gather": True})
         return self._crew.gather()
+
+    def agree(self, decision: bool) -> bool:
+        """See :meth:`Worker.agree`."""
+        self._crew.tell({"decision": decision})
+        return decision
 
     def take_updates(self) -> list[OuterUpdate]:
         """See :meth:`Worker.take_updates`."""
@@ -218,6 +222,7 @@ class LeadingWorker(Worker):
                 "restarted": self._restarted,
                 "weight_copies": sorted(self._copies.names),
                 "job_steps": self.job_steps,
+                "local_steps": self.local_steps,
                 "budget_spent": self.budget_spent,
                 "stop_requested": self.stop_requested,
                 "shard": self.shard,
@@ -250,6 +255,8 @@ class FollowingRank:
         self.shard = rank
         self.share = 1.0
         self.job_steps = 0
+        self.local_steps = 0
+        self.steps_made: tuple[int, ...] = ()
         self.budget_spent = False
         self.stop_requested = False
         self.speeds: tuple[float, ...] = ()
@@ -279,7 +286,6 @@ class FollowingRank:
         """See :meth:`Worker.finish`."""
         digest = self.follow()["digest"]
         self._crew.share(list(self._layout.others(self._module).values()))
-        self._crew.close()
         return replace(self.summary(), digest=digest)
 
     def follow(self) -> dict[str, Any]:
@@ -292,7 +298,7 @@ class FollowingRank:
         while "gather" in word:
             self._crew.gather(self.on_gather())
             word = self._crew.hear()
-        for name in ("shard", "share", "job_steps", "budget_spent", "stop_requested"):
+        for name in ("shard", "share", "job_steps", "local_steps", "budget_spent", "stop_requested"):
             setattr(self, name, word[name])
         self.speeds = tuple(word["speeds"])
         summary: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in word["summary"].items()}
@@ -348,6 +354,11 @@ class FollowingRank:
         """See :meth:`Worker.take_messages`."""
         messages, self._messages = self._messages, []
         return messages
+
+    def agree(self, decision: bool) -> bool:
+        """See :meth:`Worker.agree`."""
+        agreed: bool = self._crew.hear()["decision"]
+        return agreed
 
     @contextmanager
     def paused(self) -> Iterator[None]:

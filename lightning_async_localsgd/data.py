@@ -6,12 +6,15 @@ over the data has a name, alike on all workers, and numbers its units from 0.
 
 from __future__ import annotations
 
+import json
 import warnings
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial
+from threading import Thread
 from typing import Any, Protocol
 
 import torch
@@ -38,6 +41,8 @@ Pass = tuple[int, int]
 """A pass over the data: its epoch, and how many passes of the same epoch came before (a short loader beside a long one
 is begun anew)."""
 _MOST_AT_ONCE = 64  # units in a lease
+_COMPARED = 256  # batches of a pass that workers compare
+_A_MOMENT = 5.0  # seconds
 
 
 def shard_probabilities(sizes: Sequence[int], samples: Sequence[int]) -> list[float]:
@@ -96,8 +101,12 @@ class Division(ABC):
         """Go on from there; see :func:`merge_positions`."""
 
     @abstractmethod
-    def check_order(self, name: Pass, fingerprint: str) -> None:
+    def check_order(self, name: Pass, batches: Sequence[Any]) -> None:
         """Make sure that all workers number the units alike.
+
+        Args:
+            name: the pass.
+            batches: all of its batches, as lists of indices.
 
         Raises:
             ValueError: if they do not.
@@ -159,7 +168,7 @@ class Shards(Division):
         if len(state_dict.get("cursors", ())) == self._workers:
             self._pass, self._cursors = tuple(state_dict["pass"]), list(state_dict["cursors"])
 
-    def check_order(self, name: Pass, fingerprint: str) -> None:
+    def check_order(self, name: Pass, batches: Sequence[Any]) -> None:
         """Workers may read their shards in any order."""
 
     def close(self) -> None:
@@ -168,9 +177,6 @@ class Shards(Division):
 
 class Tickets(Protocol):
     """Who gets which unit of an epoch, so that each goes to one of the workers."""
-
-    drawn: int
-    """How many units all workers together have drawn of the current epoch, as far as this one knows."""
 
     def draw(self, epoch: int, left: Sequence[int], comers: Sequence[int]) -> Iterator[int]:
         """This worker's units among those that are ``left``; ``comers`` are the workers that draw of them."""
@@ -191,17 +197,12 @@ class StridedTickets:
     """
 
     def __init__(self, worker: int, workers: int) -> None:
-        self.drawn = 0
         self._worker = worker
         self._workers = workers
 
     def draw(self, epoch: int, left: Sequence[int], comers: Sequence[int]) -> Iterator[int]:
         """This worker's units."""
-        self.drawn = 0
-        for unit in left:
-            if unit % self._workers == self._worker:
-                self.drawn = min(len(left), self.drawn + self._workers)
-                yield unit
+        yield from (unit for unit in left if unit % self._workers == self._worker)
 
     def forget(self, epoch: int) -> None:
         """There is nothing to forget."""
@@ -241,10 +242,9 @@ class SharedTickets:
         devices: int = 1,
         timeout: timedelta = timedelta(minutes=10),
     ) -> None:
-        self.drawn = 0
         self._store = JobStore(store, timeout)
         self._ahead_store = self._store.clone()
-        self._ahead = ThreadPoolExecutor(1, "async-localsgd-leases")
+        self._ahead: Thread | None = None  # takes a lease
         self._worker = worker
         self._share = share
         self._device = device
@@ -256,17 +256,15 @@ class SharedTickets:
         """This worker's units, one lease after the other."""
         kept = min(len(comers), len(left))
         place = comers.index(self._worker) if self._worker in comers else kept
-        self.drawn = kept
         take_lease = self._begin_lease(epoch, len(left) - kept)
         if place < kept:
             yield left[place]
         while True:
             start, end = (kept + number for number in take_lease())
-            self.drawn = min(end, len(left))
             if start >= len(left):
                 return
-            take_lease = self._begin_lease(epoch, len(left) - self.drawn)
-            yield from left[start : self.drawn]
+            take_lease = self._begin_lease(epoch, max(0, len(left) - end))
+            yield from left[start:end]
 
     def _begin_lease(self, epoch: int, left: int) -> Callable[[], tuple[int, int]]:
         """Begin to take a lease; returns what waits for it. It is a range of numbers."""
@@ -275,7 +273,11 @@ class SharedTickets:
         if self._device > 0:
             return partial(self._hear, relay)
         size = max(1, min(_MOST_AT_ONCE, int(left * self._share() / 2)))
-        lease = self._ahead.submit(self._lease, f"{epoch}/drawn", size, relay)
+        lease: Future[tuple[int, int]] = Future()
+        # A thread for each: one that waits for the next lease would outlive the loaders that are given up midway.
+        args = (lease, self._lease, f"{epoch}/drawn", size, relay)
+        self._ahead = Thread(target=_fulfil, args=args, name="async-localsgd-lease", daemon=True)
+        self._ahead.start()
         return lease.result
 
     def _lease(self, counter: str, size: int, relay: str) -> tuple[int, int]:
@@ -301,8 +303,18 @@ class SharedTickets:
                 self._store.delete_key(f"{old}/drawn")
 
     def close(self) -> None:
-        """End the thread."""
-        self._ahead.shutdown(wait=False, cancel_futures=True)
+        """End the thread, which a store that is alive answers at once."""
+        if self._ahead is not None:
+            self._ahead.join(_A_MOMENT)
+        self._ahead_store.close()
+        self._store.close()
+
+
+def _fulfil(future: Future[Any], function: Callable[..., Any], *args: Any) -> None:
+    try:
+        future.set_result(function(*args))
+    except Exception as error:
+        future.set_exception(error)
 
 
 class Leases(Division):
@@ -315,7 +327,9 @@ class Leases(Division):
         worker: this worker.
         workers: number of workers.
         store: a part of the job's store, this loader's own.
+        store: a part of the job's store, this loader's own.
         timeout: how long the store may give no answer.
+        local_steps: tells this worker's local steps.
     """
 
     def __init__(
@@ -325,18 +339,22 @@ class Leases(Division):
         workers: int,
         store: Store,
         timeout: timedelta = timedelta(minutes=10),
+        local_steps: Callable[[], int] = int,
     ) -> None:
         self.limit: int | None = None
         """At most that many units make an epoch."""
         self.workers = workers
+        self.begun: list[tuple[int, int]] = []
+        """The epoch that each worker was in when this one began with its own, and its local steps as it began with it.
+        Empty while some worker had not begun at all."""
         self._tickets = tickets
+        self._local_steps = local_steps
         self._worker = worker
         self._store = JobStore(store, timeout)
         self._pass: Pass | None = None
         self._drawing: Iterator[int] = iter(())
         self._drawn: list[int] = []  # not trained yet
         self._over: int | None = None  # the last epoch of which this worker has nothing more to draw
-        self._left = 0
         self._trained: dict[int, Tensor] = {}  # by this worker, by epoch
         self._before: dict[int, Tensor] = {}  # by all workers, in what this run goes on from
         self._over_before: list[int | None] = [None] * workers
@@ -345,10 +363,9 @@ class Leases(Division):
         """A worker's part, if all were equal."""
         return -(-total // self.workers)
 
-    def position(self, total: int) -> float:
-        """How much of the current epoch is drawn, from 0 to 1."""
-        total = max(1, self._limited(total))
-        return 1 - (self._left - self._tickets.drawn) / total
+    def trained_before(self, epoch: int) -> int:
+        """Units of an epoch that all workers together had trained in what this run goes on from."""
+        return int(self._before[epoch].sum()) if epoch in self._before else 0
 
     def _limited(self, total: int) -> int:
         return total if self.limit is None else min(total, self.limit)
@@ -384,7 +401,6 @@ class Leases(Division):
         left: Sequence[int] = range(total)
         if epoch in self._before:
             left = self._before[epoch].logical_not().nonzero().flatten().tolist()
-        self._left = len(left)
         # Whose part was over when the checkpoint was written, for it is so now.
         comers = [worker for worker, over in enumerate(self._over_before) if over is None or over < epoch]
         return self._tickets.draw(epoch, left, comers) if self._worker in comers else iter(())
@@ -392,10 +408,12 @@ class Leases(Division):
     def _forget(self, epoch: int) -> None:
         """Tell the others that this worker begins with an epoch, and forget those that all are through with."""
         at = [f"at/{worker}" for worker in range(self.workers)]
-        self._store.set(at[self._worker], str(epoch))
+        self._store.set(at[self._worker], f"{epoch} {self._local_steps()}")
         if not self._store.check(at):
             return
-        oldest = min(int(other) for other in self._store.multi_get(at))
+        others = [other.split() for other in self._store.multi_get(at)]
+        self.begun = [(int(other), int(steps)) for other, steps in others]
+        oldest = min(other for other, _ in self.begun)
         for masks in (self._trained, self._before):
             for old in [e for e in masks if e < oldest]:
                 del masks[old]
@@ -429,18 +447,48 @@ class Leases(Division):
         if len(over) == self.workers:
             self._over_before, self._over = list(over), over[self._worker]
 
-    def check_order(self, name: Pass, fingerprint: str) -> None:
+    def check_order(self, name: Pass, batches: Sequence[Any]) -> None:
         """Compare with the worker that came first, through the job's store."""
-        if name[1] == 0 and self._store.compare_set(f"order/{name[0]}", "", fingerprint) != fingerprint:
-            raise ValueError(
-                "The training data is in another order on this worker than on the others, and not every sample would "
-                "be seen once per epoch. Give your sampler the same seed everywhere; or pass "
-                "`Trainer(use_distributed_sampler=False)` and divide the data by `trainer.global_rank` yourself."
+        if name[1] > 0:
+            return
+        own = _describe_order(batches)
+        first = json.loads(self._store.compare_set(f"order/{name[0]}", "", json.dumps(own)))
+        if first == own:
+            return
+        if first["samples"] != own["samples"]:
+            differs = (
+                f"is cut into batches of another size on this worker: {own['batches']} batches, the largest of "
+                f"{own['samples']} samples, against {first['batches']} and {first['samples']}. Give your loader the "
+                "same `batch_size` everywhere"
             )
+        elif first["batches"] != own["batches"]:
+            differs = (
+                f"has {own['batches']} batches on this worker and {first['batches']} on another one. Give all the same "
+                "data"
+            )
+        else:
+            differs = "is in another order on this worker than on others. Give your sampler the same seed everywhere"
+        raise ValueError(
+            f"The training data {differs}: each batch of an epoch goes to one worker, by its number, and not every "
+            "sample would be seen once per epoch. Or pass `Trainer(use_distributed_sampler=False)` and divide the data "
+            "by `trainer.global_rank` yourself."
+        )
 
     def close(self) -> None:
-        """End the tickets."""
+        """End the tickets, and the thread of the store."""
         self._tickets.close()
+        self._store.close()
+
+
+def _describe_order(batches: Sequence[Any]) -> dict[str, int]:
+    """What tells two orders of the batches of a pass apart."""
+    compared = batches[:: max(1, len(batches) // _COMPARED)]
+    sizes = [len(batch) for batch in compared if isinstance(batch, (list, tuple))]
+    return {
+        "batches": len(batches),
+        "samples": max(sizes, default=1),
+        "order": zlib.crc32(repr(compared).encode()),
+    }
 
 
 def merge_positions(states: Sequence[Mapping[str, Any]], own: int) -> dict[str, Any]:

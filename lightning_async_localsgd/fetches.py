@@ -17,7 +17,7 @@ import torch
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
-from lightning_async_localsgd.loader import WorkerLoader, fetched_ahead, generators_of
+from lightning_async_localsgd.loader import UnderWay, WorkerLoader, fetched_ahead, generators_of
 from lightning_async_localsgd.randomness import random_state, set_random_state
 
 __all__ = ["Fetches", "OpenEnded", "SavedFetches", "Watched"]
@@ -100,6 +100,9 @@ class Fetches:
 
     def watched(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The same batches; what each fetch begins from is noted."""
+        return UnderWay(self._watched(batches))
+
+    def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
         if self._random is not None and not self._random["ended"]:
             self._to_set = deque([*self._random["ahead"], self._random["now"]])
             self._now_set = False
@@ -186,6 +189,8 @@ class OpenEnded:
         self._fetches = fetches
 
     def __getattr__(self, name: str) -> Any:
+        if name == "loaders":  # a copy that is being made has none yet
+            raise AttributeError(name)
         return getattr(self.loaders, name)
 
     def __iter__(self) -> Iterator[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,7 @@ from lightning_async_localsgd.worker import RunSummary
 if TYPE_CHECKING:
     from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
 
-__all__ = ["ForkingLauncher", "check_start_method"]
+__all__ = ["ForkingLauncher", "check_script", "check_start_method"]
 
 
 def check_start_method(start_method: str, environment: ClusterEnvironment, interactive: bool = _IS_INTERACTIVE) -> None:
@@ -45,6 +47,21 @@ def check_start_method(start_method: str, environment: ClusterEnvironment, inter
             'no script. Pass `strategy="async_localsgd_notebook"` or `AsyncLocalSGDStrategy(start_method="fork", ...)`'
             ", or run the code as a script."
         )
+
+
+def check_script(environment: ClusterEnvironment) -> None:
+    """Refuse to start processes that are to run the script once more where there is no script to run.
+
+    Raises:
+        MisconfigurationException: if the code has come from standard input or ``python -c``.
+    """
+    main = sys.modules["__main__"]
+    if environment.creates_processes_externally or main.__spec__ is not None or os.path.exists(sys.argv[0]):
+        return
+    raise MisconfigurationException(
+        "The processes of the other devices run the script once more, and this code has come from standard input or "
+        '`python -c`. Write it to a file; or pass `strategy="async_localsgd_fork"`, which forks them from this process.'
+    )
 
 
 class ForkingLauncher(_MultiProcessingLauncher):

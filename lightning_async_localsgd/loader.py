@@ -3,33 +3,48 @@
 from __future__ import annotations
 
 import random
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from lightning.fabric.utilities.distributed import _DatasetSamplerWrapper
-from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.trainer.connectors.data_connector import _worker_check
+from lightning.pytorch.utilities.data import _extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.distributed import PrefixStore, Store
 from torch.utils.data import DataLoader, Sampler
 
-from lightning_async_localsgd.data import Division, Leases, Pass, Shards, SharedTickets, StridedTickets
+from lightning_async_localsgd.data import Division, Leases, Pass, Shards, SharedTickets, StridedTickets, Tickets
 
 if TYPE_CHECKING:
     from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
 
-__all__ = ["Orders", "TrainingLoaders", "WorkerLoader", "count_samples", "fetched_ahead", "generators_of"]
+__all__ = [
+    "Orders",
+    "TrainingLoaders",
+    "UnderWay",
+    "WorkerLoader",
+    "count_samples",
+    "fetched_ahead",
+    "generators_of",
+    "samples_in_training",
+]
 
-_COMPARED = 256  # batches of a pass that workers compare
+
+class _Drawn(NamedTuple):
+    """A batch on its way from the sampler to the training step."""
+
+    name: Pass
+    unit: int
+    samples: int | None
 
 
 class WorkerLoader:
@@ -69,7 +84,7 @@ class WorkerLoader:
         self._loader = loader
         self._fetches = fetches
         self._ended_after = 0  # so many fetches
-        self._fetched: deque[tuple[Pass, int]] = deque()
+        self._fetched: deque[_Drawn] = deque()
         source = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
         self.sampler = _WorkerBatches(source, division, seed, device, devices, orders)
         # DataLoader refuses to have its sampler exchanged, for an iterator may be at work: here there is none yet.
@@ -94,7 +109,14 @@ class WorkerLoader:
             return iter(self._looked_at())
         self._settle()
         # Making an iterator draws a random number, which is not to be part of the first fetch.
-        return self._batches(iter(self._loader) if self._loader.num_workers == 0 else self._loader)
+        return UnderWay(self._batches(iter(self._loader) if self._loader.num_workers == 0 else self._loader))
+
+    def __reduce__(self) -> Any:
+        """A copy takes no part in the division: it is the user's loader, over all of the data."""
+        users = copy(self._loader)
+        name = "batch_sampler" if users.batch_sampler is not None else "sampler"
+        vars(users).update({name: self.sampler.source, "_iterator": None})
+        return _itself, (users,)
 
     def _looked_at(self) -> DataLoader[Any]:
         """The same loader, with processes of its own if it has any, over this process' part of the data."""
@@ -123,12 +145,15 @@ class WorkerLoader:
     def _note_trained(self, but: int) -> None:
         """Note that all batches fetched have been trained, but for the last ones."""
         while len(self._fetched) > but:
-            self.division.trained(*self._fetched.popleft())
+            drawn = self._fetched.popleft()
+            self.division.trained(drawn.name, drawn.unit)
 
     @property
-    def position(self) -> float:
-        """How much of the current epoch has been drawn by all workers, from 0 to 1, if it is shared by all."""
-        return self.sampler.position
+    def samples(self) -> int | None:
+        """Samples of the batch that has been trained last; None if the loader does not make batches."""
+        _, untrained = self._fetches()
+        place = len(self._fetched) - 1 - untrained
+        return self._fetched[place].samples if place >= 0 else None
 
     def division_state(self) -> dict[str, Any]:
         """What this worker has trained on, as the division's ``state_dict``."""
@@ -148,6 +173,26 @@ class _Part(Sampler[Any]):
         batches = self._order()
         for first in range(0, len(batches), self._size):
             yield batches[(first + self._rank) % len(batches)]
+
+
+class UnderWay:
+    """An iterator over batches. A copy has none left: they are this process' own."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._batches)
+
+    def __reduce__(self) -> Any:
+        return iter, ((),)
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 class Orders:
@@ -182,8 +227,8 @@ class _WorkerBatches(Sampler[Any]):
         self, source: Any, division: Division, seed: int, device: int, devices: int, orders: Orders | None
     ) -> None:
         self.source = source
-        self.drawn: deque[tuple[Pass, int]] = deque()
-        """What was drawn, by pass and unit, and has not been fetched yet."""
+        self.drawn: deque[_Drawn] = deque()
+        """What was drawn and has not been fetched yet."""
         self._division = division
         self._seed = seed
         self._device = device
@@ -192,7 +237,6 @@ class _WorkerBatches(Sampler[Any]):
         self._pass: Pass = (-1, 0)
         self.at_the_end = False
         """Whether the last batch of the pass has been fetched."""
-        self._total = 0
 
     @property
     def batch_size(self) -> int | None:
@@ -203,11 +247,6 @@ class _WorkerBatches(Sampler[Any]):
     def drop_last(self) -> bool:
         """As :attr:`batch_size`."""
         return getattr(self.source, "drop_last", False)
-
-    @property
-    def position(self) -> float:
-        position: float = self._division.position(self._total)  # type: ignore[attr-defined]
-        return position
 
     def set_epoch(self, epoch: int) -> None:
         """Begin with an epoch, or go on with it; samplers that shuffle by it are told."""
@@ -236,17 +275,16 @@ class _WorkerBatches(Sampler[Any]):
         name = self._pass
         draw = partial(self._draw_order, name)
         batches = draw() if self._orders is None else self._orders.get(name, draw)
-        self._total = self._units(len(batches))
-        for unit in self._division.units(name, self._total):
-            self.drawn.append((name, unit))
+        for unit in self._division.units(name, self._units(len(batches))):
             # Where the last unit has too few batches, devices begin again with the first: all need one.
-            yield batches[(unit * self._devices + self._device) % len(batches)]
+            batch = batches[(unit * self._devices + self._device) % len(batches)]
+            self.drawn.append(_Drawn(name, unit, len(batch) if isinstance(batch, (list, tuple)) else None))
+            yield batch
 
     def _draw_order(self, name: Pass) -> list[Any]:
         """All batches of a pass, in an order that is found to be the same on all workers."""
         batches = self.order()
-        compared = batches[:: max(1, len(batches) // _COMPARED)]
-        self._division.check_order(name, f"{len(batches)} {zlib.crc32(repr(compared).encode())}")
+        self._division.check_order(name, batches)
         return batches
 
     def order(self) -> list[Any]:
@@ -313,6 +351,7 @@ class TrainingLoaders:
                 "With `DataLoader(in_order=False)` nobody knows which batches were trained. Leave it at True; or pass "
                 "`Trainer(use_distributed_sampler=False)` and divide the data by `trainer.global_rank` yourself."
             )
+        _worker_check(trainer, loader, "train_dataloader")  # Lightning takes what comes of it for no `DataLoader`
         _auto_add_worker_init_fn(loader, trainer.global_rank)
         loaders = trainer.fit_loop._combined_loader  # while they are being set up, those before
         if loaders is not self._before:
@@ -342,16 +381,24 @@ class TrainingLoaders:
         if trainer.max_epochs in (None, -1) or fetches:
             return Shards(worker, workers, lambda: strategy.worker.shard if strategy.worker is not None else worker)
         if strategy.settings.lockstep(workers):
-            return Leases(StridedTickets(worker, workers), worker, workers, store, strategy.settings.timeout)
-        tickets = SharedTickets(
-            store,
-            worker,
-            lambda: strategy.worker.share if strategy.worker is not None else 1 / workers,
-            strategy.device_rank,
-            strategy.worker_size,
-            strategy.settings.timeout,
-        )
-        return Leases(tickets, worker, workers, store, strategy.settings.timeout)
+            tickets: Tickets = StridedTickets(worker, workers)
+        else:
+            tickets = SharedTickets(
+                store,
+                worker,
+                lambda: strategy.worker.share if strategy.worker is not None else 1 / workers,
+                strategy.device_rank,
+                strategy.worker_size,
+                strategy.settings.timeout,
+            )
+        return Leases(tickets, worker, workers, store, strategy.settings.timeout, self._local_steps)
+
+    def _local_steps(self) -> int:
+        return self._strategy.worker.local_steps if self._strategy.worker is not None else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Divisions do not leave their process."""
+        return vars(self) | {"_divisions": [], "_before": None, "_place": 0}
 
     def close(self) -> None:
         """The ``fit`` is over."""
@@ -371,9 +418,26 @@ def _fetches(trainer: pl.Trainer) -> tuple[int, int]:
     return getattr(trainer.fit_loop._data_fetcher, "fetched", 0), fetched_ahead(trainer)
 
 
+def samples_in_training(trainer: pl.Trainer, batch: Any) -> int:
+    """Samples of the batch that has just been trained.
+
+    A loader's sampler knows best: in a batch of graphs, the first tensor has an entry for each node.
+    """
+    loaders = trainer.fit_loop._combined_loader
+    if loaders is not None and len(loaders.flattened) == 1 and isinstance(loaders.flattened[0], WorkerLoader):
+        samples = loaders.flattened[0].samples
+        if samples is not None:
+            return samples
+    return count_samples(batch)
+
+
 def count_samples(batch: Any) -> int:
-    """Samples in a batch; 0 where Lightning cannot tell."""
+    """Samples in a batch: as it says itself, or entries of its first tensor; 0 where it has none."""
+    for name in ("num_graphs", "batch_size"):
+        said = getattr(batch, name, None)
+        if isinstance(said, int):
+            return said
     try:
-        return extract_batch_size(batch)
-    except (MisconfigurationException, RecursionError):
+        return next(_extract_batch_size(batch), None) or 0
+    except RecursionError:
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 from typing import Any
 
 __all__ = ["mix_in", "mix_out"]
@@ -17,9 +18,14 @@ class _Mixed:
         """A copy, or a pickle, is of the object's own class: outside of this job it behaves as ever."""
         mixed, self.__class__ = type(self), self.plain
         try:
-            return self.__reduce_ex__(protocol)
+            make, *rest = self.__reduce_ex__(protocol)
         finally:
             self.__class__ = mixed
+        return (_new if make is copyreg.__newobj__ else make, *rest)  # type: ignore[attr-defined]  # pickle checks it
+
+
+def _new(plain: Any, *args: Any) -> Any:
+    return plain.__new__(plain, *args)
 
 
 def mix_in(target: Any, mixin: type, **attributes: Any) -> None:

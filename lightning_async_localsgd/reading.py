@@ -12,6 +12,7 @@ from lightning.pytorch.loops.fetchers import _DataFetcher
 from typing_extensions import override
 
 from lightning_async_localsgd.job_group import Groups
+from lightning_async_localsgd.loader import UnderWay
 from lightning_async_localsgd.mixing import mix_in, mix_out
 
 __all__ = ["Reading"]
@@ -59,6 +60,9 @@ class Reading:
 
     def batches(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The same batches, read as training data is read."""
+        return UnderWay(self._batches(batches))
+
+    def _batches(self, batches: Iterator[Any]) -> Iterator[Any]:
         while True:
             with self.training_data():
                 try:

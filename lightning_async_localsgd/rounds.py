@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lightning_async_localsgd.budget import estimate_total
+from lightning_async_localsgd.budget import estimate_steps, estimate_total
 from lightning_async_localsgd.data import draw_shard
 from lightning_async_localsgd.exchange.ledger import Progress
 from lightning_async_localsgd.pace import make_pace
@@ -211,6 +211,12 @@ class Rounds:
             return self._reach(self.local_steps - self._ahead)
         estimate = estimate_total(progress.steps, progress.round_steps, self.rank, self.local_steps)
         return self._reach(estimate // self._size)
+
+    def steps_made(self, progress: Progress) -> tuple[int, ...]:
+        """Local steps of each worker: as of the latest exchange, and by its pace since."""
+        if self._lockstep:
+            return (self.local_steps - self._ahead,) * self._size
+        return estimate_steps(progress.steps, progress.round_steps, self.rank, self.local_steps)
 
     def final_job_steps(self, progress: Progress) -> int:
         """:meth:`job_steps` when all have ended: no estimate."""

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, BatchSizeFinder, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -38,7 +38,7 @@ from lightning_async_localsgd.crew import Crew, FollowingRank, LeadingWorker
 from lightning_async_localsgd.fetches import SavedFetches
 from lightning_async_localsgd.file_writing import StreamingCheckpointIO
 from lightning_async_localsgd.final_module import FinalModule
-from lightning_async_localsgd.launching import ForkingLauncher, check_start_method
+from lightning_async_localsgd.launching import ForkingLauncher, check_script, check_start_method
 from lightning_async_localsgd.lending import GlobalCheckpoints
 from lightning_async_localsgd.loader import TrainingLoaders
 from lightning_async_localsgd.meetings import meet_before_training
@@ -193,10 +193,30 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
         check_start_method(self._start_method, self.cluster_environment)
+        if self._start_method == "popen" and self.num_processes > 1:
+            check_script(self.cluster_environment)
         if self._start_method == "popen":
             super()._configure_launcher()
         else:
             self._launcher = ForkingLauncher(self, start_method=self._start_method)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a pickle, takes no part in the job."""
+        state = (
+            super().__getstate__()
+            | {"worker": None, "_job": None, "_callback": None, "_steps": None}
+            | {
+                "_groups": None,
+                "_reading": None,
+            }
+        )
+        del state["checkpoints"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Has no checkpoint under way."""
+        super().__setstate__(state)
+        self.checkpoints = JobCheckpoints(self, super().remove_checkpoint)
 
     @property
     def workers(self) -> int:
@@ -218,6 +238,9 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
         """Meet the other processes. In ``fit`` several default process groups take turns; see :class:`Groups`."""
         reset_seed()
         self.set_world_ranks()
+        if self._fitting:
+            assert self.lightning_module is not None
+            _check_finders(self.lightning_module.trainer)
         if self.world_size % self.worker_size != 0:
             raise ValueError(
                 f"{self.world_size} processes do not make workers of `worker_size={self.worker_size}`. Start a "
@@ -594,6 +617,15 @@ def _check_callbacks(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         raise MisconfigurationException(
             "`StochasticWeightAveraging` makes an epoch without training for the statistics of BatchNorm layers, when "
             "the run is over here. Use the callback `WeightAveraging`, which averages them too."
+        )
+
+
+def _check_finders(trainer: pl.Trainer) -> None:
+    """Refuse the search for a batch size, before its own refusal, which says no way out."""
+    if any(isinstance(c, BatchSizeFinder) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        raise MisconfigurationException(
+            "A batch size is found by failing with others, which workers of a job cannot do together. Find it before, "
+            "with a trainer of one device without this strategy: `Tuner(L.Trainer(devices=1)).scale_batch_size(model)`."
         )
 
 

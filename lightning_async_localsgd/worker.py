@@ -156,6 +156,8 @@ class Worker:
         self._transport = GlooTransport(store, self._roster, settings.timeout)
         self._share_initial_parameters()
 
+        self.steps_made: tuple[int, ...] = ()
+        """Local steps of each worker, as far as this one knew with its latest step."""
         self.version = 0
         """Version of the global parameters that this worker has adopted."""
         self.blocked_seconds = 0.0
@@ -228,6 +230,7 @@ class Worker:
         if self._resumed_round is not None:
             self._resume_round(self._resumed_round)
         self._report()  # a turn may open before this worker's first step has ended
+        self.steps_made = self._rounds.steps_made(self._mailbox.progress)
         if not self.budget_spent:
             self._mailbox.begin_step()
         self._synchronize()  # from here on the other thread moves the global state
@@ -268,6 +271,7 @@ class Worker:
             if not self._settings.overlap:
                 self._wait_for_adoption()
         running = self._go_on()
+        self.steps_made = self._rounds.steps_made(self._mailbox.progress)
         if self._rounds.round_steps == 0:  # what came between two rounds was waiting
             self._round_started = time.monotonic()
         if running:
@@ -355,6 +359,7 @@ class Worker:
         share(self._transport, self._layout.others(self._module), self.rank, self.size)
         self._transport.close()
         self._rounds.final_job_steps(progress)
+        self.steps_made = progress.steps
         return self.summary(digest=self._state.digest())
 
     def abort(self, error: BaseException) -> None:
@@ -434,6 +439,10 @@ class Worker:
         """This worker's share of the pace of all, as of the latest exchange."""
         round_steps = self._mailbox.progress.round_steps if self._exchange is not None else self._progress.round_steps
         return round_steps[self.rank] / sum(round_steps)
+
+    def agree(self, decision: bool) -> bool:
+        """A decision that all processes of the worker are to make alike: that of its first."""
+        return decision
 
     def measure_updates(self) -> None:
         """From now on compute every outer update's ``norm`` and ``alignment``, on the exchange thread."""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import pickle
+import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -13,13 +18,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler, TensorDataset
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
-from tests.modules import Regression, make_trainer, regression_data, stream
+from tests.modules import FEATURES, Record, Regression, make_trainer, regression_data, stream
 from tests.processes import results, run_processes
 
 SAMPLES = 102
@@ -387,3 +392,75 @@ def test_a_batch_whose_step_raised_is_trained_when_the_run_goes_on(tmp_path: Pat
     [(before, after, raised)] = results(run_processes(raising, 1, str(tmp_path), batch))
     assert len(before) == 2 * batch and set(raised) <= {i for _, i in after}
     assert Counter(before + after) == Counter((0, i) for i in range(32))
+
+
+def other_sizes(rank: int, size: int) -> None:
+    data = DataLoader(DATA, batch_size=4 + 2 * rank)
+    make_trainer(size, strategy(), max_epochs=1).fit(Watched((0.002, 0.002)), data)
+
+
+def test_workers_with_another_batch_size_are_told() -> None:
+    outcomes = run_processes(other_sizes, 2, 2)
+    assert any("batches of another size" in outcome.error for outcome in outcomes)
+    assert all(outcome.exitcode != 0 for outcome in outcomes)
+
+
+# ---- batches of graphs, and what is left after a run ----------------------------------------------------------------
+
+
+class Atoms(Dataset[dict[str, Tensor]]):
+    """Molecules of 1, 2, 3 or 4 atoms."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"atoms": torch.ones(index % 4 + 1, FEATURES), "energy": torch.ones(1)}
+
+
+def join(molecules: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([molecule[name] for molecule in molecules]) for name in ("atoms", "energy")}
+
+
+class Copied(Regression):
+    """Trains on molecules, and has its trainer copied meanwhile."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.net(batch["atoms"]).square().mean()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if self.trainer.global_step == 2:
+            pickle.dumps(self.trainer)
+            copy.deepcopy(self.trainer.callbacks)
+
+
+def graphs(rank: int, size: int) -> Any:
+    record = Record()
+    bar = TQDMProgressBar()
+    trainer = make_trainer(size, strategy(), max_epochs=1, callbacks=[record, bar], enable_progress_bar=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(Copied(), DataLoader(Atoms(), batch_size=4, collate_fn=join))
+    texts = [str(warning.message) for warning in caught]
+    for thread in threading.enumerate():
+        if thread.name.startswith("async-localsgd"):
+            thread.join(10)
+    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("async-localsgd")]
+    copied = pickle.loads(pickle.dumps(trainer))
+    return {
+        "samples": sum(update.samples for update in record.updates),
+        "inferred": sum("infer the `batch_size`" in text for text in texts),
+        "few workers": sum("does not have many workers" in text for text in texts),
+        "threads": left,
+        "loader": type(copied.train_dataloader),
+        "copied samples": len(copied.train_dataloader.dataset),
+    }
+
+
+def test_graphs_are_counted_and_a_run_leaves_no_thread_and_a_trainer_that_can_be_copied() -> None:
+    for rank, end in enumerate(results(run_processes(graphs, 2, 2))):
+        assert end["samples"] == 40 and end["inferred"] == 0
+        assert end["threads"] == []
+        assert end["loader"] is DataLoader and end["copied samples"] == 40
+        if rank == 0 and (os.cpu_count() or 1) > 1:
+            assert end["few workers"] >= 1  # as under DDP

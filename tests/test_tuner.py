@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -94,4 +95,22 @@ def test_finding_a_learning_rate_while_workers_train_is_refused(tmp_path: Path) 
 
 def test_finding_a_batch_size_is_refused(tmp_path: Path) -> None:
     for outcome in run_processes(finding, 2, 2, "batch size", str(tmp_path)):
-        assert "not supported with distributed strategies" in outcome.error
+        assert "without this strategy" in outcome.error
+
+
+class Sized(Regression):
+    """With a batch size to find."""
+
+    batch_size = 2
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(regression_data(64), batch_size=self.batch_size)
+
+
+def test_a_batch_size_is_found_as_the_error_says(tmp_path: Path) -> None:
+    module = Sized()
+    own = make_trainer(1, AsyncLocalSGDStrategy(), max_steps=2, callbacks=[BatchSizeFinder()])
+    with pytest.raises(MisconfigurationException, match="without this strategy"):
+        own.fit(module)
+    trainer = make_trainer(1, "auto", default_root_dir=tmp_path, max_steps=1)  # type: ignore[arg-type]
+    assert Tuner(trainer).scale_batch_size(module, max_trials=2, steps_per_trial=1) == module.batch_size > 2

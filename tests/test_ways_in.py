@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
@@ -132,6 +133,16 @@ def test_a_notebook_trains_in_forked_processes_and_hears_which_start_method_work
     assert code == 0 and "RunSummary(" in output, output
     refusals = [line for line in output.splitlines() if line.startswith("refused:")]
     assert len(refusals) == 2 and all("async_localsgd_notebook" in line for line in refusals), output
+
+
+def test_code_from_standard_input_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["-"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    for name in ("LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(MisconfigurationException, match=r"standard input.*async_localsgd_fork"):
+        L.Trainer(accelerator="cpu", devices=2, strategy=AsyncLocalSGDStrategy(), logger=False)
+    L.Trainer(accelerator="cpu", devices=1, strategy=AsyncLocalSGDStrategy(), logger=False)
 
 
 def test_start_methods_that_cannot_work_are_refused_with_one_that_can(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,12 @@ class JobStore:
         """The same part over another connection, for another thread."""
         return JobStore(self.native, self.timeout)
 
+    def close(self) -> None:
+        """End the thread; another call would begin a new one."""
+        if self._thread is not None:
+            self._calls.put(None)
+            self._thread = None
+
     # ---- calls ------------------------------------------------------------------------------------------------------
     # Each raises PeerLostError if the store is gone, or its host does not answer within the timeout.
 
