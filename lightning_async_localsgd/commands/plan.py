@@ -124,24 +124,24 @@ def _describe(plan: Plan) -> str:
 def _compare(plans: Sequence[Plan]) -> str:
     """A row per codec and H, and one for those H of a codec that come to the same."""
     header = ("codec", "H", "utilization", "steps/round", "exposed/round", "exchange", "sent/round", "staleness", "99%")
-    rows = [header] + [
-        (
-            plan.codec,
-            str(plan.local_steps),
-            f"{plan.utilization:.1%}",
-            f"{plan.round_steps:.1f}",
-            _seconds(max(plan.exposed_seconds)),
-            _seconds(plan.exchange_seconds),
-            _bytes(plan.bytes_per_round),
-            f"{plan.mean_staleness:.2f}",
-            "yes" if plan.reaches_target else "no",
-        )
-        for plan in plans
-    ]
-    rows = _joined(rows)
+    rows = [header, *_joined([_row(plan) for plan in plans])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _row(plan: Plan) -> tuple[str, ...]:
+    return (
+        plan.codec,
+        str(plan.local_steps),
+        f"{plan.utilization:.1%}",
+        f"{plan.round_steps:.1f}",
+        _seconds(max(plan.exposed_seconds)),
+        _seconds(plan.exchange_seconds),
+        _bytes(plan.bytes_per_round),
+        f"{plan.mean_staleness:.2f}",
+        "yes" if plan.reaches_target else "no",
     )
 
 
