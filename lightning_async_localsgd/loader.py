@@ -122,7 +122,7 @@ class WorkerLoader:
         """The same loader, with processes of its own if it has any, over this process' part of the data."""
         loader = copy(self._loader)
         name = "batch_sampler" if loader.batch_sampler is not None else "sampler"
-        vars(loader).update({name: _Part(self.sampler.order, *self._place), "_iterator": None})
+        vars(loader).update({name: _Part(self.sampler.first_order, *self._place), "_iterator": None})
         return loader
 
     def _batches(self, batches: Iterable[Any]) -> Iterator[Any]:
@@ -253,6 +253,9 @@ class _WorkerBatches(Sampler[Any]):
         if epoch != self._pass[0]:
             self._pass = epoch, 0
         self.at_the_end = False
+        self._tell_samplers(epoch)
+
+    def _tell_samplers(self, epoch: int) -> None:
         for source in (self.source, getattr(self.source, "sampler", None)):
             set_epoch = getattr(source, "set_epoch", None)
             if set_epoch is not None:
@@ -283,16 +286,24 @@ class _WorkerBatches(Sampler[Any]):
 
     def _draw_order(self, name: Pass) -> list[Any]:
         """All batches of a pass, in an order that is found to be the same on all workers."""
-        batches = self.order()
+        batches = self._order(name[0])
         self._division.check_order(name, batches)
         return batches
 
-    def order(self) -> list[Any]:
-        """All batches of the current epoch, in an order that all workers have in common."""
+    def first_order(self) -> list[Any]:
+        """All batches of the first epoch. Workers may be in different ones, and their parts of it are disjoint."""
+        self._tell_samplers(0)
+        try:
+            return self._order(0)
+        finally:
+            self._tell_samplers(max(0, self._pass[0]))
+
+    def _order(self, epoch: int) -> list[Any]:
+        """All batches of an epoch, in an order that all workers have in common."""
         generators = list(_generators(self.source))
         states = [generator.get_state() for generator in generators]
         with isolate_rng(include_cuda=False):
-            seed = (self._seed + self._pass[0]) % 2**32
+            seed = (self._seed + epoch) % 2**32
             for generator in (torch.default_generator, *generators):
                 generator.manual_seed(seed)
             random.seed(seed)

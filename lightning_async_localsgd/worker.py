@@ -175,6 +175,7 @@ class Worker:
         """Called on the training thread when the exchange stands still for a checkpoint; see :meth:`cut`."""
         self.on_progress: Callable[[], None] | None = None
         """Called on the training thread after each turn that it waits for: there may be messages to heed."""
+        self._measure_updates = False
         self._exchange: ExchangeThread | None = None
         self._stopwatch = Stopwatch(settings.local_steps)
 
@@ -216,6 +217,7 @@ class Worker:
             over=False,
         )
         self._mailbox = Mailbox(progress)
+        self._mailbox.measure_updates = self._measure_updates
         pinned = can_pin(self._device, self._outer_device)
         self._base: Tensor | None = self._layout.empty(self._settings.outer_device, pinned)
         self._base.copy_(self._state.flat)
@@ -445,8 +447,8 @@ class Worker:
         return decision
 
     def measure_updates(self) -> None:
-        """From now on compute every outer update's ``norm`` and ``alignment``, on the exchange thread."""
-        self._mailbox.measure_updates = True
+        """Compute every outer update's ``norm`` and ``alignment``, on the exchange thread. Call it before the start."""
+        self._measure_updates = True
 
     def take_updates(self) -> list[OuterUpdate]:
         """The outer updates since the last call, oldest first (at most 4096: older ones are forgotten)."""

@@ -87,16 +87,20 @@ def write_tars(folder: Path) -> None:
 
 
 class FromLitData(Recipe):
-    def loader(self) -> Any:
+    def stream(self) -> Any:
         import litdata
 
-        return litdata.StreamingDataLoader(litdata.StreamingDataset(str(self.folder), shuffle=False), batch_size=4)
+        return litdata.StreamingDataset(str(self.folder), shuffle=False)
 
     def train_dataloader(self) -> Any:
-        return self.loader()
+        import litdata
+
+        return litdata.StreamingDataLoader(self.stream(), batch_size=4)
 
     def val_dataloader(self) -> Any:
-        return self.loader()
+        stream = self.stream()
+        stream.distributed_env.world_size = 1  # it believes the WORLD_SIZE of torchrun
+        return DataLoader(stream, batch_size=4)
 
 
 def write_chunks(folder: Path) -> None:
