@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
@@ -21,7 +21,7 @@ from lightning_async_localsgd.worker import RunSummary
 if TYPE_CHECKING:
     from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
 
-__all__ = ["ForkingLauncher", "check_script", "check_start_method"]
+__all__ = ["ForkingLauncher", "ScriptLauncher", "check_start_method"]
 
 
 def check_start_method(start_method: str, environment: ClusterEnvironment, interactive: bool = _IS_INTERACTIVE) -> None:
@@ -49,19 +49,24 @@ def check_start_method(start_method: str, environment: ClusterEnvironment, inter
         )
 
 
-def check_script(environment: ClusterEnvironment) -> None:
-    """Refuse to start processes that are to run the script once more where there is no script to run.
+class ScriptLauncher(_SubprocessScriptLauncher):
+    """Lightning's launcher of processes that run the script once more."""
 
-    Raises:
-        MisconfigurationException: if the code has come from standard input or ``python -c``.
-    """
-    main = sys.modules["__main__"]
-    if environment.creates_processes_externally or main.__spec__ is not None or os.path.exists(sys.argv[0]):
-        return
-    raise MisconfigurationException(
-        "The processes of the other devices run the script once more, and this code has come from standard input or "
-        '`python -c`. Write it to a file; or pass `strategy="async_localsgd_fork"`, which forks them from this process.'
-    )
+    @override
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        """See Lightning's.
+
+        Raises:
+            MisconfigurationException: if there is no script: the code has come from standard input or ``python -c``.
+        """
+        starts_others = self.num_processes > 1 and not self.cluster_environment.creates_processes_externally
+        if starts_others and sys.modules["__main__"].__spec__ is None and not os.path.exists(sys.argv[0]):
+            raise MisconfigurationException(
+                "The processes of the other devices run the script once more, and this code has come from standard "
+                'input or `python -c`. Write it to a file; or pass `strategy="async_localsgd_fork"`, which forks them '
+                "from this process."
+            )
+        return super().launch(function, *args, trainer=trainer, **kwargs)
 
 
 class ForkingLauncher(_MultiProcessingLauncher):

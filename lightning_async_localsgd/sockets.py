@@ -39,7 +39,8 @@ class Sockets:
         for entry in sockets:
             with _open(entry) as opened:
                 if opened is not None:
-                    os.set_inheritable(entry.descriptor, False)
+                    with suppress(OSError):  # another thread has just closed it
+                        os.set_inheritable(entry.descriptor, False)
                     self._sockets.add(entry)
                     _not_for_children.add(entry)
 

@@ -38,7 +38,7 @@ from lightning_async_localsgd.crew import Crew, FollowingRank, LeadingWorker
 from lightning_async_localsgd.fetches import SavedFetches
 from lightning_async_localsgd.file_writing import StreamingCheckpointIO
 from lightning_async_localsgd.final_module import FinalModule
-from lightning_async_localsgd.launching import ForkingLauncher, check_script, check_start_method
+from lightning_async_localsgd.launching import ForkingLauncher, ScriptLauncher, check_start_method
 from lightning_async_localsgd.lending import GlobalCheckpoints
 from lightning_async_localsgd.loader import TrainingLoaders
 from lightning_async_localsgd.meetings import meet_before_training
@@ -193,10 +193,8 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
         check_start_method(self._start_method, self.cluster_environment)
-        if self._start_method == "popen" and self.num_processes > 1:
-            check_script(self.cluster_environment)
         if self._start_method == "popen":
-            super()._configure_launcher()
+            self._launcher = ScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
         else:
             self._launcher = ForkingLauncher(self, start_method=self._start_method)
 

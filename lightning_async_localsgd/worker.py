@@ -18,6 +18,7 @@ from torch.profiler import record_function
 from lightning_async_localsgd.accelerator import can_pin, copied
 from lightning_async_localsgd.budget import Budget
 from lightning_async_localsgd.drops import Drops
+from lightning_async_localsgd.errors import PeerLostError
 from lightning_async_localsgd.exchange import (
     Adoption,
     Beat,
@@ -28,6 +29,7 @@ from lightning_async_localsgd.exchange import (
     Progress,
     Push,
 )
+from lightning_async_localsgd.exchange.causes import Causes
 from lightning_async_localsgd.exchange.header import PROTOCOL, Flag, Message
 from lightning_async_localsgd.exchange.share import share
 from lightning_async_localsgd.layout import Layout
@@ -179,10 +181,17 @@ class Worker:
         self._exchange: ExchangeThread | None = None
         self._stopwatch = Stopwatch(settings.local_steps)
 
+    def _share(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give all workers worker 0's values. Who waits for a worker that waits for a lost one names the lost one."""
+        try:
+            share(self._transport, tensors, self.rank, self.size)
+        except PeerLostError as error:
+            raise Causes(self._store, self._roster, self._settings.timeout).first(error) from None
+
     def _share_initial_parameters(self) -> None:
         """Take worker 0's tensors, and begin from them."""
         with self._copies.following():
-            share(self._transport, self._named_tensors() | self._layout.others(self._module), self.rank, self.size)
+            self._share(self._named_tensors() | self._layout.others(self._module))
         odd = self._state.begin(self._layout.tensors(self._module))
         if odd:
             warnings.warn(
@@ -358,7 +367,7 @@ class Worker:
         self._exchange.join(self._settings.timeout.total_seconds())
         with self._copies.following():
             self._copy_to_module(self._state.flat)
-        share(self._transport, self._layout.others(self._module), self.rank, self.size)
+        self._share(self._layout.others(self._module))
         self._transport.close()
         self._rounds.final_job_steps(progress)
         self.steps_made = progress.steps

@@ -371,8 +371,6 @@ class Row:
     strategy: dict[str, Any] = field(default_factory=dict)
     check: Callable[[End], bool] = field(default=lambda end: True)
     """The property, looked at on every worker after ``fit``."""
-    faster: bool = True
-    """Whether worker 0 makes more of the steps: not where all make as many, or where compilation takes longest."""
 
 
 def precision(forward: torch.dtype, parameters: torch.dtype) -> Callable[[End], bool]:
@@ -477,8 +475,8 @@ ROWS = {
     "tied and frozen": Row(Tied, check=tied),
     "configure_model": Row(Late),
     "lazy": Row(Lazy, check=lambda end: end.module.net[0].in_features == FEATURES),
-    "compiled": Row(compiled, check=lambda end: end.module._compiler_ctx is not None, faster=False),
-    "compiled net": Row(HalfCompiled, faster=False),
+    "compiled": Row(compiled, check=lambda end: end.module._compiler_ctx is not None),
+    "compiled net": Row(HalfCompiled),
     "metrics": Row(Metered, check=metered),
     # optimizers
     "raw optimizer": Row(Raw, check=lambda end: end.batches == 2 * end.local_steps),
@@ -501,7 +499,6 @@ ROWS = {
         Seeing,
         trainer=lambda: {"fast_dev_run": True},
         check=lambda end: end.batches == end.local_steps == 1 and worker_0_validates(end),
-        faster=False,
     ),
     "overfit_batches": Row(trainer=lambda: {"overfit_batches": 2}, check=overfits),
     "limit_train_batches": Row(trainer=lambda: {"limit_train_batches": 3}, check=takes_epochs(3)),
@@ -515,7 +512,6 @@ ROWS = {
     "max_epochs": Row(
         trainer=lambda: {"max_epochs": 2, "max_steps": -1},
         check=lambda end: end.trainer.current_epoch == 2,
-        faster=False,
     ),
     # callbacks
     "accumulation scheduler": Row(
@@ -597,7 +593,6 @@ def test_two_unequal_workers_end_with_the_same_module(name: str, tmp_path: Path)
         assert summary.digest == ends[0][0].digest
         assert summary.version > 0
         assert state == ends[0][1] and not torch.tensor(state).isnan().any()
-        assert not ROWS[name].faster or summary.local_steps[0] > summary.local_steps[1] > 0
 
 
 @pytest.mark.parametrize("name", REFUSED)

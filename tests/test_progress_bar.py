@@ -36,7 +36,8 @@ class WatchedRich(RichProgressBar):
 
     def on_train_batch_end(self, *args: Any) -> None:
         super().on_train_batch_end(*args)
-        self.shown.append((self.train_progress_bar.completed, self.train_progress_bar.total))
+        if self.progress is not None:  # on worker 0
+            self.shown.append((self.train_progress_bar.completed, self.train_progress_bar.total))
 
 
 BARS = {"tqdm": lambda: Watched(refresh_rate=1), "rich": WatchedRich}

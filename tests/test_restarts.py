@@ -7,8 +7,6 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.hosts import alone, run_together
 from tests.processes import make_store, results, run_processes
 from tests.restarted import DEATHS, EPOCHS, SAMPLES, VICTIMS, train
@@ -30,11 +28,17 @@ def test_two_deaths_in_a_row_lose_no_batch(tmp_path: Path) -> None:
     assert len({version for _, version in finished}) == 1
 
 
-@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
-def test_under_torchrun(rendezvous: str, tmp_path: Path) -> None:
-    where = "--master-port=29500" if rendezvous == "static" else "--rdzv-endpoint=127.0.0.1:29500"
+def test_under_torchrun(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--max-restarts={DEATHS}"]
-    command = [*alone(), *torchrun, f"--rdzv-backend={rendezvous}", where, "-m", "tests.restarted", str(tmp_path)]
+    command = [
+        *alone(),
+        *torchrun,
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=127.0.0.1:29500",
+        "-m",
+        "tests.restarted",
+        str(tmp_path),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     ((code, output),) = run_together([command], tmp_path, environment)
     assert code == 0, output

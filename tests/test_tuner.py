@@ -106,6 +106,9 @@ class Sized(Regression):
     def train_dataloader(self) -> Any:
         return DataLoader(regression_data(64), batch_size=self.batch_size)
 
+    def val_dataloader(self) -> Any:
+        return DataLoader(regression_data(8), batch_size=4)
+
 
 def test_a_batch_size_is_found_as_the_error_says(tmp_path: Path) -> None:
     module = Sized()

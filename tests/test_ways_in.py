@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
@@ -20,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_async_localsgd import AsyncLocalSGDStrategy
 from lightning_async_localsgd.launching import ForkingLauncher, check_start_method
 from tests.hosts import alone, run_together, two_hosts, why_not
+from tests.modules import Regression, make_trainer, stream
 
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "ways-in"
@@ -140,9 +140,9 @@ def test_code_from_standard_input_is_refused_with_the_way_out(monkeypatch: pytes
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     for name in ("LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
+    trainer = make_trainer(2, AsyncLocalSGDStrategy(), max_steps=1)
     with pytest.raises(MisconfigurationException, match=r"standard input.*async_localsgd_fork"):
-        L.Trainer(accelerator="cpu", devices=2, strategy=AsyncLocalSGDStrategy(), logger=False)
-    L.Trainer(accelerator="cpu", devices=1, strategy=AsyncLocalSGDStrategy(), logger=False)
+        trainer.fit(Regression(), stream(0))
 
 
 def test_start_methods_that_cannot_work_are_refused_with_one_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
