@@ -51,13 +51,14 @@ class JobGroup(ProcessGroup):
     Args:
         rank: this process.
         size: number of processes.
-        connect: makes the group of gloo that larger collectives go through.
+        connect: makes the group of gloo that larger collectives go through, the n-th one if called with n.
     """
 
-    def __init__(self, rank: int, size: int, connect: Callable[[], ProcessGroupGloo]) -> None:
+    def __init__(self, rank: int, size: int, connect: Callable[[int], ProcessGroupGloo]) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]  # as torch's own tests call it
         self._connect = connect
         self._gloo: Any = None
+        self._connections = 0
         self.job: StaticJob | None = None
         """The processes, by whose store they find each other; None: this process alone."""
         self.closed_by: str | None = None
@@ -84,7 +85,8 @@ class JobGroup(ProcessGroup):
         self.meet()
         if self._gloo is None:
             with listening_at(self.job.address if self.job is not None else None):
-                self._gloo = self._connect()
+                self._gloo = self._connect(self._connections)
+            self._connections += 1
         return self._gloo
 
     def disconnect(self) -> None:
@@ -144,7 +146,11 @@ for _name in (
 
 
 def _make(store: Store, rank: int, size: int, timeout: timedelta) -> JobGroup:
-    return JobGroup(rank, size, lambda: ProcessGroupGloo(PrefixStore("gloo", store), rank, size, timeout))
+    def connect(number: int) -> ProcessGroupGloo:
+        """Under keys of its own: those of an earlier one hold addresses at which nobody listens any more."""
+        return ProcessGroupGloo(PrefixStore(f"gloo{number}", store), rank, size, timeout)
+
+    return JobGroup(rank, size, connect)
 
 
 dist.Backend.register_backend(_BACKEND, _make, devices=["cpu", "cuda"])

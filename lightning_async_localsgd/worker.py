@@ -248,7 +248,7 @@ class Worker:
         self._exchange.start()
         if not self._settings.overlap:
             self._wait_for_adoption()
-        self._round_started = time.monotonic()
+        self._round_started = self._step_ended = time.monotonic()
         self._stopwatch.resume()
 
     def step(self, samples: int = 0) -> bool:
@@ -456,8 +456,10 @@ class Worker:
         return decision
 
     def measure_updates(self) -> None:
-        """Compute every outer update's ``norm`` and ``alignment``, on the exchange thread. Call it before the start."""
+        """Compute every outer update's ``norm`` and ``alignment`` from now on, on the exchange thread."""
         self._measure_updates = True
+        if self._exchange is not None:
+            self._mailbox.measure_updates = True
 
     def take_updates(self) -> list[OuterUpdate]:
         """The outer updates since the last call, oldest first (at most 4096: older ones are forgotten)."""
