@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -101,3 +102,8 @@ def make_trainer(devices: int, strategy: AsyncLocalSGDStrategy, **kwargs: Any) -
 def stream(rank: int, batch_size: int = 4) -> DataLoader[tuple[Tensor, Tensor]]:
     """The endless loader of one rank."""
     return DataLoader(Batches(100 + rank, batch_size), batch_size=None)
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The checkpoints named ``{step}``, in the order of the job's steps."""
+    return sorted(Path(folder).glob("step=*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))

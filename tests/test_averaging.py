@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
 from lightning_async_localsgd.final_module import _checksum
-from tests.modules import FEATURES, Regression, make_trainer, regression_data, stream
+from tests.modules import FEATURES, Regression, checkpoints, make_trainer, regression_data, stream
 from tests.processes import results, run_processes
 
 
@@ -181,7 +181,7 @@ def saving(rank: int, size: int, folder: str, ckpt: str | None, max_steps: int) 
 
 def test_a_checkpoint_holds_the_average_and_the_global_model_and_goes_on_from_both(tmp_path: Path) -> None:
     first = results(run_processes(saving, 2, 2, str(tmp_path), None, 30))
-    path, *_ = sorted(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
+    path = checkpoints(tmp_path)[0]
     saved = torch.load(path, weights_only=True)
     flat = {
         key: torch.cat([t.double().flatten() for t in saved[key].values()]).tolist()

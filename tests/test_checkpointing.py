@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
 from lightning_async_localsgd.checkpoint_files import Whole, find_wholes
-from tests.modules import FEATURES, Regression, make_trainer, regression_data, stream
+from tests.modules import FEATURES, Regression, checkpoints, make_trainer, regression_data, stream
 from tests.processes import results, run_processes
 
 
@@ -175,7 +175,7 @@ def test_lightnings_background_writing_makes_whole_checkpoints(tmp_path: Path) -
     ends = results(run_processes(in_background, 2, 2, str(tmp_path), None))
     threads, by_training_thread = ends[0][2:]
     assert threads > 0 and not by_training_thread
-    first, *_ = sorted(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
+    first = checkpoints(tmp_path)[0]
     assert is_whole(first)
     again = results(run_processes(in_background, 2, 2, str(tmp_path / "again"), str(first)))
     assert again[0][0] == again[1][0] and again[0][1] == 80
@@ -267,8 +267,8 @@ def finetuning(rank: int, size: int, folder: str, ckpt: str | None, max_steps: i
 
 def test_workers_that_have_unfrozen_different_layers_resume_each_with_its_own(tmp_path: Path) -> None:
     results(run_processes(finetuning, 2, 2, str(tmp_path), None, 20))
-    path = tmp_path / "step=10.ckpt"  # worker 0 is in its second epoch, worker 1 in its first
-    part = torch.load(next(tmp_path.glob("step=10.ckpt.workers/*/worker-1.pt")), weights_only=True)
+    path = checkpoints(tmp_path)[0]  # worker 0 is in its second epoch, worker 1 in its first
+    part = torch.load(next(tmp_path.glob(f"{path.name}.workers/*/worker-1.pt")), weights_only=True)
     groups = [
         len(state["optimizer_states"][0]["param_groups"])
         for state in (torch.load(path, weights_only=True), part["checkpoint"])
