@@ -484,7 +484,7 @@ def test_the_name_is_registered() -> None:
 SCRIPT = r"""
 import sys
 import torch
-from tests.modules import checkpoints, Regression, make_trainer, stream
+from tests.modules import Regression, make_trainer, stream
 from lightning_async_localsgd import AsyncLocalSGDStrategy
 torch.set_num_threads(1)
 plan = AsyncLocalSGDStrategy(local_steps=5)
