@@ -81,8 +81,9 @@ class JobEpochs:
             in_epoch = made if self._trainer.current_epoch == 0 else min(made, progress.current.ready)
             self._before = made - in_epoch
             self._begin_counting(in_epoch)
-        if self._counts_validation:  # a checkpoint of an epoch's end may have been written before its validation
-            self._control.validation_due = progress.is_last_batch
+        if self._counts_validation:  # a checkpoint may have been written before a validation, or within one that failed
+            restarted = self._loop.epoch_loop.val_loop.restarted_mid_evaluation
+            self._control.validation_due = progress.is_last_batch or restarted
 
     def begin_epoch(self) -> None:
         """Begin with an epoch; its loaders may be new."""

@@ -61,6 +61,26 @@ def test_one_process_validates_as_under_ddp(tmp_path: Path) -> None:
     assert again == [at[9:]]
 
 
+class Fails(L.Callback):
+    """The validation after 50 batches fails in its step."""
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        def fail(*args: Any) -> None:
+            raise ArithmeticError("a bad batch")
+
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready == 50:
+            pl_module.validation_step = fail  # type: ignore[method-assign]
+
+
+def test_a_validation_that_failed_is_made_again_when_the_run_goes_on(tmp_path: Path) -> None:
+    options = {"max_epochs": 1, "val_check_interval": 25}
+    save = ModelCheckpoint(tmp_path, "failed", save_on_exception=True, every_n_train_steps=10**6)
+    (failed,) = run_processes(validate, 1, 1, 100, options, (0.0,), {}, [Fails(), save])
+    assert "a bad batch" in failed.error
+    (at,) = results(run_processes(validate, 1, 1, 100, options, (0.0,), {}, [], str(tmp_path / "failed.ckpt")))
+    assert at == [(0, 50), (0, 75), (0, 100)]
+
+
 @pytest.mark.parametrize(
     ("batches", "options"),
     [
