@@ -56,6 +56,9 @@ def test_schedules_that_the_module_steps_count_the_steps_of_the_job() -> None:
         assert types == [OneCycleLR, LambdaLR]  # they are the user's own again
 
 
+RATE = 2.0**-8
+
+
 class Watching(Regression):
     """Its validation loss never falls; its schedule looks at it every 10 steps."""
 
@@ -63,7 +66,7 @@ class Watching(Regression):
         self.log("val_loss", 1.0)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+        optimizer = torch.optim.SGD(self.parameters(), lr=RATE)
         schedule = ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
         config = {"scheduler": schedule, "monitor": "val_loss", "interval": "step", "frequency": 10}
         return {"optimizer": optimizer, "lr_scheduler": config}
@@ -79,8 +82,11 @@ def watching(rank: int, size: int) -> Any:
 
 def test_a_plateau_every_few_steps_takes_the_loss_of_worker_0_where_it_is_known() -> None:
     rates = results(run_processes(watching, 2, 2))
-    assert rates[0] == (0.5**5, 10)  # as under DDP: looked at after each of 6 validations, the first of them the best
-    assert 0.5**5 <= rates[1][0] <= 0.5 and rates[1][1] == 10
+    assert rates[0] == (
+        RATE * 0.5**5,
+        10,
+    )  # as under DDP: looked at after each of 6 validations, the first of them the best
+    assert RATE * 0.5**5 <= rates[1][0] <= RATE * 0.5 and rates[1][1] == 10
 
 
 class ByEpoch(Regression):

@@ -18,6 +18,7 @@ from lightning_async_localsgd.membership.store import JobStore
 __all__ = ["Phase", "Pulse", "Watch"]
 
 _MOST_SECONDS = 2.0
+_TOLD_SECONDS = 10.0  # a process that ends before the store has its last word is found by silence only
 _REASON_LENGTH = 4000
 
 
@@ -87,7 +88,8 @@ class Pulse:
             self._beat = Beat(self._beat.number + 1, self._beat.host, stage, phase, reason)
             count = self._beat.number
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._said >= count or self._ended, self._seconds)
+            patience = min(_TOLD_SECONDS, self._store.timeout.total_seconds())
+            self._changed.wait_for(lambda: self._said >= count or self._ended, patience)
 
     @property
     def _seconds(self) -> float:
