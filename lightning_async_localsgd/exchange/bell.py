@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
+
+from torch.distributed import DistStoreError, Store
 
 from lightning_async_localsgd.errors import PeerLostError
 from lightning_async_localsgd.membership import JobStore
+from lightning_async_localsgd.sockets import recorded_sockets
 
 __all__ = ["Bell"]
 
@@ -31,7 +35,7 @@ class Bell:
         self,
         store: JobStore,
         on_ring: Callable[[int], None],
-        on_lost: Callable[[PeerLostError], None],
+        on_lost: Callable[[Exception], None],
     ) -> None:
         self._store = store.within("bell")
         self._on_ring = on_ring
@@ -63,12 +67,16 @@ class Bell:
             self._thread.join(timeout=1)
 
     def _listen(self) -> None:
-        store = self._store.clone()
+        """Sleep in the store itself: its wait costs nothing and ends at once, as looking again and again does not."""
         try:
+            with recorded_sockets():
+                store: Store = self._store.native.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
             while not self._closed:
-                if store.wait([str(self._turn)], _A_DAY) and not self._closed:
-                    self._on_ring(self._turn)
-                    self._turn += 1
-        except PeerLostError as error:
+                with suppress(DistStoreError):  # a day without a turn
+                    store.wait([str(self._turn)], _A_DAY)
+                    if not self._closed:
+                        self._on_ring(self._turn)
+                        self._turn += 1
+        except RuntimeError as error:
             if not self._closed:
                 self._on_lost(error)

@@ -359,7 +359,7 @@ class ExchangeThread:
 
     # ---- failures ---------------------------------------------------------------------------------------------------
 
-    def _on_store_lost(self, error: PeerLostError) -> None:
+    def _on_store_lost(self, error: Exception) -> None:
         self._mailbox.fail(self._roster.store_lost(error))
         self._transport.interrupt()  # this worker may be waiting for others in vain
 
