@@ -88,7 +88,7 @@ class Pulse:
             self._beat = Beat(self._beat.number + 1, self._beat.host, stage, phase, reason)
             count = self._beat.number
             self._changed.notify_all()
-            patience = min(_TOLD_SECONDS, self._store.timeout.total_seconds())
+            patience = min(_TOLD_SECONDS, self._store.timeout.total_seconds() / 4)
             self._changed.wait_for(lambda: self._said >= count or self._ended, patience)
 
     @property
