@@ -142,7 +142,7 @@ class Ends(Regression):
 
 
 def ending(rank: int, victim: int) -> tuple[list[float], list[str]]:
-    module, trainer = Ends(victim), make(3, 4.0)
+    module, trainer = Ends(victim), make(3, 10.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(module, stream(rank))
