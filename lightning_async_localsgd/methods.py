@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 
-from lightning_async_localsgd.outer import AsyncBuffer, DelayCompensation, DelayedNesterov, Poly, PolyThres, Transform
+from lightning_async_localsgd.outer import (
+    GROWTH,
+    AsyncBuffer,
+    DelayCompensation,
+    DelayedNesterov,
+    Poly,
+    PolyThres,
+    Transform,
+)
 from lightning_async_localsgd.pace import make_pace
 
 __all__ = ["METHODS", "Method", "make_method"]
@@ -114,6 +122,14 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             optimizer=DelayedNesterov,
             pace="dylu",
         ),
+        "dn-growing": Method(
+            "The default: delayed Nesterov whose momentum grows with the rounds made",
+            f"{_LIU}, Algorithm 3, with this library's growth (docs/cold-start.md)",
+            outer_lr=0.7,
+            outer_lr_source="that of dn, to which it comes from 1 as the momentum grows",
+            optimizer=partial(DelayedNesterov, growth=GROWTH),
+            pace="dylu",
+        ),
     }
 )
 """All methods, by name."""
@@ -138,9 +154,10 @@ def make_method(
         workers: number of workers.
         outer_lr: outer learning rate; None: the method's.
         outer_momentum: outer momentum; None: the method's.
-        pace: ``"fixed"`` or ``"dylu"``; None: the paper's, which is DyLU for ``"dn"`` and fixed for all others.
+        pace: ``"fixed"`` or ``"dylu"``; None: the paper's, which is DyLU for ``"dn"`` (growing or
+            not) and fixed for all others.
         **options: further arguments of the method's transformation (``power``, ``threshold``, ``strength``, ``size``)
-            or, if it has none, of its outer optimizer (``momentum_activation``).
+            or, if it has none, of its outer optimizer (``momentum_activation``, ``growth``).
 
     Returns:
         ``outer_optimizer``, ``transforms``, ``pace`` and ``quorum``; for ``"sync"`` also ``overlap=False``.

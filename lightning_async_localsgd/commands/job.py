@@ -55,7 +55,7 @@ def add_method(parser: argparse.ArgumentParser, local_steps: int) -> None:
         local_steps: default of H.
     """
     method = parser.add_argument_group("method (settings that are not given are the method's)")
-    method.add_argument("--method", default="dn", metavar="NAME", help="one of --list-methods")
+    method.add_argument("--method", default="dn-growing", metavar="NAME", help="one of --list-methods")
     method.add_argument("--list-methods", action=_ListMethods, help="show the methods and exit")
     method.add_argument(
         "--local-steps", type=whole(1), default=local_steps, metavar="H", help="per round of the fastest worker"

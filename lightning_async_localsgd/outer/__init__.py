@@ -1,6 +1,6 @@
 """The outer level: the global state and what moves it. Pure: no threads, no communication."""
 
-from lightning_async_localsgd.outer.delayed_nesterov import DelayedNesterov
+from lightning_async_localsgd.outer.delayed_nesterov import GROWTH, DelayedNesterov, default_outer_optimizer
 from lightning_async_localsgd.outer.delta import Adopter, Unsendable, write_delta
 from lightning_async_localsgd.outer.state import Constraint, GlobalState, OuterOptimizerFactory
 from lightning_async_localsgd.outer.transforms import (
@@ -14,6 +14,7 @@ from lightning_async_localsgd.outer.transforms import (
 )
 
 __all__ = [
+    "GROWTH",
     "Adopter",
     "Arrival",
     "AsyncBuffer",
@@ -27,5 +28,6 @@ __all__ = [
     "PolyThres",
     "Transform",
     "Unsendable",
+    "default_outer_optimizer",
     "write_delta",
 ]

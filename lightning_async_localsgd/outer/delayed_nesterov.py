@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,7 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-__all__ = ["DelayedNesterov"]
+__all__ = ["GROWTH", "STATE_OF_GROUPS", "DelayedNesterov", "default_outer_optimizer"]
+
+GROWTH = 0.4
+"""The default's: tuned from scratch, and measured after a pretraining too; see docs/cold-start.md."""
+
+STATE_OF_GROUPS = ("received", "filled")
+"""What parameter groups hold beside settings."""
 
 
 class DelayedNesterov(torch.optim.Optimizer):
@@ -31,6 +38,15 @@ class DelayedNesterov(torch.optim.Optimizer):
     With ``c = 0``, N pseudo-gradients taken from the same :math:`\theta` move it exactly as one
     ``torch.optim.SGD(nesterov=True)`` step on their mean.
 
+    From scratch, directions still turn in the first rounds, and a momentum that adds up ten of them leads astray. With
+    ``growth`` :math:`a`, momentum and learning rate begin as those of plain averaging, and become :math:`\beta` and
+    :math:`\epsilon` with the buffers filled so far, :math:`r`; the horizon :math:`1 / (1 - \beta_r)` grows by
+    :math:`a` with each:
+
+    .. math::
+        \beta_r = \min\left( \beta, \frac{a r}{1 + a r} \right), \qquad
+        \epsilon_r = 1 + (\epsilon - 1) \, \beta_r / \beta
+
     Args:
         params: parameters to optimize, or dicts of parameter groups.
         lr: outer learning rate :math:`\epsilon`.
@@ -38,12 +54,15 @@ class DelayedNesterov(torch.optim.Optimizer):
         buffer_size: N, pseudo-gradients per momentum update; None: the number of workers, which
             :class:`~lightning_async_localsgd.AsyncLocalSGDStrategy` fills in.
         momentum_activation: c in [0, 1/N], how much of the momentum is already applied between buffer ends.
+        growth: how fast the momentum grows to ``momentum``, in buffers of horizon per buffer filled, more than 0; None:
+            it is ``momentum`` from the first, which is Algorithm 3 to the letter and what suits pretrained parameters.
 
     Raises:
         ValueError: if an argument is outside its range.
 
     References:
-        Liu et al. 2024, Asynchronous Local-SGD Training for Language Modeling (arXiv 2401.09135), Algorithm 3.
+        Liu et al. 2024, Asynchronous Local-SGD Training for Language Modeling (arXiv 2401.09135), Algorithm 3. The
+        growth is this library's: see docs/cold-start.md.
     """
 
     def __init__(
@@ -53,18 +72,23 @@ class DelayedNesterov(torch.optim.Optimizer):
         momentum: float = 0.9,
         buffer_size: int | None = None,
         momentum_activation: float = 0.0,
+        growth: float | None = None,
     ) -> None:
         if lr < 0:
             raise ValueError(f"`lr` must be at least 0, got {lr}.")
         if not 0 <= momentum < 1:
             raise ValueError(f"`momentum` must be in [0, 1), got {momentum}.")
+        if growth is not None and not 0 < growth < math.inf:
+            raise ValueError(f"`growth` must be a number above 0, or None, got {growth}.")
         _check_buffer(buffer_size, momentum_activation)
         defaults = {
             "lr": lr,
             "momentum": momentum,
             "buffer_size": buffer_size,
             "momentum_activation": momentum_activation,
+            "growth": growth,
             "received": 0,  # t of Algorithm 3, modulo N: the pseudo-gradients in the buffer
+            "filled": 0,  # t of Algorithm 3, over N: buffers that have been full
         }
         super().__init__(params, defaults)
 
@@ -112,17 +136,19 @@ class DelayedNesterov(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["buffer_size"] is None:
                 raise RuntimeError("`buffer_size` is None: outside the strategy, pass the number of workers.")
+            lr, beta = _in_force(group)
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, p.grad, group)
+                    self._update(p, p.grad, lr, beta, group)
             group["received"] = (group["received"] + 1) % group["buffer_size"]
+            group["filled"] += group["received"] == 0
         return loss
 
-    def _update(self, p: Tensor, pseudo_gradient: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, p: Tensor, pseudo_gradient: Tensor, lr: float, beta: float, group: dict[str, Any]) -> None:
         # Products and sums are separate operations on purpose: a fused multiply-add rounds once where two operations
         # round twice, and whether it is used depends on the processor and on how a loop is split over threads. Replicas
         # on unlike machines must agree to the bit.
-        lr, beta, n, c = group["lr"], group["momentum"], group["buffer_size"], group["momentum_activation"]
+        n, c = group["buffer_size"], group["momentum_activation"]
         first, last = group["received"] == 0, group["received"] == n - 1
         state = self.state[p]
         if not state:
@@ -145,6 +171,21 @@ class DelayedNesterov(torch.optim.Optimizer):
             if activation:
                 update.add_(m.mul(activation))
             theta.sub_(update.mul_(lr))
+
+
+def _in_force(group: dict[str, Any]) -> tuple[float, float]:
+    """Learning rate and momentum of now."""
+    lr, momentum, growth = group["lr"], group["momentum"], group["growth"]
+    if growth is None or momentum == 0:
+        return lr, momentum
+    horizon = 1 + growth * group["filled"]  # in buffers
+    beta = min(momentum, 1 - 1 / horizon)
+    return 1 + (lr - 1) * beta / momentum, beta
+
+
+def default_outer_optimizer(params: Iterable[Parameter]) -> DelayedNesterov:
+    """The outer optimizer of whoever chooses none: right from the first step of training from scratch."""
+    return DelayedNesterov(params, lr=0.7, momentum=0.9, growth=GROWTH)
 
 
 _BLOCK = 1 << 16  # elements: the operands of one block stay in the cache, so that memory is streamed once per step

@@ -10,7 +10,7 @@ import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_async_localsgd.outer.delayed_nesterov import DelayedNesterov
+from lightning_async_localsgd.outer.delayed_nesterov import STATE_OF_GROUPS, DelayedNesterov
 
 __all__ = ["given_settings", "load_outer_optimizer"]
 
@@ -63,7 +63,7 @@ def load_outer_optimizer(
     differences = []
     for i, (group, now) in enumerate(zip(optimizer.param_groups, in_force, strict=True)):
         before = groups[i] if given_then is None else given_then[i]
-        for key in now.keys() - {"params", "received"}:
+        for key in now.keys() - {"params", *STATE_OF_GROUPS}:
             changed = key in before and not _same(before[key], given[i][key])
             if changed and given[i][key] is not None:
                 differences.append(f"`{key}` of the outer optimizer was {before[key]} and is {given[i][key]}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_async_localsgd.layout import Layout
-from lightning_async_localsgd.outer.delayed_nesterov import DelayedNesterov
+from lightning_async_localsgd.outer.delayed_nesterov import DelayedNesterov, default_outer_optimizer
 from lightning_async_localsgd.outer.resuming import given_settings, load_outer_optimizer
 from lightning_async_localsgd.outer.starts import RoundStarts
 from lightning_async_localsgd.outer.transforms import Arrival, Context, Transform, check_transforms
@@ -33,7 +32,8 @@ class GlobalState:
 
     Args:
         layout: where each tensor lies in the flat vector.
-        outer_optimizer: makes the outer optimizer from the global parameters; None: :class:`DelayedNesterov`.
+        outer_optimizer: makes the outer optimizer from the global parameters; None: :class:`DelayedNesterov` whose
+            momentum grows.
         workers: number of workers; a ``DelayedNesterov`` whose ``buffer_size`` is open gets it from here.
         quorum: deltas that one outer update takes the mean of (1: each delta is an outer update of its own).
         device: where the state lives.
@@ -65,7 +65,7 @@ class GlobalState:
         self.parameters = [Parameter(view) for view in self._parameter_views(self.flat)]
         for parameter, gradient in zip(self.parameters, self._parameter_views(self.pseudo_gradient), strict=True):
             parameter.grad = gradient
-        make = outer_optimizer or partial(DelayedNesterov, lr=0.7, momentum=0.9)
+        make = outer_optimizer or default_outer_optimizer
         self.optimizer = make(self.parameters)
         self._make_optimizer = make
         self._given = given_settings(self.optimizer)

@@ -15,7 +15,7 @@ from lightning_async_localsgd.codecs import codecs_by_name, make_codec
 from lightning_async_localsgd.exchange.header import Header
 from lightning_async_localsgd.exchange.ledger import OuterUpdate, Progress
 from lightning_async_localsgd.exchange.transport import CHUNK
-from lightning_async_localsgd.outer import Arrival, DelayedNesterov
+from lightning_async_localsgd.outer import Arrival, DelayedNesterov, default_outer_optimizer
 from lightning_async_localsgd.pace import FixedPace, make_pace
 from lightning_async_localsgd.rounds import Rounds
 from lightning_async_localsgd.settings import Settings
@@ -502,7 +502,7 @@ def _mbit(bytes_per_second: float) -> str:
 def _optimizer_copies(settings: Settings, workers: int) -> int:
     """Vectors of the parameters' shape that the outer optimizer keeps, once it has made a step."""
     parameter = torch.nn.Parameter(torch.zeros(2))
-    make = settings.outer_optimizer or partial(DelayedNesterov, lr=0.7, momentum=0.9)
+    make = settings.outer_optimizer or default_outer_optimizer
     optimizer = make([parameter])
     if isinstance(optimizer, DelayedNesterov):
         optimizer.set_default_buffer_size(max(1, round(workers / settings.quorum)))

@@ -109,3 +109,47 @@ def test_activation_is_checked_again_when_the_number_of_workers_is_known() -> No
     optimizer = DelayedNesterov([Parameter(torch.zeros(1))], momentum_activation=0.5)
     with pytest.raises(ValueError, match=r"between 0 and 1/buffer_size = 0\.25"):
         optimizer.set_default_buffer_size(4)
+
+
+@pytest.mark.parametrize("lr", [0.7, 1.0, 1.2])
+def test_growth_begins_with_plain_averaging_and_ends_with_algorithm_3(lr: float) -> None:
+    n, growth = 3, 0.5
+    theta, gradients = random_sequence((4, 5), 30 * n)
+    growing = Parameter(theta.clone())
+    optimizer = DelayedNesterov([growing], lr=lr, momentum=0.8, buffer_size=n, growth=growth)
+    expected, momentum = theta.clone(), torch.zeros_like(theta)
+    for filled in range(30):
+        beta = min(0.8, growth * filled / (1 + growth * filled))
+        rate = 1 + (lr - 1) * beta / 0.8
+        mean = torch.stack(gradients[n * filled : n * (filled + 1)]).mean(0)
+        momentum = beta * momentum + mean
+        expected = expected - rate * (mean + beta * momentum)
+        for g in gradients[n * filled : n * (filled + 1)]:
+            growing.grad = g
+            optimizer.step()
+        torch.testing.assert_close(growing.detach(), expected, rtol=0, atol=1e-12)
+        if filled == 0:
+            torch.testing.assert_close(growing.detach(), theta - mean, rtol=0, atol=1e-12)
+    assert beta == 0.8 and rate == lr
+
+
+def test_growth_goes_on_where_it_was_saved() -> None:
+    theta, gradients = random_sequence((6,), 20)
+    parameter, whole = Parameter(theta.clone()), Parameter(theta.clone())
+    optimizer = DelayedNesterov([parameter], buffer_size=2, growth=0.3)
+    reference = DelayedNesterov([whole], buffer_size=2, growth=0.3)
+    for t, g in enumerate(gradients):
+        if t == 7:
+            state = optimizer.state_dict()
+            optimizer = DelayedNesterov([parameter], buffer_size=2, growth=0.3)
+            optimizer.load_state_dict(state)
+        parameter.grad = whole.grad = g
+        optimizer.step()
+        reference.step()
+    assert torch.equal(parameter, whole)
+
+
+@pytest.mark.parametrize("growth", [0.0, -1.0, float("nan"), float("inf")])
+def test_growth_out_of_range_is_refused(growth: float) -> None:
+    with pytest.raises(ValueError, match="`growth` must be a number above 0"):
+        DelayedNesterov([Parameter(torch.zeros(1))], growth=growth)
