@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy, RunSummary
+from lightning_async_localsgd.demo.argument_types import whole_or_auto
 from lightning_async_localsgd.demo.arguments import add_arguments, build_data, build_model
 from lightning_async_localsgd.demo.language_model import LanguageModel
 from lightning_async_localsgd.demo.text import TextDataModule
@@ -74,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--seed", type=int, default=0)
 
     run.add_argument("--max-steps", type=int, default=400, help="local steps per worker, on average")
-    run.add_argument("--local-steps", type=int, default=20, help="local steps per round of the fastest worker")
+    run.add_argument("--local-steps", type=whole_or_auto, default="auto", help="per round of the fastest worker")
     run.add_argument("--prompt", default="The ", help="start of the generated sample")
     add_arguments(parser)
     return parser.parse_args()

@@ -8,9 +8,14 @@ import warnings
 import torch
 
 from lightning_async_localsgd.outer import AsyncBuffer, DelayedNesterov
+from lightning_async_localsgd.round_length import AUTO, RoundLength
 from lightning_async_localsgd.settings import Settings
 
-__all__ = ["SettingsWarning", "useless_settings", "warn_of_useless_settings"]
+__all__ = ["FEW_ROUNDS", "SettingsWarning", "useless_settings", "warn_of_useless_settings"]
+
+
+FEW_ROUNDS = 20
+"""With fewer rounds per worker a run learns less than it could."""
 
 
 class SettingsWarning(UserWarning):
@@ -36,13 +41,20 @@ def useless_settings(settings: Settings, workers: int, max_steps: int | None) ->
             )
     if max_steps is None:
         return found
-    if max_steps < settings.local_steps:
+    length = settings.round_length(max_steps).first()
+    if max_steps < length:
         found.append(
-            f"`local_steps={settings.local_steps}` are more than the {max_steps} steps that each worker makes on "
-            "average: not one round is as long as asked for, and hardly anything is exchanged before the end. Make "
-            f"rounds shorter, `local_steps={max(1, max_steps // 20)}` for instance, or train for longer."
+            f"`local_steps={length}` are more than the {max_steps} steps that each worker makes on average: not one "
+            "round is as long as asked for, and hardly anything is exchanged before the end. Make rounds shorter, "
+            f"`local_steps={max(1, max_steps // FEW_ROUNDS)}` for instance, or train for longer."
         )
-    deltas = workers * math.ceil(max_steps * workers / settings.local_steps)  # at most: all as fast as one can be
+    elif workers > 1 and max_steps < FEW_ROUNDS * length and settings.local_steps != AUTO:
+        found.append(
+            f"`local_steps={length}` gives each worker {max_steps // length} rounds in a run of {max_steps} steps: so "
+            f'few that what it learns falls behind synchronous training. Leave `local_steps` to "auto", which '
+            f"makes rounds of {RoundLength(AUTO, max_steps).first()} steps here, or train for longer."
+        )
+    deltas = workers * math.ceil(max_steps * workers / length)  # at most: all as fast as one can be
     for transform in settings.transforms:
         if isinstance(transform, AsyncBuffer) and (transform.size or 0) > deltas:
             found.append(

@@ -25,7 +25,7 @@ class AsyncLocalSGDFabricStrategy(DDPStrategy):
         fabric = Fabric(devices=2, strategy=AsyncLocalSGDFabricStrategy())
         fabric.launch()
         module, optimizer = fabric.setup(module, optimizer)
-        with AsyncLocalSGD(module, optimizer, local_steps=50, max_steps=1000) as job:
+        with AsyncLocalSGD(module, optimizer, max_steps=1000) as job:
             ...
 
     ``fabric.setup_dataloaders`` gives each worker a share of the data. What would make processes meet

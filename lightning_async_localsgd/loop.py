@@ -35,7 +35,7 @@ class AsyncLocalSGD:
     final global parameters into the module; an exception that leaves it ends the others too, with an error that names
     this worker and the exception::
 
-        with AsyncLocalSGD(module, optimizer, local_steps=50, max_steps=1000) as job:
+        with AsyncLocalSGD(module, optimizer, max_steps=1000) as job:
             while job.running:
                 loss(module, next(batches)).backward()
                 optimizer.step()

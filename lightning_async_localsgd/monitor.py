@@ -63,8 +63,7 @@ class AsyncLocalSGDMonitor(pl.Callback):
         assert worker is not None
         worker.measure_updates()
         self._updates.clear()
-        settings = trainer.strategy.settings
-        self._goodput = Goodput(_GOODPUT_ROUNDS * settings.local_steps * trainer.strategy.workers)
+        self._goodput = Goodput(_GOODPUT_ROUNDS * worker.summary().round_length * trainer.strategy.workers)
 
     def on_outer_update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, update: OuterUpdate) -> None:
         """Called by the strategy for every outer update."""

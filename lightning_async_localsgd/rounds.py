@@ -9,7 +9,7 @@ import torch
 
 from lightning_async_localsgd.budget import estimate_steps, estimate_total
 from lightning_async_localsgd.data import draw_shard
-from lightning_async_localsgd.exchange.ledger import Progress
+from lightning_async_localsgd.exchange.ledger import NO_BEAT, Progress
 from lightning_async_localsgd.pace import make_pace
 from lightning_async_localsgd.settings import Settings
 
@@ -40,7 +40,7 @@ class Rounds:
         self.round_steps = 0
         """Local steps of the current round."""
         self.round_samples = 0
-        self.beat = Progress.at_start(size, settings.local_steps).beat
+        self.beat = NO_BEAT
         """The latest beat that this worker has kept."""
         self.shard_generator = torch.Generator().manual_seed(rank)
         self._size = size
@@ -50,20 +50,23 @@ class Rounds:
         self._shared_budget = settings.shares_budget(size)
         self._max_steps: int | None = None
         self._open_end = False
+        self._planned_at_begin = 0  # local steps of this round, as of its beginning
         self._shift = 0  # local steps by which this round is to be longer than planned
         self._pushed_steps = 0  # of the round before
         self._ahead = 0  # in lockstep: own steps that the others did not make as well
         self._job_steps = 0
 
-    def start(self, max_steps: int | None, open_end: bool = False) -> None:
+    def start(self, progress: Progress, max_steps: int | None, open_end: bool = False) -> None:
         """Begin the run.
 
         Args:
+            progress: what it starts or goes on from.
             max_steps: local steps per worker that it has; None: no limit.
             open_end: ``max_steps`` is only what is expected.
         """
         self._max_steps = max_steps
         self._open_end = open_end
+        self._planned_at_begin = progress.round_steps[self.rank]
 
     def join(self, progress: Progress) -> None:
         """Begin in the middle of a run, as the others are."""
@@ -95,6 +98,7 @@ class Rounds:
         self._pushed_steps = self.round_steps
         self.round_steps = self.round_samples = 0
         self._shift = 0
+        self._planned_at_begin = progress.round_steps[self.rank]
         if draw:
             self.shard = draw_shard([1] * self._size, progress.shard_samples, self.shard_generator)
 
@@ -116,10 +120,14 @@ class Rounds:
             progress: shared progress.
             wanted: whether a turn is being held open for this worker.
         """
-        planned = progress.round_steps[self.rank]
+        planned = self._planned(progress)
         self._keep_step(progress, planned)
         due = self._enough(planned) if wanted else planned + self._shift
         return self.round_steps >= due and not self._is_last(progress, self.local_steps)
+
+    def _planned(self, progress: Progress) -> int:
+        """Local steps of this round: as of now; in lockstep as of its beginning, when all knew the same."""
+        return self._planned_at_begin if self._lockstep else progress.round_steps[self.rank]
 
     def most_to_extend(self, progress: Progress) -> int:
         """The most local steps of a pushed round that the steps since then may still be added to.
@@ -129,7 +137,7 @@ class Rounds:
         """
         if self._is_last(progress, self.local_steps):
             return 0  # what is left for the last round would be less than half of one
-        return math.floor((1 + self._pace.tolerance) * progress.round_steps[self.rank]) - self.round_steps
+        return math.floor((1 + self._pace.tolerance) * self._planned(progress)) - self.round_steps
 
     def patience(self, progress: Progress, speed: float) -> float:
         """Seconds for which a turn that opens now is worth holding open for this worker's next push.
@@ -141,11 +149,11 @@ class Rounds:
         window = self._settings.grace_period
         if speed == 0:
             return window
-        planned = progress.round_steps[self.rank]
+        planned = self._planned(progress)
         if self._settings.overlap:  # nobody waits meanwhile: worth it for what brings this worker in step with the rest
             window = max(window, max(2, self._pace.tolerance * planned) / speed)
             # The fastest workers do not wait, but the turn holds back their deltas: no longer than they made them.
-            window = min(window, self._settings.local_steps / max(speed, *progress.speeds))
+            window = min(window, progress.local_steps / max(speed, *progress.speeds))
             window = min(window, self._settings.timeout.total_seconds() / 4)
         steps = max(1, self._enough(planned) - self.round_steps)
         if steps / speed > window or self._is_last(progress, self.local_steps + steps):
@@ -177,7 +185,7 @@ class Rounds:
         outer update with its momentum, and one of a few steps would be all momentum.
         """
         caps = progress.caps
-        return caps is not None and caps[self.rank] - local_steps < progress.round_steps[self.rank] / 2
+        return caps is not None and caps[self.rank] - local_steps < self._planned(progress) / 2
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from lightning_async_localsgd.codecs import Codec, make_codec
 from lightning_async_localsgd.outer import Constraint, OuterOptimizerFactory, Transform
 from lightning_async_localsgd.outer.transforms import check_transforms
 from lightning_async_localsgd.pace import FixedPace, Pace, make_pace
+from lightning_async_localsgd.round_length import AUTO, RoundLength
 
 __all__ = ["Settings"]
 
@@ -28,7 +29,7 @@ class Settings:
         ValueError: if a field is outside its range.
     """
 
-    local_steps: int = 50
+    local_steps: int | str = AUTO
     outer_optimizer: OuterOptimizerFactory | None = None
     pace: str | Pace = "dylu"
     grace_period: float = 0.05
@@ -45,8 +46,8 @@ class Settings:
     constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
-        if self.local_steps < 1:
-            raise ValueError(f"`local_steps` must be at least 1, got {self.local_steps}.")
+        if self.local_steps != AUTO and (not isinstance(self.local_steps, int) or self.local_steps < 1):
+            raise ValueError(f"`local_steps` must be a whole number, at least 1, or 'auto', got {self.local_steps!r}.")
         if self.quorum < 1:
             raise ValueError(f"`quorum` must be at least 1, got {self.quorum}.")
         if self.grace_period < 0:
@@ -92,6 +93,10 @@ class Settings:
                 f"`quorum={self.quorum}` is larger than the number of workers, {workers}: no outer update could ever "
                 f"take place. Pass at most {workers}."
             )
+
+    def round_length(self, max_steps: int | None) -> RoundLength:
+        """What decides on H in a run of that many local steps per worker; None: its length is not known."""
+        return RoundLength(self.local_steps, max_steps)
 
     def lockstep(self, workers: int) -> bool:
         """Whether every worker's delta, of H steps each, is in every outer update, so that all make as many steps."""

@@ -15,7 +15,7 @@ class Stopwatch:
     """Measures the speed of training alone: time spent on the exchange or in a pause does not count.
 
     Args:
-        local_steps: H, local steps per round of the fastest worker.
+        local_steps: the most local steps per round that there will be.
         clock: tells the time in seconds.
     """
 

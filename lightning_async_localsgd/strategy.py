@@ -65,12 +65,14 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
 
     Example::
 
-        trainer = L.Trainer(devices=4, max_steps=20_000, strategy=AsyncLocalSGDStrategy(local_steps=50))
+        trainer = L.Trainer(devices=4, max_steps=20_000, strategy=AsyncLocalSGDStrategy())
         trainer.fit(model, datamodule)
         print(trainer.strategy.summary)
 
     Args:
-        local_steps: H, local steps per round of the fastest worker.
+        local_steps: H, local steps per round of the fastest worker. ``"auto"``: as few as are cheap, by the measured
+            time of a step and of an exchange and by the length of the run, and at most 50 unless an exchange takes
+            longer (docs/cold-start.md).
         outer_optimizer: makes the outer optimizer from the global parameters, for instance
             ``functools.partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)``; None:
             ``DelayedNesterov(lr=0.7, momentum=0.9, growth=0.4)``, right from scratch. After a pretraining, say so:
@@ -123,7 +125,7 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
 
     def __init__(
         self,
-        local_steps: int = 50,
+        local_steps: int | str = "auto",
         outer_optimizer: OuterOptimizerFactory | None = None,
         pace: str | Pace = "dylu",
         grace_period: float = 0.05,

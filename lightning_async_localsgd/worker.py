@@ -35,6 +35,7 @@ from lightning_async_localsgd.exchange.share import share
 from lightning_async_localsgd.layout import Layout
 from lightning_async_localsgd.membership import Roster
 from lightning_async_localsgd.outer import Adopter, GlobalState
+from lightning_async_localsgd.round_length import AUTO
 from lightning_async_localsgd.rounds import Rounds
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.stopwatch import Stopwatch
@@ -46,6 +47,7 @@ __all__ = ["RunSummary", "Worker", "forget_non_finite_state", "unversioned"]
 _SAVED_PROGRESS = (
     "steps",
     "round_steps",
+    "local_steps",
     "shard_samples",
     "updates",
     "total_staleness",
@@ -70,6 +72,8 @@ class RunSummary:
     mean_staleness: float
     """Mean over all deltas of the versions that passed between the start of a round and its application."""
     max_staleness: int
+    round_length: int
+    """H, local steps per round of the fastest worker: as given or, with ``"auto"``, what it has come to."""
     dropped: tuple[int, ...]
     """Non-finite deltas of each worker, which were not applied."""
     bytes_sent: int
@@ -170,7 +174,8 @@ class Worker:
         self._pauses = 0
         self._own: list[Tensor] | None = None  # what `lend_global` has put aside
         self._lent_for_cut = False
-        self._progress = Progress.at_start(size, settings.local_steps)
+        self._progress = Progress.at_start(size, settings.round_length(None).first())
+        self._resumed_progress = False
         self._resumed_round: Mapping[str, Any] | None = None
         self._has_others_copies = False  # inner optimizers were loaded from another worker's
         self.on_cut: Callable[[Message], None] | None = None
@@ -179,7 +184,7 @@ class Worker:
         """Called on the training thread after each turn that it waits for: there may be messages to heed."""
         self._measure_updates = False
         self._exchange: ExchangeThread | None = None
-        self._stopwatch = Stopwatch(settings.local_steps)
+        self._stopwatch = Stopwatch(settings.round_length(None).longest)
 
     def _share(self, tensors: Mapping[str, Tensor]) -> None:
         """Give all workers worker 0's values. Who waits for a worker that waits for a lost one names the lost one."""
@@ -215,8 +220,10 @@ class Worker:
                 the fast ones more of it. None: until :meth:`step` is no longer called.
             open_end: ``max_steps`` is only what is expected, of epochs for instance: :meth:`step` does not end the run.
         """
-        self._rounds.start(max_steps, open_end)
         budget = Budget(max_steps, self.size, self._settings.shares_budget(self.size), open_end)
+        if not self._resumed_progress:  # only now the length of the run is known
+            length = self._settings.round_length(max_steps)
+            self._progress = replace(Progress.at_start(self.size, length.first()), version=self._progress.version)
         steps, round_steps = self._progress.steps, self._progress.round_steps
         progress = replace(
             self._progress,
@@ -225,6 +232,7 @@ class Worker:
             stop=False,
             over=False,
         )
+        self._rounds.start(progress, max_steps, open_end)
         self._mailbox = Mailbox(progress)
         self._mailbox.measure_updates = self._measure_updates
         pinned = can_pin(self._device, self._outer_device)
@@ -486,6 +494,7 @@ class Worker:
             local_steps=progress.steps,
             mean_staleness=progress.total_staleness / max(1, progress.updates),
             max_staleness=progress.max_staleness,
+            round_length=progress.local_steps,
             dropped=progress.dropped,
             bytes_sent=progress.bytes_sent,
             bytes_received=progress.bytes_received,
@@ -639,8 +648,9 @@ class Worker:
         self._progress = replace(self._progress, version=self.version)
         if same_workers:
             saved: dict[str, Any] = state_dict["progress"] | {"beat": Beat(*state_dict["progress"]["beat"])}
-            if max(saved["round_steps"]) != self._settings.local_steps:  # `local_steps` was another number
-                saved["round_steps"] = self._progress.round_steps
+            if self._settings.local_steps not in (AUTO, saved["local_steps"]):  # it was another number
+                saved |= {"round_steps": self._progress.round_steps, "local_steps": self._progress.local_steps}
+            self._resumed_progress = True
             self._rounds.beat = saved["beat"]
             self._progress = replace(self._progress, **saved)
 

@@ -9,7 +9,7 @@ from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 from lightning_async_localsgd.commands.usage import UsageError
-from lightning_async_localsgd.demo.argument_types import at_least, more_than_zero, whole
+from lightning_async_localsgd.demo.argument_types import at_least, more_than_zero, whole, whole_or_auto
 
 if TYPE_CHECKING:
     from lightning_async_localsgd.simulation import Network
@@ -47,18 +47,22 @@ def add_network(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_method(parser: argparse.ArgumentParser, local_steps: int) -> None:
+def add_method(parser: argparse.ArgumentParser, local_steps: int | str) -> None:
     """How they learn from each other.
 
     Args:
         parser: whose arguments.
-        local_steps: default of H.
+        local_steps: default of H; a number, if it has to be one.
     """
     method = parser.add_argument_group("method (settings that are not given are the method's)")
     method.add_argument("--method", default="dn-growing", metavar="NAME", help="one of --list-methods")
     method.add_argument("--list-methods", action=_ListMethods, help="show the methods and exit")
     method.add_argument(
-        "--local-steps", type=whole(1), default=local_steps, metavar="H", help="per round of the fastest worker"
+        "--local-steps",
+        type=whole(1) if isinstance(local_steps, int) else whole_or_auto,
+        default=local_steps,
+        metavar="H",
+        help="per round of the fastest worker",
     )
     method.add_argument("--outer-lr", type=more_than_zero, metavar="LR", help="outer learning rate")
     method.add_argument("--outer-momentum", type=at_least(0), metavar="BETA", help="momentum of the outer optimizer")

@@ -63,7 +63,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
     add_workers(parser)
     add_network(parser)
-    add_method(parser, local_steps=20)
+    add_method(parser, local_steps="auto")
     add_arguments(parser)
     # Small, so that a run without arguments takes a minute.
     parser.set_defaults(run=run, width=64, layers=2, context=64, batch_size=8)
@@ -71,7 +71,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def _check_budget(args: argparse.Namespace, workers: int) -> None:
     together = args.max_steps * workers
-    if together < args.local_steps:
+    if args.local_steps != "auto" and together < args.local_steps:
         raise UsageError(
             f"--max-steps {args.max_steps} is {together} local steps of all {workers} workers together, less than one "
             f"round of the fastest: give at least {math.ceil(args.local_steps / workers)}, or fewer --local-steps than "

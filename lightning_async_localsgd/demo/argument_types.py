@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Callable
 
-__all__ = ["at_least", "more_than_zero", "whole"]
+__all__ = ["at_least", "more_than_zero", "whole", "whole_or_auto"]
 
 
 def whole(least: int) -> Callable[[str], int]:
@@ -22,6 +22,11 @@ def whole(least: int) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def whole_or_auto(text: str) -> int | str:
+    """Whole numbers from 1, or ``auto``."""
+    return text if text == "auto" else whole(1)(text)
 
 
 def at_least(least: float) -> Callable[[str], float]:

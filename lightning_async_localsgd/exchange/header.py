@@ -14,11 +14,11 @@ __all__ = ["HEADER_BYTES", "MESSAGE_BYTES", "PROTOCOL", "Flag", "Header", "Messa
 Message = dict[str, Any]
 """A control message: a JSON object of at most ``MESSAGE_BYTES``."""
 
-PROTOCOL = 3
+PROTOCOL = 4
 HEADER_BYTES = 4096
 _MAGIC = b"ALSG"
 _PREFIX = struct.Struct("<4sHHI")  # magic, protocol, flags, bytes of message
-_FIELDS = struct.Struct("<10Qdq")
+_FIELDS = struct.Struct("<10Qdddq")
 MESSAGE_BYTES = HEADER_BYTES - _PREFIX.size - _FIELDS.size
 _COUNTS = ("worker", "turn", "version", "steps", "round", "round_steps", "round_samples", "shard", "start_version")
 _LARGEST_COUNT = 1 << 53  # exact as a float too
@@ -47,8 +47,10 @@ class Header:
     """One worker's side of one turn. All counts are of this run.
 
     ``round``, ``round_steps``, ``round_samples``, ``round_seconds``, ``shard`` and ``start_version`` are about the
-    delta, if there is one; ``steps`` and ``speed`` (local steps per second) are as of now. ``checksum`` is that of the
-    global state at ``version``, before this turn.
+    delta, if there is one; ``steps`` and ``speed`` (local steps per second) are as of now. ``exchange_seconds`` is how
+    long a turn with a delta of this worker's takes from its headers to its end, ``exchange_cost`` for how much of that
+    its exchange thread keeps a processor busy; both 0 while unknown. ``checksum`` is that of the global state at
+    ``version``, before this turn.
     """
 
     worker: int
@@ -58,6 +60,8 @@ class Header:
     flags: Flag = Flag.NONE
     steps: int = 0
     speed: float = 0.0
+    exchange_seconds: float = 0.0
+    exchange_cost: float = 0.0
     round: int = 0
     round_steps: int = 0
     round_samples: int = 0
@@ -87,6 +91,8 @@ class Header:
             self.shard,
             self.start_version,
             self.speed,
+            self.exchange_seconds,
+            self.exchange_cost,
             self.checksum,
         )
         return (prefix + fields + text).ljust(HEADER_BYTES, b"\0")
@@ -120,7 +126,9 @@ class Header:
             shard=values[8],
             start_version=values[9],
             speed=values[10],
-            checksum=values[11],
+            exchange_seconds=values[11],
+            exchange_cost=values[12],
+            checksum=values[13],
             flags=Flag(flags),
             message=_message(text) if text else None,
         )
@@ -131,7 +139,8 @@ class Header:
         for name in _COUNTS:
             _check_range(name, getattr(self, name), _LARGEST_COUNT)
         _check_range("speed", self.speed, _LARGEST_SPEED)
-        _check_range("round_seconds", self.round_seconds, _LARGEST_COUNT / 1e6)
+        for name in ("round_seconds", "exchange_seconds", "exchange_cost"):
+            _check_range(name, getattr(self, name), _LARGEST_COUNT / 1e6)
         if self.start_version > self.version:
             raise ValueError(f"its `start_version` is {self.start_version}, past its `version`, {self.version}")
         if int(self.flags) & ~_ALL_FLAGS:

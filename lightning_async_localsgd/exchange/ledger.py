@@ -12,7 +12,7 @@ from lightning_async_localsgd.outer import Arrival
 from lightning_async_localsgd.pace import make_pace
 from lightning_async_localsgd.settings import Settings
 
-__all__ = ["Beat", "Ledger", "LedgerState", "OuterUpdate", "Progress"]
+__all__ = ["NO_BEAT", "Beat", "Ledger", "LedgerState", "OuterUpdate", "Progress"]
 
 
 class OuterUpdate(NamedTuple):
@@ -43,6 +43,9 @@ class Beat(NamedTuple):
     """Whose deltas were applied in that turn."""
 
 
+NO_BEAT = Beat(0, ())
+
+
 @dataclass(frozen=True)
 class Progress:
     """Shared progress after a turn: computed from the headers, alike on every worker."""
@@ -64,6 +67,8 @@ class Progress:
     """Every worker has pushed everything and every delta is applied."""
     shard_samples: tuple[int, ...]
     beat: Beat
+    local_steps: int
+    """H, local steps per round of the fastest worker."""
     updates: int = 0
     total_staleness: int = 0
     max_staleness: int = 0
@@ -85,7 +90,8 @@ class Progress:
             stop=False,
             over=False,
             shard_samples=nothing,
-            beat=Beat(0, ()),
+            beat=NO_BEAT,
+            local_steps=local_steps,
             dropped=nothing,
         )
 
@@ -129,6 +135,8 @@ class Ledger:
         self._dropped = list(progress.dropped)
         self._shard_samples = list(progress.shard_samples)
         self._beat = progress.beat
+        self._round_length = settings.round_length(budget.max_steps)
+        self._local_steps = progress.local_steps
 
     def due(self, headers: Sequence[Header]) -> list[list[Header]]:
         """The deltas to apply in this turn, in rank order: each group makes one outer update.
@@ -200,13 +208,21 @@ class Ledger:
             if header.worker == 0:
                 self._beat = Beat(header.round, tuple(h.worker for h in applied))
         self.steps = tuple(h.steps for h in headers)
-        round_steps = self._pace.steps([h.speed for h in headers], self._settings.local_steps)
+        speeds = tuple(h.speed for h in headers)
+        self._local_steps = self._round_length.next(
+            self._local_steps,
+            sum(self.steps) // len(self.steps),
+            speeds,
+            [h.exchange_seconds for h in headers],
+            [h.exchange_cost for h in headers],
+        )
+        round_steps = self._pace.steps(speeds, self._local_steps)
         under_way = self._under_way(headers)
         final = [Flag.FINAL in h.flags for h in headers]
         return Progress(
             version=self._state.version,
             steps=self.steps,
-            speeds=tuple(h.speed for h in headers),
+            speeds=speeds,
             round_steps=tuple(round_steps),
             caps=self._budget.caps(self.steps, round_steps, under_way, final),
             exhausted=self._budget.exhausted(self.steps, under_way),
@@ -214,6 +230,7 @@ class Ledger:
             over=all(final),
             shard_samples=tuple(self._shard_samples),
             beat=self._beat,
+            local_steps=self._local_steps,
             updates=self._updates,
             total_staleness=self._total_staleness,
             max_staleness=self._max_staleness,

@@ -19,10 +19,12 @@ from __future__ import annotations
 import atexit
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -51,6 +53,7 @@ _GOODBYE = timedelta(seconds=10)
 _LAST_WORDS = timedelta(seconds=2)
 _A_MOMENT = 2.0  # seconds
 _HEARTBEAT = 5.0  # seconds
+_RECENT = 5  # exchanges whose median is told
 
 
 class _Transfer(NamedTuple):
@@ -61,6 +64,15 @@ class _Transfer(NamedTuple):
     wire: Tensor
     """Its wire form."""
     wait: Callable[[], None]
+
+
+class _Exchange(NamedTuple):
+    """What an exchange of a delta of this worker's has taken, in seconds."""
+
+    seconds: float
+    """From all headers to the new global parameters."""
+    cost: float
+    """Of this thread's processor."""
 
 
 class ExchangeThread:
@@ -102,6 +114,7 @@ class ExchangeThread:
         self._pending: Push | None = None
         self._unsendable = Unsendable()  # of the pending push
         self._advanced = [time.monotonic()] * roster.size
+        self._exchanges: deque[_Exchange] = deque(maxlen=_RECENT)
         self._leaving = False  # this worker's own training has failed
         self._bell = Bell(self._store, mailbox.hear, self._on_store_lost)
         self._thread = threading.Thread(target=self._run, name="async-localsgd-exchange", daemon=True)
@@ -177,12 +190,14 @@ class ExchangeThread:
             self._mailbox.wait_for_push()
         if self._settings.overlap:
             self._transport.gather(_READY)
+        busy_since = time.thread_time()
         live, push = self._mailbox.take()
         if push is not None:
             self._unsendable = self._prepare(push)
             self._pending = push
         with record_function("async_localsgd::headers"):
             headers = self._gather(self._header(live))
+        began = time.monotonic()
         if Flag.ABORT in live.flags:
             raise PeerAbortedError(_reason(live.message))
         updates, applied = self._apply(headers)
@@ -191,6 +206,8 @@ class ExchangeThread:
                 headers, applied, self._transport.bytes_sent, self._transport.bytes_received
             )
         adoption = self._adopt(applied)
+        if adoption is not None:
+            self._exchanges.append(_Exchange(time.monotonic() - began, time.thread_time() - busy_since))
         if not self._mailbox.wait_for_bell(self._turn, self._timeout):
             raise self._roster.store_lost(TimeoutError("the bell has not been heard"))
         if self._turn > 0 and self._roster.rank == 0:
@@ -229,6 +246,8 @@ class ExchangeThread:
             flags=live.flags,
             steps=live.steps,
             speed=live.speed,
+            exchange_seconds=median(exchange.seconds for exchange in self._exchanges) if self._exchanges else 0.0,
+            exchange_cost=median(exchange.cost for exchange in self._exchanges) if self._exchanges else 0.0,
             message=live.message,
         )
         if self._pending is None:

@@ -125,6 +125,7 @@ def plan(
     parameters: int,
     workers: Sequence[float],
     *,
+    local_steps: int = 50,
     network: Network | None = None,
     noise: float = 0.0,
     memory_bandwidth: float = MEMORY_BANDWIDTH,
@@ -143,17 +144,20 @@ def plan(
     Args:
         parameters: trainable parameters (and float buffers) of the model.
         workers: speed of each worker in local steps per second.
+        local_steps: H, a number.
         network: between them; None: messages take no time.
         noise: deviation of step times, as a part of them.
         memory_bandwidth: bytes per second of one thread, for copies and outer updates.
         seed: of the noise.
-        **settings: fields of :class:`~lightning_async_localsgd.Settings`.
+        **settings: further fields of :class:`~lightning_async_localsgd.Settings`.
 
     Raises:
         ValueError: if an argument is outside its range.
     """
     network = network or Network()
-    chosen = Settings(**settings)
+    if not isinstance(local_steps, int):
+        raise ValueError(f"`local_steps` must be a number to plan with, got {local_steps!r}.")
+    chosen = Settings(local_steps=local_steps, **settings)
     _check(parameters, workers, network, noise, memory_bandwidth, chosen)
     costs = _Costs(parameters, chosen, memory_bandwidth)
     exchange = costs.exchange_seconds(network, len(workers))
@@ -163,7 +167,7 @@ def plan(
     timeline = Timeline(
         [_make_worker(speed / at_once, noise / math.sqrt(at_once)) for speed in workers],
         10**12,  # far off: planned is the middle of a run
-        replace(chosen, local_steps=max(1, round(chosen.local_steps / at_once))),
+        replace(chosen, local_steps=max(1, round(local_steps / at_once))),
         state,
         _Nothing(),
         recorder,
@@ -353,10 +357,16 @@ def _make_worker(speed: float, noise: float) -> VirtualWorker:
     return VirtualWorker(NoisyDevice(speed, noise) if noise else speed)
 
 
+def _number(settings: Settings) -> int:
+    """H, which is a number in a plan."""
+    assert isinstance(settings.local_steps, int)
+    return settings.local_steps
+
+
 def _steps_at_once(speeds: Sequence[float], settings: Settings, exchange: float) -> float:
     """Local steps to simulate as one, so that there are not too many."""
     slowest = min(speeds) if isinstance(make_pace(settings.pace), FixedPace) else max(speeds)
-    seconds = settings.local_steps / slowest
+    seconds = _number(settings) / slowest
     if settings.overlap:  # training goes on meanwhile
         seconds = max(seconds, exchange)
     steps = (_WARM_UP_ROUNDS + _MEASURED_ROUNDS) * sum(speeds) * seconds
@@ -364,8 +374,8 @@ def _steps_at_once(speeds: Sequence[float], settings: Settings, exchange: float)
     if steps <= most:
         return 1.0
     at_once = steps / most
-    simulated = max(1, math.floor(settings.local_steps / at_once))
-    return max(at_once, settings.local_steps / simulated)
+    simulated = max(1, math.floor(_number(settings) / at_once))
+    return max(at_once, _number(settings) / simulated)
 
 
 def _evaluate(
@@ -390,7 +400,7 @@ def _evaluate(
     return Plan(
         parameters=costs.parameters,
         workers=len(speeds),
-        local_steps=settings.local_steps,
+        local_steps=_number(settings),
         codec=make_codec(settings.codec).name,
         overlap=settings.overlap,
         utilization=per_second / sum(speeds),
@@ -413,11 +423,11 @@ def _evaluate(
 
 def _link_need(speeds: Sequence[float], settings: Settings, network: Network, costs: _Costs) -> float:
     if settings.lockstep(len(speeds)):
-        seconds = settings.local_steps / min(speeds)
+        seconds = _number(settings) / min(speeds)
     elif isinstance(make_pace(settings.pace), FixedPace):
-        seconds = settings.local_steps * len(speeds) / sum(speeds)  # in which there are as many rounds as workers
+        seconds = _number(settings) * len(speeds) / sum(speeds)  # in which there are as many rounds as workers
     else:
-        seconds = settings.local_steps / max(speeds)
+        seconds = _number(settings) / max(speeds)
     allowed = seconds if settings.overlap else (1 - TARGET) * seconds
     rest = allowed - costs.exchange_seconds(replace(network, bandwidth=math.inf), len(speeds))
     everyone = range(len(speeds))

@@ -100,10 +100,11 @@ class Simulation:
         self.settings.check_workers(size)
         self._network = network or Network()
         self._network.check_workers(size)
-        if max_steps * size < self.settings.local_steps:
+        first = self.settings.round_length(max_steps).first()
+        if max_steps * size < first:
             raise ValueError(
                 f"`max_steps={max_steps}` of {size} workers are less than one round of "
-                f"`local_steps={self.settings.local_steps}`: nobody would push anything."
+                f"`local_steps={first}`: nobody would push anything."
             )
         warn_of_useless_settings(self.settings, size, max_steps)
         if evaluate_every is not None and evaluate_every < 1:

@@ -154,7 +154,8 @@ class Lane:
         self.present_seconds = 0.0  # until it left
         self.bytes_sent = 0
         self.bytes_received = 0
-        self.stopwatch = Stopwatch(settings.local_steps, clock)
+        self.stopwatch = Stopwatch(settings.round_length(None).longest, clock)
+        self.exchange = (0.0, 0.0)  # seconds that its latest exchange took, and kept its processor busy
         self.chance = random.Random(f"{seed} {rank}")
         self.version = 0  # of the global parameters that it has adopted
         self.steps = 0  # as its next header tells
@@ -239,7 +240,7 @@ class Timeline:
         self._update_seconds = update_seconds
         self._turn_seconds = turn_seconds
         budget = Budget(max_steps, size, settings.shares_budget(size))
-        start = Progress.at_start(size, settings.local_steps)
+        start = Progress.at_start(size, settings.round_length(max_steps).first())
         late = [worker.joins > 0 for worker in workers]
         self.progress = replace(start, caps=budget.caps(start.steps, start.round_steps, final=late))
         """Shared progress after the latest turn."""
@@ -254,7 +255,7 @@ class Timeline:
         self._present: list[int] = []  # who is there, in order of rank
         self._to_come = size
         for lane in self.lanes:
-            lane.rounds.start(max_steps)
+            lane.rounds.start(self.progress, max_steps)
             self._at(lane.worker.joins, _Phase.DEVICES, self._join, lane)
             if lane.worker.leaves < float("inf"):
                 self._at(lane.worker.leaves, _Phase.DEVICES, self._leave, lane)
@@ -474,7 +475,16 @@ class Timeline:
 
     def _take(self, lane: Lane) -> None:
         """Write a worker's header, and take what it has pushed."""
-        header = Header(lane.rank, self._turn, flags=lane.flags, steps=lane.steps, speed=lane.speed)
+        seconds, cost = lane.exchange
+        header = Header(
+            lane.rank,
+            self._turn,
+            flags=lane.flags,
+            steps=lane.steps,
+            speed=lane.speed,
+            exchange_seconds=seconds,
+            exchange_cost=cost,
+        )
         lane.news = False
         finite = True
         if lane.push is not None:
@@ -499,8 +509,10 @@ class Timeline:
         senders = [header.worker for group in groups for header in group]
         self._count_bytes(senders)
         present = sorted({*self._present, *senders})
-        seconds = self._network.delta_seconds(senders, present, self._elements, self._element_bytes)
-        seconds += len(groups) * self._update_seconds + (self._turn_seconds if senders else 0.0)
+        cost = len(groups) * self._update_seconds + (self._turn_seconds if senders else 0.0)
+        seconds = cost + self._network.delta_seconds(senders, present, self._elements, self._element_bytes)
+        for sender in senders:
+            self.lanes[sender].exchange = (seconds, cost)
         self._at(self.now + seconds, _Phase.EXCHANGE, self._publish, headers, groups)
 
     def _count_bytes(self, senders: Sequence[int]) -> None:

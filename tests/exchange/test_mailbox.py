@@ -12,7 +12,7 @@ import torch
 from lightning_async_localsgd.exchange import Beat, Mailbox, Progress, Push
 from lightning_async_localsgd.exchange.header import MESSAGE_BYTES, Flag
 
-PROGRESS = Progress(0, (0,), (0.0,), (5,), None, False, False, False, (0,), Beat(0, ()))
+PROGRESS = Progress(0, (0,), (0.0,), (5,), None, False, False, False, (0,), Beat(0, ()), 5)
 PUSH = Push(torch.zeros(1), torch.ones(1), lambda: None, 0, 5, 20, 1.0, 0, 0)
 
 
