@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -11,11 +12,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_async_localsgd.advice import SettingsWarning
 from lightning_async_localsgd.duplicates import SameData
 from lightning_async_localsgd.epochs import JobEpochs
 from lightning_async_localsgd.fetches import Fetches
 from lightning_async_localsgd.fit_loops import LoopControl, release_loops, take_over_loops
 from lightning_async_localsgd.followers import FollowedMetrics, Inactive, metric_messages
+from lightning_async_localsgd.guard import Guard, MeanLoss
 from lightning_async_localsgd.loader import samples_in_training
 from lightning_async_localsgd.meetings import check_pass, learn_decisions
 from lightning_async_localsgd.membership import StaticJob, as_json
@@ -25,6 +28,7 @@ from lightning_async_localsgd.schedulers import JobSchedulers
 
 if TYPE_CHECKING:
     from lightning_async_localsgd.crew import FollowingRank
+    from lightning_async_localsgd.exchange import OuterUpdate
     from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
     from lightning_async_localsgd.worker import Worker
 
@@ -61,6 +65,8 @@ class WorkerCallback(pl.Callback):
         self._same_data: SameData | None = None
         self._samples = 0
         self._batches = 0  # of this pass over the data
+        self._guard: Guard | None = None
+        self._loss = MeanLoss()
         self._metrics_before: dict[str, Tensor] = {}
         self._validated: dict[str, float] = {}
         self._validated_once = False
@@ -167,6 +173,8 @@ class WorkerCallback(pl.Callback):
         self._epochs.begin_training()
         self._control.run_over = self._worker.budget_spent
         self._same_data = SameData.where_possible(self._strategy, trainer)
+        if trainer.is_global_zero and self._strategy.workers > 1:
+            self._guard = Guard(self._strategy.settings, budget)
         self._schedulers = JobSchedulers(trainer, self._scheduler_steps, self._follows, self._steps_made, budget)
         self._schedulers.advance(self._worker.job_steps)
         if self._strategy.validate_global and self._strategy.workers > 1:
@@ -196,6 +204,8 @@ class WorkerCallback(pl.Callback):
         if self._same_data is not None:
             self._same_data.see(batch)
         self._batches += 1
+        if self._guard is not None:
+            self._loss.see(outputs)
         accumulating = pl_module.automatic_optimization and trainer.fit_loop.epoch_loop._should_accumulate()
         if self._strategy.take_local_step(accumulating):
             self._count_step(trainer, pl_module)
@@ -337,10 +347,20 @@ class WorkerCallback(pl.Callback):
         updates = self._worker.take_updates()
         if not updates:
             return
+        if self._guard is not None:
+            self._let_guard_see(self._guard, updates)
         listeners = [c.on_outer_update for c in self._callbacks if hasattr(c, "on_outer_update")]
         for update in updates:
             for listener in listeners:
                 listener(trainer, pl_module, update)
+
+    def _let_guard_see(self, guard: Guard, updates: list[OuterUpdate]) -> None:
+        length = self._worker.summary().round_length
+        for update in updates:
+            if update.worker == 0:
+                alignment = math.nan if update.alignment is None else update.alignment
+                for sentence in guard.see_round(self._loss.take(), alignment, length):
+                    rank_zero_warn(sentence, category=SettingsWarning)
 
 
 def _sendable_state(callback: pl.Callback) -> dict[str, Any] | None:

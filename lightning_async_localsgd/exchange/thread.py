@@ -53,6 +53,7 @@ _GOODBYE = timedelta(seconds=10)
 _LAST_WORDS = timedelta(seconds=2)
 _A_MOMENT = 2.0  # seconds
 _HEARTBEAT = 5.0  # seconds
+_SAMPLE = 1 << 16  # elements, about
 _RECENT = 5  # exchanges whose median is told
 
 
@@ -312,11 +313,19 @@ class ExchangeThread:
         updates: list[OuterUpdate] = []
         groups = self._ledger.due(headers)
         for group in self._trade(groups):
-            measures = self._state.measure(len(group)) if self._mailbox.measure_updates else (None, None)
+            measures = self._measure(group)
             with record_function("async_localsgd::apply"), self._mailbox.global_state():
                 updates += self._ledger.apply(group, *measures)
                 synchronize(self._state.flat.device)  # the training thread may read it on another stream
         return updates, [header for group in groups for header in group]
+
+    def _measure(self, group: list[Header]) -> tuple[float | None, float | None]:
+        """Norm and alignment of an outer update, if anybody has asked; alignment of a sample, about, for the guard."""
+        if self._mailbox.measure_updates:
+            return self._state.measure(len(group))
+        if self._roster.rank == 0 and any(header.worker == 0 for header in group):
+            return None, self._state.measure(len(group), max(1, self._state.layout.parameter_numel // _SAMPLE))[1]
+        return None, None
 
     def _trade(self, groups: list[list[Header]]) -> Iterator[list[Header]]:
         """Bring the sum of one group's deltas after the other into the state's pseudo-gradient; yields whose they are.

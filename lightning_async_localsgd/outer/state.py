@@ -170,7 +170,7 @@ class GlobalState:
             self._starts.begin(workers)
 
     @torch.no_grad()
-    def measure(self, deltas: int = 1) -> tuple[float, float]:
+    def measure(self, deltas: int = 1, every: int = 1) -> tuple[float, float]:
         """L2 norm of what :attr:`pseudo_gradient` is the sum of, and its cosine with the outer momentum.
 
         Of parameters alone, before any transformation. The cosine is NaN while there is no momentum. Between momentum
@@ -178,15 +178,17 @@ class GlobalState:
 
         Args:
             deltas: how many workers' deltas ``pseudo_gradient`` is the sum of; the norm is that of their mean.
+            every: look at every so-manieth element only; the norm is then that of these.
         """
         products = torch.zeros(3, dtype=torch.float64)
         for parameter in self.parameters:
             state = self.optimizer.state[parameter]
             momentum = state.get("momentum", state.get("momentum_buffer"))
-            gradient = parameter.grad
-            assert gradient is not None
+            assert parameter.grad is not None
+            gradient = parameter.grad.view(-1)[::every]
             products[0] += torch.linalg.vector_norm(gradient).double().cpu() ** 2
             if isinstance(momentum, Tensor):
+                momentum = momentum.view(-1)[::every]
                 products[1] += (gradient * momentum).sum().double().cpu()
                 products[2] += torch.linalg.vector_norm(momentum).double().cpu() ** 2
         norm = products[0].sqrt()
