@@ -78,6 +78,9 @@ class Run:
     local_steps: int
     """H, local steps per round of the fastest worker."""
     pretrain_steps: int
+    outer_momentum: float | None = None
+    """None: the method's."""
+    overlap: bool = False
 
     @property
     def seconds_per_step(self) -> list[float]:
@@ -221,7 +224,7 @@ def execute(run: Run, folder: Path) -> Result:
 
 def _settings(run: Run) -> dict[str, Any]:
     """The library's settings: as the paper's workers do, ours wait for their exchange, which takes no time here."""
-    common = {"local_steps": run.local_steps, "overlap": False, "grace_period": run.grace_period}
+    common = {"local_steps": run.local_steps, "overlap": run.overlap, "grace_period": run.grace_period}
     if run.method == SINGLE:  # rounds that change nothing: the global parameters become those of the only worker
         return common | {"outer_optimizer": partial(torch.optim.SGD, lr=run.outer_lr), "pace": run.pace}
     options = {}
@@ -229,7 +232,7 @@ def _settings(run: Run) -> dict[str, Any]:
         options["momentum_activation"] = run.momentum_activation
     elif run.method == "delay-compensation":  # what the library's documentation recommends
         options["strength"] = 1 / (_learning_rate(run) * run.local_steps)
-    method = make_method(run.method, run.workers, outer_lr=run.outer_lr, pace=run.pace, **options)
+    method = make_method(run.method, run.workers, run.outer_lr, run.outer_momentum, run.pace, **options)
     return method | common
 
 

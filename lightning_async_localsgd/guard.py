@@ -96,7 +96,7 @@ class Guard:
     def _gentler() -> str:
         return (
             "Take a gentler outer optimizer: "
-            "`outer_optimizer=functools.partial(outer.DelayedNesterov, momentum=0.5, growth=0.4)`."
+            "`outer_optimizer=functools.partial(outer.DelayedNesterov, lr=0.7, momentum=0.5)`."
         )
 
 

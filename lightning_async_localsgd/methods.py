@@ -12,6 +12,7 @@ import torch
 
 from lightning_async_localsgd.outer import (
     GROWTH,
+    REACH,
     AsyncBuffer,
     DelayCompensation,
     DelayedNesterov,
@@ -125,9 +126,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "dn-growing": Method(
             "The default: delayed Nesterov whose momentum grows with the rounds made",
             f"{_LIU}, Algorithm 3, with this library's growth (docs/cold-start.md)",
-            outer_lr=0.7,
-            outer_lr_source="that of dn, to which it comes from 1 as the momentum grows",
-            optimizer=partial(DelayedNesterov, growth=GROWTH),
+            outer_lr=1.0,
+            outer_lr_source="that of plain averaging, from which it begins",
+            optimizer=partial(DelayedNesterov, growth=GROWTH, reach=REACH),
             pace="dylu",
         ),
     }
@@ -157,7 +158,7 @@ def make_method(
         pace: ``"fixed"`` or ``"dylu"``; None: the paper's, which is DyLU for ``"dn"`` (growing or
             not) and fixed for all others.
         **options: further arguments of the method's transformation (``power``, ``threshold``, ``strength``, ``size``)
-            or, if it has none, of its outer optimizer (``momentum_activation``, ``growth``).
+            or, if it has none, of its outer optimizer (``momentum_activation``, ``growth``, ``reach``).
 
     Returns:
         ``outer_optimizer``, ``transforms``, ``pace`` and ``quorum``; for ``"sync"`` also ``overlap=False``.

@@ -75,8 +75,8 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
             longer (docs/cold-start.md).
         outer_optimizer: makes the outer optimizer from the global parameters, for instance
             ``functools.partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)``; None:
-            ``DelayedNesterov(lr=0.7, momentum=0.9, growth=0.4)``, right from scratch. After a pretraining, say so:
-            pass ``DelayedNesterov``, whose momentum is there from the first step.
+            ``DelayedNesterov`` whose momentum grows with the rounds, right from scratch. After a pretraining pass
+            ``DelayedNesterov`` itself, whose momentum is there from the first step.
         pace: ``"dylu"`` (slow workers make fewer steps per round, so that all rounds take the same time), ``"fixed"``
             (H for everyone), or an object with ``steps(speeds, local_steps)`` and ``tolerance``.
         grace_period: seconds that an exchange waits for workers who are about to finish their round as well (with

@@ -22,6 +22,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
 from lightning_async_localsgd.loader import WorkerLoader
+from lightning_async_localsgd.outer import DelayedNesterov
 from tests.modules import (
     SPEEDS,
     Batches,
@@ -49,7 +50,15 @@ def parameters(module: nn.Module) -> list[float]:
 
 def equal_workers(rank: int, size: int, quorum: int) -> Any:
     # The grace window is long enough for all; it closes as soon as the last worker has pushed.
-    plan = strategy(local_steps=10, overlap=False, quorum=quorum, grace_period=20.0, pace="fixed", budget="per_worker")
+    plan = strategy(
+        local_steps=10,
+        outer_optimizer=DelayedNesterov,
+        overlap=False,
+        quorum=quorum,
+        grace_period=20.0,
+        pace="fixed",
+        budget="per_worker",
+    )
     module = Regression()
     make_trainer(size, plan, max_steps=50).fit(module, stream(rank))
     return parameters(module), plan.summary
@@ -446,8 +455,7 @@ def refused(rank: int, case: str) -> None:
 
 
 def _delayed_nesterov(params: Any, **kwargs: Any) -> torch.optim.Optimizer:
-    from lightning_async_localsgd.outer import DelayedNesterov
-
+    
     return DelayedNesterov(params, **kwargs)
 
 

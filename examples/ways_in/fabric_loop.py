@@ -40,7 +40,7 @@ def main() -> None:
     module = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))
     module, optimizer = fabric.setup(module, torch.optim.AdamW(module.parameters(), lr=1e-2))
 
-    with AsyncLocalSGD(module, optimizer, local_steps=20, max_steps=500, samples=16) as job:
+    with AsyncLocalSGD(module, optimizer, max_steps=500, samples=16) as job:
         while job.running:
             inputs, targets = next(batches)
             fabric.backward(nn.functional.mse_loss(module(inputs), targets))

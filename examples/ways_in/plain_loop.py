@@ -19,7 +19,7 @@ def main() -> None:
     module = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1)).to(device)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
 
-    with AsyncLocalSGD(module, optimizer, local_steps=20, max_steps=MAX_STEPS, samples=16) as job:
+    with AsyncLocalSGD(module, optimizer, max_steps=MAX_STEPS, samples=16) as job:
         generator = torch.Generator().manual_seed(job.rank)  # each worker has data of its own
         held_out = torch.randn(256, 8, generator=torch.Generator().manual_seed(1234)).to(device)
         while job.running:

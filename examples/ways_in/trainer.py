@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, default=200, help="local steps per worker, on average")
     args = parser.parse_args()
 
-    strategy = AsyncLocalSGDStrategy(local_steps=10)
+    strategy = AsyncLocalSGDStrategy()
     trainer = L.Trainer(
         strategy=strategy,
         devices=args.devices,

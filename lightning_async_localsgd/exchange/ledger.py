@@ -105,6 +105,9 @@ class LedgerState(Protocol):
     def apply(self, arrivals: Sequence[Arrival]) -> None:
         """Make one outer update of the sum of these deltas."""
 
+    def set_round_length(self, local_steps: int) -> None:
+        """Tell H, local steps per round of the fastest worker, from here on."""
+
     def begin_rounds(self, workers: Iterable[int]) -> None:
         """These workers start their next rounds from the state of now."""
 
@@ -138,6 +141,7 @@ class Ledger:
         self._beat = progress.beat
         self._round_length = settings.round_length(budget.max_steps)
         self._local_steps = progress.local_steps
+        state.set_round_length(self._local_steps)
 
     def due(self, headers: Sequence[Header]) -> list[list[Header]]:
         """The deltas to apply in this turn, in rank order: each group makes one outer update.
@@ -217,6 +221,7 @@ class Ledger:
             [h.exchange_seconds for h in headers],
             [h.exchange_cost for h in headers],
         )
+        self._state.set_round_length(self._local_steps)
         round_steps = self._pace.steps(speeds, self._local_steps)
         under_way = self._under_way(headers)
         final = [Flag.FINAL in h.flags for h in headers]

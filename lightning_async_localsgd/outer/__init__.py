@@ -1,6 +1,6 @@
 """The outer level: the global state and what moves it. Pure: no threads, no communication."""
 
-from lightning_async_localsgd.outer.delayed_nesterov import GROWTH, DelayedNesterov, default_outer_optimizer
+from lightning_async_localsgd.outer.delayed_nesterov import GROWTH, REACH, DelayedNesterov, default_outer_optimizer
 from lightning_async_localsgd.outer.delta import Adopter, Unsendable, write_delta
 from lightning_async_localsgd.outer.state import Constraint, GlobalState, OuterOptimizerFactory
 from lightning_async_localsgd.outer.transforms import (
@@ -15,6 +15,7 @@ from lightning_async_localsgd.outer.transforms import (
 
 __all__ = [
     "GROWTH",
+    "REACH",
     "Adopter",
     "Arrival",
     "AsyncBuffer",

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-__all__ = ["GROWTH", "STATE_OF_GROUPS", "DelayedNesterov", "default_outer_optimizer"]
+__all__ = ["GROWTH", "REACH", "STATE_OF_GROUPS", "DelayedNesterov", "default_outer_optimizer"]
 
-GROWTH = 0.4
-"""The default's: tuned from scratch, and measured after a pretraining too; see docs/cold-start.md."""
+GROWTH, REACH = 0.4, 1 / 6
+"""Those of the default; see docs/cold-start.md for what they were chosen by."""
 
-STATE_OF_GROUPS = ("received", "filled")
+STATE_OF_GROUPS = ("received", "filled", "round_length")
 """What parameter groups hold beside settings."""
 
 
@@ -38,14 +38,13 @@ class DelayedNesterov(torch.optim.Optimizer):
     With ``c = 0``, N pseudo-gradients taken from the same :math:`\theta` move it exactly as one
     ``torch.optim.SGD(nesterov=True)`` step on their mean.
 
-    From scratch, directions still turn in the first rounds, and a momentum that adds up ten of them leads astray. With
-    ``growth`` :math:`a`, momentum and learning rate begin as those of plain averaging, and become :math:`\beta` and
-    :math:`\epsilon` with the buffers filled so far, :math:`r`; the horizon :math:`1 / (1 - \beta_r)` grows by
-    :math:`a` with each:
+    From scratch, directions still turn in the first rounds, and a momentum that adds up ten of them leads astray; so it
+    does where rounds are so short that workers learn from each other all the time. With ``growth`` :math:`a` and
+    ``reach`` :math:`b`, the momentum's horizon :math:`1 / (1 - \beta_r)`, in buffers, begins at 1 (none), grows by
+    :math:`a` with each buffer filled, :math:`r`, and stays below :math:`1 + b H`:
 
     .. math::
-        \beta_r = \min\left( \beta, \frac{a r}{1 + a r} \right), \qquad
-        \epsilon_r = 1 + (\epsilon - 1) \, \beta_r / \beta
+        \beta_r = \min\left( \beta, 1 - \frac{1}{1 + \min(a r, b H)} \right)
 
     Args:
         params: parameters to optimize, or dicts of parameter groups.
@@ -54,8 +53,10 @@ class DelayedNesterov(torch.optim.Optimizer):
         buffer_size: N, pseudo-gradients per momentum update; None: the number of workers, which
             :class:`~lightning_async_localsgd.AsyncLocalSGDStrategy` fills in.
         momentum_activation: c in [0, 1/N], how much of the momentum is already applied between buffer ends.
-        growth: how fast the momentum grows to ``momentum``, in buffers of horizon per buffer filled, more than 0; None:
-            it is ``momentum`` from the first, which is Algorithm 3 to the letter and what suits pretrained parameters.
+        growth: how fast the momentum grows, in buffers of horizon per buffer filled, more than 0; None: it is there
+            from the first, which is Algorithm 3 to the letter and suits pretrained parameters.
+        reach: how far the momentum may grow, in buffers of horizon per local step of a round (of the fastest worker:
+            :meth:`set_round_length` tells), more than 0; None: ``momentum`` alone is the limit.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -73,13 +74,15 @@ class DelayedNesterov(torch.optim.Optimizer):
         buffer_size: int | None = None,
         momentum_activation: float = 0.0,
         growth: float | None = None,
+        reach: float | None = None,
     ) -> None:
         if lr < 0:
             raise ValueError(f"`lr` must be at least 0, got {lr}.")
         if not 0 <= momentum < 1:
             raise ValueError(f"`momentum` must be in [0, 1), got {momentum}.")
-        if growth is not None and not 0 < growth < math.inf:
-            raise ValueError(f"`growth` must be a number above 0, or None, got {growth}.")
+        for name, value in (("growth", growth), ("reach", reach)):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"`{name}` must be a number above 0, or None, got {value}.")
         _check_buffer(buffer_size, momentum_activation)
         defaults = {
             "lr": lr,
@@ -87,8 +90,10 @@ class DelayedNesterov(torch.optim.Optimizer):
             "buffer_size": buffer_size,
             "momentum_activation": momentum_activation,
             "growth": growth,
+            "reach": reach,
             "received": 0,  # t of Algorithm 3, modulo N: the pseudo-gradients in the buffer
             "filled": 0,  # t of Algorithm 3, over N: buffers that have been full
+            "round_length": None,  # H; None while nobody has told it
         }
         super().__init__(params, defaults)
 
@@ -102,6 +107,11 @@ class DelayedNesterov(torch.optim.Optimizer):
             if group["buffer_size"] is None:
                 _check_buffer(buffer_size, group["momentum_activation"])
                 group["buffer_size"] = buffer_size
+
+    def set_round_length(self, local_steps: int) -> None:
+        """Tell H, local steps per round of the fastest worker, by which ``reach`` goes from here on."""
+        for group in self.param_groups:
+            group["round_length"] = local_steps
 
     def suit_settings(self) -> None:
         """Make a state that has been loaded one of the settings of now, which may be others than those it is from.
@@ -136,19 +146,19 @@ class DelayedNesterov(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["buffer_size"] is None:
                 raise RuntimeError("`buffer_size` is None: outside the strategy, pass the number of workers.")
-            lr, beta = _in_force(group)
+            beta = _momentum_of_now(group)
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, p.grad, lr, beta, group)
+                    self._update(p, p.grad, beta, group)
             group["received"] = (group["received"] + 1) % group["buffer_size"]
             group["filled"] += group["received"] == 0
         return loss
 
-    def _update(self, p: Tensor, pseudo_gradient: Tensor, lr: float, beta: float, group: dict[str, Any]) -> None:
+    def _update(self, p: Tensor, pseudo_gradient: Tensor, beta: float, group: dict[str, Any]) -> None:
         # Products and sums are separate operations on purpose: a fused multiply-add rounds once where two operations
         # round twice, and whether it is used depends on the processor and on how a loop is split over threads. Replicas
         # on unlike machines must agree to the bit.
-        n, c = group["buffer_size"], group["momentum_activation"]
+        lr, n, c = group["lr"], group["buffer_size"], group["momentum_activation"]
         first, last = group["received"] == 0, group["received"] == n - 1
         state = self.state[p]
         if not state:
@@ -173,19 +183,19 @@ class DelayedNesterov(torch.optim.Optimizer):
             theta.sub_(update.mul_(lr))
 
 
-def _in_force(group: dict[str, Any]) -> tuple[float, float]:
-    """Learning rate and momentum of now."""
-    lr, momentum, growth = group["lr"], group["momentum"], group["growth"]
-    if growth is None or momentum == 0:
-        return lr, momentum
-    horizon = 1 + growth * group["filled"]  # in buffers
-    beta = min(momentum, 1 - 1 / horizon)
-    return 1 + (lr - 1) * beta / momentum, beta
+def _momentum_of_now(group: dict[str, Any]) -> float:
+    momentum: float = group["momentum"]
+    beyond = math.inf  # the horizon, in buffers, beyond the one that is there without momentum
+    if group["growth"] is not None:
+        beyond = group["growth"] * group["filled"]
+    if group["reach"] is not None and group["round_length"] is not None:
+        beyond = min(beyond, group["reach"] * group["round_length"])
+    return min(momentum, 1 - 1 / (1 + beyond))
 
 
 def default_outer_optimizer(params: Iterable[Parameter]) -> DelayedNesterov:
     """The outer optimizer of whoever chooses none: right from the first step of training from scratch."""
-    return DelayedNesterov(params, lr=0.7, momentum=0.9, growth=GROWTH)
+    return DelayedNesterov(params, lr=1.0, momentum=0.9, growth=GROWTH, reach=REACH)
 
 
 _BLOCK = 1 << 16  # elements: the operands of one block stay in the cache, so that memory is streamed once per step

@@ -98,6 +98,11 @@ class GlobalState:
         slots = self.layout.parameter_slots
         return [s.name for s, p in zip(slots, self.parameters, strict=True) if not bool(torch.isfinite(p).all())]
 
+    def set_round_length(self, local_steps: int) -> None:
+        """Tell H, local steps per round of the fastest worker, from here on; an outer optimizer may go by it."""
+        if isinstance(self.optimizer, DelayedNesterov):
+            self.optimizer.set_round_length(local_steps)
+
     def _find_holes(self) -> None:
         if bool(torch.isfinite(torch.stack(torch.aminmax(self._flat_parameters))).all()):  # without a copy
             self._holes = self._hole_values = torch.empty(0)

@@ -280,6 +280,8 @@ class _Versions:
 
     def begin_rounds(self, workers: Iterable[int]) -> None: ...
 
+    def set_round_length(self, local_steps: int) -> None: ...
+
 
 class _Moment(NamedTuple):
     """How far all workers are, each at the same time."""

@@ -21,6 +21,9 @@ class NoState:
     def begin_rounds(self, workers: object) -> None:
         pass
 
+    def set_round_length(self, local_steps: int) -> None:
+        pass
+
 
 @pytest.mark.parametrize(
     ("flags", "exhausted"), [(Flag.STEPPING, True), (Flag.STEPPING | Flag.FINAL, False), (Flag.NONE, False)]

@@ -111,26 +111,27 @@ def test_activation_is_checked_again_when_the_number_of_workers_is_known() -> No
         optimizer.set_default_buffer_size(4)
 
 
-@pytest.mark.parametrize("lr", [0.7, 1.0, 1.2])
-def test_growth_begins_with_plain_averaging_and_ends_with_algorithm_3(lr: float) -> None:
-    n, growth = 3, 0.5
+@pytest.mark.parametrize("round_length", [None, 2, 50])
+def test_momentum_grows_with_the_buffers_filled_as_far_as_rounds_reach(round_length: int | None) -> None:
+    n, growth, reach = 3, 0.5, 0.1
     theta, gradients = random_sequence((4, 5), 30 * n)
     growing = Parameter(theta.clone())
-    optimizer = DelayedNesterov([growing], lr=lr, momentum=0.8, buffer_size=n, growth=growth)
-    expected, momentum = theta.clone(), torch.zeros_like(theta)
+    optimizer = DelayedNesterov([growing], lr=0.7, momentum=0.8, buffer_size=n, growth=growth, reach=reach)
+    if round_length is not None:
+        optimizer.set_round_length(round_length)
+    expected, momentum, betas = theta.clone(), torch.zeros_like(theta), []
     for filled in range(30):
-        beta = min(0.8, growth * filled / (1 + growth * filled))
-        rate = 1 + (lr - 1) * beta / 0.8
+        horizon = 1 + min(growth * filled, reach * round_length if round_length is not None else 1e9)
+        betas.append(min(0.8, 1 - 1 / horizon))
         mean = torch.stack(gradients[n * filled : n * (filled + 1)]).mean(0)
-        momentum = beta * momentum + mean
-        expected = expected - rate * (mean + beta * momentum)
+        momentum = betas[-1] * momentum + mean
+        expected = expected - 0.7 * (mean + betas[-1] * momentum)
         for g in gradients[n * filled : n * (filled + 1)]:
             growing.grad = g
             optimizer.step()
         torch.testing.assert_close(growing.detach(), expected, rtol=0, atol=1e-12)
-        if filled == 0:
-            torch.testing.assert_close(growing.detach(), theta - mean, rtol=0, atol=1e-12)
-    assert beta == 0.8 and rate == lr
+    assert betas[0] == 0
+    assert betas[-1] == pytest.approx({None: 0.8, 2: 1 - 1 / 1.2, 50: 0.8}[round_length])
 
 
 def test_growth_goes_on_where_it_was_saved() -> None:
@@ -149,7 +150,8 @@ def test_growth_goes_on_where_it_was_saved() -> None:
     assert torch.equal(parameter, whole)
 
 
-@pytest.mark.parametrize("growth", [0.0, -1.0, float("nan"), float("inf")])
-def test_growth_out_of_range_is_refused(growth: float) -> None:
-    with pytest.raises(ValueError, match="`growth` must be a number above 0"):
-        DelayedNesterov([Parameter(torch.zeros(1))], growth=growth)
+@pytest.mark.parametrize("name", ["growth", "reach"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_growth_out_of_range_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` must be a number above 0"):
+        DelayedNesterov([Parameter(torch.zeros(1))], **{name: value})

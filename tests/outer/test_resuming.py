@@ -49,7 +49,7 @@ def test_a_value_that_a_schedule_has_changed_goes_on() -> None:
 
 def test_settings_are_those_of_the_workers_of_now() -> None:
     before = make_state(partial(DelayedNesterov, momentum_activation=0.5), workers=2, steps=3)
-    after = make_state(workers=4)
+    after = make_state(DelayedNesterov, workers=4)
     assert after.load_state_dict(before.state_dict()) == [
         "`momentum_activation` of the outer optimizer was 0.5 and is 0.0"
     ]
