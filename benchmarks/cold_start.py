@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 
 from _language import Task, load_tokens
 from _paper_runs import LANGUAGE, LEVELS, SYNC, TUNING_SEED, VERY, Result, Results, Run, execute, prepare
+from lightning_async_localsgd import METHODS
 from paper import CACHE, REPOSITORY
 
 DEFAULT, ALGORITHM_3 = "dn-growing", "dn"
@@ -48,6 +49,10 @@ class Start:
     steps: int
 
     @property
+    def name(self) -> str:
+        return f"{'warm' if self.pretrain_steps else 'scratch'}-{self.steps}"
+
+    @property
     def title(self) -> str:
         start = (
             f"after {self.pretrain_steps:,} steps of a common pretraining" if self.pretrain_steps else "from scratch"
@@ -59,7 +64,7 @@ STARTS = (Start(0, 600), Start(0, 2000), Start(1000, 1000))
 
 
 def make_run(start: Start, workers: int, method: str, level: str, seed: int, outer: tuple[float, float] | None) -> Run:
-    lr, momentum = outer or (0.7, None)
+    lr, momentum = outer or (METHODS[method].outer_lr, None)
     return Run(
         task=LANGUAGE,
         method=method,
@@ -81,11 +86,13 @@ def make_run(start: Start, workers: int, method: str, level: str, seed: int, out
 class Grid:
     """The runs, as far as they are known: who is tuned depends on what the tuning has shown."""
 
-    def __init__(self, results: Results, seeds: list[int], workers: list[int], steps: int | None) -> None:
+    def __init__(self, results: Results, args: argparse.Namespace) -> None:
         self.results = results
-        self.seeds = seeds
-        self.workers = workers
-        self.starts = [start if steps is None else replace(start, steps=steps) for start in STARTS]
+        self.seeds: list[int] = args.seeds
+        self.workers: list[int] = args.workers
+        self.levels: list[str] = args.levels
+        starts = [start for start in STARTS if start.name in args.starts]
+        self.starts = [start if args.steps is None else replace(start, steps=args.steps) for start in starts]
 
     def tuning(self, start: Start, workers: int) -> list[Run]:
         """The runs that synchronous DiLoCo is tuned by; of more than four workers none, until four are tuned."""
@@ -114,7 +121,7 @@ class Grid:
         if tuned is not None:
             rows["synchronous, tuned"] = [make_run(start, workers, SYNC, VERY, seed, tuned) for seed in seeds]
         rows["synchronous, the papers'"] = [make_run(start, workers, SYNC, VERY, seed, PAPERS) for seed in seeds]
-        for level in LEVELS:
+        for level in self.levels:
             rows[f"default, {level}"] = [make_run(start, workers, DEFAULT, level, seed, None) for seed in seeds]
         if workers == 4:
             rows["Algorithm 3, very"] = [make_run(start, workers, ALGORITHM_3, VERY, seed, None) for seed in seeds]
@@ -244,9 +251,12 @@ def main() -> None:
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help=f"not {TUNING_SEED}")
     parser.add_argument("--workers", nargs="+", type=int, choices=WORKERS, default=list(WORKERS))
+    names = [start.name for start in STARTS]
+    parser.add_argument("--starts", nargs="+", choices=names, default=names, metavar="START", help=str(names))
+    parser.add_argument("--levels", nargs="+", choices=LEVELS, default=list(LEVELS), help="of heterogeneity")
     parser.add_argument("--steps", type=int, help="of every run: a smoke run")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="after which no result is waited for")
+    parser.add_argument("--minutes", type=float, default=10_000.0, help="after which no result is waited for")
     parser.add_argument("--report", action="store_true", help="run nothing, report what is there")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks/results", help="results")
     parser.add_argument("--document", type=Path, default=REPOSITORY / "docs/cold-start.md", help="takes the tables")
@@ -255,7 +265,7 @@ def main() -> None:
     if TUNING_SEED in args.seeds:
         parser.error(f"Seed {TUNING_SEED} is the one that synchronous DiLoCo is tuned on: choose others.")
     torch.set_num_threads(1)
-    grid = Grid(Results(args.output / "cold_start.jsonl"), args.seeds, args.workers, args.steps)
+    grid = Grid(Results(args.output / "cold_start.jsonl"), args)
     if not args.report:
         execute_missing(grid, args.cache, args.jobs, time.monotonic() + 60 * args.minutes)
     write(grid, args.document)

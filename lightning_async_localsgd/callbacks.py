@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -25,12 +24,12 @@ from lightning_async_localsgd.membership import StaticJob, as_json
 from lightning_async_localsgd.mixing import mix_in, mix_out
 from lightning_async_localsgd.progress_bar import JobBar, NamedByJob
 from lightning_async_localsgd.schedulers import JobSchedulers
+from lightning_async_localsgd.worker import Worker
 
 if TYPE_CHECKING:
     from lightning_async_localsgd.crew import FollowingRank
     from lightning_async_localsgd.exchange import OuterUpdate
     from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
-    from lightning_async_localsgd.worker import Worker
 
 __all__ = ["WorkerCallback"]
 
@@ -355,12 +354,11 @@ class WorkerCallback(pl.Callback):
                 listener(trainer, pl_module, update)
 
     def _let_guard_see(self, guard: Guard, updates: list[OuterUpdate]) -> None:
-        length = self._worker.summary().round_length
-        for update in updates:
-            if update.worker == 0:
-                alignment = math.nan if update.alignment is None else update.alignment
-                for sentence in guard.see_round(self._loss.take(), alignment, length):
-                    rank_zero_warn(sentence, category=SettingsWarning)
+        if any(update.worker == 0 for update in updates):
+            worker = self._strategy.worker
+            assert isinstance(worker, Worker)  # on worker 0's first process
+            for sentence in guard.see_round(self._loss.take(), worker.alignment, worker.summary().round_length):
+                rank_zero_warn(sentence, category=SettingsWarning)
 
 
 def _sendable_state(callback: pl.Callback) -> dict[str, Any] | None:

@@ -63,7 +63,8 @@ class AsyncLocalSGDMonitor(pl.Callback):
         assert worker is not None
         worker.measure_updates()
         self._updates.clear()
-        self._goodput = Goodput(_GOODPUT_ROUNDS * worker.summary().round_length * trainer.strategy.workers)
+        settings = trainer.strategy.settings
+        self._goodput = Goodput(_GOODPUT_ROUNDS * settings.round_length(None).usual * trainer.strategy.workers)
 
     def on_outer_update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, update: OuterUpdate) -> None:
         """Called by the strategy for every outer update."""

@@ -39,6 +39,11 @@ class RoundLength:
         """The most steps it ever gives."""
         return _MOST if self._given is None else self._given
 
+    @property
+    def usual(self) -> int:
+        """The most steps it gives where exchanges are quick."""
+        return _LONGEST if self._given is None else self._given
+
     def first(self) -> int:
         """H before anything is measured."""
         return self.next(0, 0, (), (), ())

@@ -449,6 +449,11 @@ class Worker:
         return self._mailbox.progress.speeds
 
     @property
+    def alignment(self) -> float:
+        """Cosine between worker 0's latest delta and the outer momentum, about; known on worker 0 alone, else NaN."""
+        return self._mailbox.alignment
+
+    @property
     def exchanged_at(self) -> float:
         """When the latest exchange was, which :meth:`summary` is as of, in seconds of the monotonic clock."""
         return self._mailbox.published_at

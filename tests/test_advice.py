@@ -23,8 +23,10 @@ from tests.processes import results, run_processes
         ({"local_steps": 50}, 49, "`local_steps=2`"),
         ({"local_steps": 2}, 1, "`local_steps=1`"),
         ({"outer_optimizer": partial(torch.optim.SGD, lr=0.0)}, None, "learning rate 0"),
-        ({"local_steps": 10, "transforms": [AsyncBuffer(21)]}, 50, "at most 20"),
-        ({"local_steps": 10, "outer_optimizer": partial(DelayedNesterov, buffer_size=21)}, 50, "at most 20"),
+        ({"local_steps": 10}, 199, "19 rounds in a run of 199 steps"),
+        ({"local_steps": 50}, 400, "rounds of 10 steps here"),
+        ({"local_steps": 2, "transforms": [AsyncBuffer(101)]}, 50, "at most 100"),
+        ({"local_steps": 2, "outer_optimizer": partial(DelayedNesterov, buffer_size=101)}, 50, "at most 100"),
     ],
 )
 def test_what_cannot_do_anything_useful_is_told_with_what_to_do(
@@ -32,6 +34,11 @@ def test_what_cannot_do_anything_useful_is_told_with_what_to_do(
 ) -> None:
     (sentence,) = useless_settings(Settings(**settings), 2, max_steps)
     assert said in sentence
+
+
+@pytest.mark.parametrize(("local_steps", "max_steps"), [(10, 200), (50, 1000), ("auto", 20), ("auto", None)])
+def test_twenty_rounds_are_enough(local_steps: int | str, max_steps: int | None) -> None:
+    assert useless_settings(Settings(local_steps=local_steps), 4, max_steps) == []
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -55,7 +55,8 @@ def test_the_monitor_logs_how_the_exchange_goes(tmp_path: Path) -> None:
     assert last["async_localsgd/version"] == summary.version
     for worker, steps in enumerate(summary.local_steps):
         assert last[f"async_localsgd/local_steps/{worker}"] == steps
-    assert last["async_localsgd/steps_per_second/0"] > last["async_localsgd/steps_per_second/1"] > 0
+    for worker, seconds in enumerate((0.002, 0.006)):  # of a step at least: a busy machine makes it longer
+        assert 0 < last[f"async_localsgd/steps_per_second/{worker}"] <= 1.01 / seconds
     assert last["async_localsgd/bytes_sent"] == summary.bytes_sent
     assert all(row["async_localsgd/delta_norm"] > 0 for row in rows)
     assert all(-1.001 <= row["async_localsgd/alignment"] <= 1.001 for row in rows[1:])

@@ -455,7 +455,7 @@ def refused(rank: int, case: str) -> None:
 
 
 def _delayed_nesterov(params: Any, **kwargs: Any) -> torch.optim.Optimizer:
-    
+
     return DelayedNesterov(params, **kwargs)
 
 

@@ -31,8 +31,7 @@ class OuterUpdate(NamedTuple):
     norm: float | None = None
     """L2 norm of the delta, of the mean delta with a quorum; None where nobody asked for it."""
     alignment: float | None = None
-    """Cosine between that delta and the outer momentum; NaN while there is none, None where nobody asked for it. Of its
-    own deltas worker 0 always knows it, about: by a sample of the elements."""
+    """Cosine between that delta and the outer momentum; NaN while there is none, None where nobody asked for it."""
 
 
 class Beat(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -81,6 +82,8 @@ class Mailbox:
     def __init__(self, progress: Progress) -> None:
         self.published_at = time.monotonic()
         """When the latest progress came, in seconds of the monotonic clock."""
+        self.alignment = math.nan
+        """Cosine between worker 0's latest delta and the outer momentum, about; the exchange thread's to write."""
         self.measure_updates = False
         """Whether the training thread wants to know each update's norm and alignment, which takes time to compute."""
         self._condition = threading.Condition()

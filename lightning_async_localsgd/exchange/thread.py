@@ -313,19 +313,18 @@ class ExchangeThread:
         updates: list[OuterUpdate] = []
         groups = self._ledger.due(headers)
         for group in self._trade(groups):
-            measures = self._measure(group)
+            measures = self._state.measure(len(group)) if self._mailbox.measure_updates else (None, None)
+            self._watch_direction(group)
             with record_function("async_localsgd::apply"), self._mailbox.global_state():
                 updates += self._ledger.apply(group, *measures)
                 synchronize(self._state.flat.device)  # the training thread may read it on another stream
         return updates, [header for group in groups for header in group]
 
-    def _measure(self, group: list[Header]) -> tuple[float | None, float | None]:
-        """Norm and alignment of an outer update, if anybody has asked; alignment of a sample, about, for the guard."""
-        if self._mailbox.measure_updates:
-            return self._state.measure(len(group))
+    def _watch_direction(self, group: list[Header]) -> None:
+        """On worker 0: how its own delta lies to the momentum, by a sample of the elements; the guard looks at it."""
         if self._roster.rank == 0 and any(header.worker == 0 for header in group):
-            return None, self._state.measure(len(group), max(1, self._state.layout.parameter_numel // _SAMPLE))[1]
-        return None, None
+            every = max(1, self._state.layout.parameter_numel // _SAMPLE)
+            self._mailbox.alignment = self._state.measure(len(group), every)[1]
 
     def _trade(self, groups: list[list[Header]]) -> Iterator[list[Header]]:
         """Bring the sum of one group's deltas after the other into the state's pseudo-gradient; yields whose they are.

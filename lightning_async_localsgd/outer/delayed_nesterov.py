@@ -41,10 +41,10 @@ class DelayedNesterov(torch.optim.Optimizer):
     From scratch, directions still turn in the first rounds, and a momentum that adds up ten of them leads astray; so it
     does where rounds are so short that workers learn from each other all the time. With ``growth`` :math:`a` and
     ``reach`` :math:`b`, the momentum's horizon :math:`1 / (1 - \beta_r)`, in buffers, begins at 1 (none), grows by
-    :math:`a` with each buffer filled, :math:`r`, and stays below :math:`1 + b H`:
+    :math:`a` with each buffer filled, :math:`r`, and stays below :math:`1 + b H` (:math:`1 + 4 b` for shorter rounds):
 
     .. math::
-        \beta_r = \min\left( \beta, 1 - \frac{1}{1 + \min(a r, b H)} \right)
+        \beta_r = \min\left( \beta, 1 - \frac{1}{1 + \min(a r, b \max(4, H))} \right)
 
     Args:
         params: parameters to optimize, or dicts of parameter groups.
@@ -183,13 +183,16 @@ class DelayedNesterov(torch.optim.Optimizer):
             theta.sub_(update.mul_(lr))
 
 
+_SHORTEST = 4  # local steps: shorter rounds reach as far
+
+
 def _momentum_of_now(group: dict[str, Any]) -> float:
     momentum: float = group["momentum"]
     beyond = math.inf  # the horizon, in buffers, beyond the one that is there without momentum
     if group["growth"] is not None:
         beyond = group["growth"] * group["filled"]
     if group["reach"] is not None and group["round_length"] is not None:
-        beyond = min(beyond, group["reach"] * group["round_length"])
+        beyond = min(beyond, group["reach"] * max(_SHORTEST, group["round_length"]))
     return min(momentum, 1 - 1 / (1 + beyond))
 
 

@@ -60,7 +60,7 @@ def test_settings_are_those_of_the_workers_of_now() -> None:
 
 
 def test_activation_may_begin_later() -> None:
-    before = make_state(steps=3)
+    before = make_state(DelayedNesterov, steps=3)
     after = make_state(partial(DelayedNesterov, momentum_activation=0.5))
     assert len(after.load_state_dict(before.state_dict())) == 1
     after.apply([Arrival(0, 0)])

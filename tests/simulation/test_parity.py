@@ -136,6 +136,7 @@ class Replay:
         self.lanes: list[Any] = []
         self.progress = Progress.at_start(SIZE, settings.local_steps)
         self._state, self._replicas, self._settings = state, replicas, settings
+        state.set_round_length(settings.local_steps)
 
     def run(self) -> None:
         scripts = [iter(recording.events) for recording in self.recordings]
