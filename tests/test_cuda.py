@@ -44,6 +44,10 @@ class OwnTensors(L.Callback):
         self.kept = True
         self.before: list[Tensor] = []
         self.validated = 0
+        self.on_device = True
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.on_device = all(p.device.type == ACCELERATOR for p in pl_module.parameters())
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         self.before = [t.detach().clone() for t in pl_module.state_dict().values()]
@@ -80,11 +84,10 @@ def fit(rank: int, size: int, folder: str, ckpt: str | None, precision: Any, out
         enable_model_summary=False,
     )
     trainer.fit(module, stream(rank), DataLoader(regression_data(20), batch_size=4), ckpt_path=ckpt)
-    on_device = all(p.device.type == ACCELERATOR for p in module.parameters())
     state = torch.cat([t.double().cpu().flatten() for t in module.state_dict().values()]).tolist()
     val_loss = float(trainer.callback_metrics.get("val_loss", 0.0))
     assert own.validated > 0 or rank > 0 or ckpt
-    return plan.summary, state, own.kept, module.computed_in, on_device, val_loss
+    return plan.summary, state, own.kept, module.computed_in, own.on_device, val_loss
 
 
 PRECISIONS = {
