@@ -109,7 +109,7 @@ class Run:
     learning_rate: float
     steps: int
     local_steps: int
-    outer: tuple[float, float]
+    outer: tuple[float, float] | None
     """Learning rate and momentum of the outer optimizer, delayed Nesterov."""
     folder: str
     """Where the data lies."""
@@ -159,7 +159,7 @@ def train(rank: int, run: Run) -> dict[str, Any]:
     snapshots = Snapshots(run.steps)
     if run.task == GAN_ and rank == 0:
         callbacks.append(snapshots)
-    outer_optimizer = partial(DelayedNesterov, lr=run.outer[0], momentum=run.outer[1])
+    outer_optimizer = None if run.outer is None else partial(DelayedNesterov, lr=run.outer[0], momentum=run.outer[1])
     strategy: Any = AsyncLocalSGDStrategy(local_steps=run.local_steps, outer_optimizer=outer_optimizer)
     if run.method == DDP:
         # In each half of a GAN's step the other half's parameters have no gradient.
@@ -253,7 +253,8 @@ def plan(args: argparse.Namespace, folder: str) -> Iterator[list[Run]]:
         task = TASKS[name]
         steps, local_steps = args.steps or task.steps, args.local_steps or task.local_steps
         for method in (DDP, ASYNC):
-            learning_rate, outer = task.learning_rates[method], (args.outer_lr, args.outer_momentum)
+            learning_rate = task.learning_rates[method]
+            outer = None if args.outer_lr is None else (args.outer_lr, args.outer_momentum)
             run = Run(name, method, TUNING_SEED, learning_rate, steps, local_steps, outer, folder)
             if args.quick:
                 run = replace(run, steps=steps // 10, local_steps=local_steps // 5)
@@ -312,8 +313,8 @@ def parse_arguments() -> argparse.Namespace:
         help="per worker on average, instead of those of the task; no learning rate is tuned for it",
     )
     parser.add_argument("--local-steps", type=int, help="H of the fastest worker, instead of that of the task")
-    parser.add_argument("--outer-lr", type=float, default=0.7, help="of delayed Nesterov")
-    parser.add_argument("--outer-momentum", type=float, default=0.9, help="of delayed Nesterov")
+    parser.add_argument("--outer-lr", type=float, help="of delayed Nesterov, in the place of the default")
+    parser.add_argument("--outer-momentum", type=float, default=0.9, help="of that delayed Nesterov")
     parser.add_argument("--tune", action="store_true", help="try the learning rates of both sides, on a seed apart")
     parser.add_argument("--quick", action="store_true", help="a smoke run: one seed, a tenth of the steps")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for JSON")

@@ -1,12 +1,13 @@
-"""How far four unequal workers get with the same number of local steps, and how soon: a language model, six methods.
+"""How far four unequal workers get with the same number of local steps, and how soon: a language model, eight methods.
 
     python benchmarks/time_to_loss.py            # all that is missing, then the report
+    python benchmarks/time_to_loss.py --pretrain-steps 0 --steps 600 --methods default sync-tuned   # from scratch
     python benchmarks/time_to_loss.py --report   # the report of what is there
 
-Four workers, slowed to the device speeds of the paper's toy experiment, train a small GPT from a common pretrained
-start. Every method makes the same total of local steps with the same inner optimizer, batches and data; what differs
-is what the methods are. Each result is kept as one line of ``time_to_loss.jsonl`` when it is there, so a run can be
-ended at any time and goes on from there.
+Four workers, slowed to the device speeds of the paper's toy experiment, train a small GPT from a common start, be it
+pretrained or random. Every method makes the same total of local steps with the same inner optimizer, batches and data;
+what differs is what the methods are. Each result is kept as one line of ``time_to_loss.jsonl`` when it is there, so a
+run can be ended at any time and goes on from there.
 
 Worker 0 keeps copies of the global parameters while it trains. They are evaluated on held-out text after the run.
 """
@@ -33,15 +34,17 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from _devices import TOY_SECONDS_PER_STEP, SimulatedDevice, scaled
 from _language import LanguageModel, Task, held_out_loss, load_pretrained, load_tokens
-from _torchft import TorchftDiLoCo
 from _workers import run_workers
 from lightning_async_localsgd import AsyncLocalSGDStrategy, RunSummary
+from lightning_async_localsgd.outer import DelayedNesterov
 
 WORKERS = len(TOY_SECONDS_PER_STEP)
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path(tempfile.gettempdir()) / "async-localsgd-benchmarks"
 
+DEFAULT = "default"
 SYNC = "sync"
+SYNC_TUNED = "sync-tuned"
 DN = "dn"
 DN_OVERLAP = "dn-overlap"
 ASYNC_DILOCO = "async-diloco"
@@ -49,7 +52,9 @@ DDP = "ddp"
 TORCHFT = "torchft"
 LABELS = {
     SYNC: "synchronous DiLoCo",
-    DN_OVERLAP: "DN + DyLU, overlap (default)",
+    SYNC_TUNED: "synchronous DiLoCo, tuned",
+    DEFAULT: "this library, default",
+    DN_OVERLAP: "DN + DyLU, overlap",
     DN: "DN + DyLU, no overlap",
     ASYNC_DILOCO: "async DiLoCo",
     DDP: "Lightning DDP",
@@ -57,7 +62,9 @@ LABELS = {
 }
 COLORS = {
     SYNC: "#4477aa",
-    DN_OVERLAP: "#ee6677",
+    SYNC_TUNED: "#225588",
+    DEFAULT: "#ee6677",
+    DN_OVERLAP: "#ee99aa",
     DN: "#aa3377",
     ASYNC_DILOCO: "#ccbb44",
     DDP: "#999999",
@@ -67,6 +74,8 @@ PEERS = (DDP, TORCHFT)
 OUTER_LEARNING_RATES = (0.025, 0.05, 0.1)
 """What async DiLoCo is tuned over, on one seed; the paper found 0.05 to 0.1 best."""
 TUNING_SEED = 0
+SYNC_OUTER = {"warm": (1.0, 0.9), "scratch": (0.7, 0.7)}
+"""Outer learning rate and momentum that ``cold_start.py`` found best for synchronous DiLoCo, on its tuning seed."""
 CURVE_POINTS = 50
 
 Result = dict[str, Any]  # one line of the results
@@ -80,6 +89,10 @@ class Settings:
     steps: int
     local_steps: int
     scale: float
+
+    @property
+    def start(self) -> str:
+        return "warm" if self.task.pretrain_steps else "scratch"
 
     @property
     def step_seconds(self) -> list[float]:
@@ -100,7 +113,7 @@ class Run:
     def expected_seconds(self) -> float:
         """About how long it takes, with all that goes before and after the training."""
         steps, seconds = self.settings.steps, self.settings.step_seconds
-        if self.method in (DN, DN_OVERLAP, ASYNC_DILOCO):
+        if self.method in (DEFAULT, DN, DN_OVERLAP, ASYNC_DILOCO):
             return 60 + 1.2 * WORKERS * steps / sum(1 / s for s in seconds)
         return 40 + 1.1 * steps * seconds[-1]
 
@@ -169,17 +182,23 @@ def _global_parameters(trainer: L.Trainer, module: L.LightningModule) -> dict[st
 
 def make_strategy(run: Run) -> Any:
     nesterov = partial(torch.optim.SGD, momentum=0.9, nesterov=True)
+    algorithm_3 = partial(DelayedNesterov, lr=0.7, momentum=0.9)
     ours = partial(AsyncLocalSGDStrategy, local_steps=run.settings.local_steps)
     # Who waits for its exchange waits at most this long for others as well: two steps of the slowest worker.
     waiting = partial(ours, overlap=False, grace_period=2 * run.settings.scale * max(TOY_SECONDS_PER_STEP))
-    if run.method == SYNC:
+    if run.method in (SYNC, SYNC_TUNED):
         outer = partial(nesterov, lr=0.7)
+        if run.method == SYNC_TUNED:
+            lr, momentum = SYNC_OUTER[run.settings.start]
+            outer = partial(nesterov, lr=lr, momentum=momentum)
         return waiting(outer_optimizer=outer, quorum=WORKERS, pace="fixed", budget="per_worker")
     if run.method == ASYNC_DILOCO:
         return waiting(outer_optimizer=partial(nesterov, lr=run.outer_lr), pace="fixed")
     if run.method == DN:
-        return waiting()
+        return waiting(outer_optimizer=algorithm_3)
     if run.method == DN_OVERLAP:
+        return ours(outer_optimizer=algorithm_3)
+    if run.method == DEFAULT:
         return ours()
     if run.method == DDP:
         return DDPStrategy(process_group_backend="gloo")
@@ -191,8 +210,12 @@ def make_callbacks(rank: int, run: Run) -> tuple[SimulatedDevice, Recorder, list
     every = {DDP: max(1, settings.steps // CURVE_POINTS), TORCHFT: settings.local_steps}.get(run.method)
     device = SimulatedDevice(settings.step_seconds[rank])
     recorder = Recorder(every, leader=rank == 0)
-    peer = [TorchftDiLoCo(rank, WORKERS, settings.local_steps)] if run.method == TORCHFT else []
-    return device, recorder, [device, recorder, *peer]
+    callbacks: list[L.Callback] = [device, recorder]
+    if run.method == TORCHFT:
+        from _torchft import TorchftDiLoCo  # nobody else needs torchft
+
+        callbacks.append(TorchftDiLoCo(rank, WORKERS, settings.local_steps))
+    return device, recorder, callbacks
 
 
 def make_loader(rank: int, run: Run) -> DataLoader[Any]:
@@ -373,7 +396,8 @@ def seconds_to_reach(result: Result, loss: float) -> float | None:
 
 def compare(by_method: dict[str, list[Result]]) -> dict[str, dict[str, Any]]:
     """The figures of each method, with those that relate it to the synchronous run of the same seed."""
-    sync = {result["seed"]: result for result in by_method.get(SYNC, [])}
+    reference = SYNC if SYNC in by_method else SYNC_TUNED
+    sync = {result["seed"]: result for result in by_method.get(reference, [])}
     figures = {}
     for method, results in by_method.items():
         paired = [(result, sync[result["seed"]]) for result in results if result["seed"] in sync]
@@ -478,9 +502,10 @@ def report(settings: Settings, results: Results, folder: Path) -> None:
     table = as_markdown(figures, settings, results.tuning())
     print(f"\n{table}")
     summary = {"settings": asdict(settings), "methods": figures, "async_diloco_tuning": results.tuning()}
-    (folder / "time_to_loss.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (folder / "time_to_loss.md").write_text(table)
-    draw(by_method, figures, folder / "time_to_loss.png")
+    name = "time_to_loss" if settings.start == "warm" else "time_to_loss_scratch"
+    (folder / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / f"{name}.md").write_text(table)
+    draw(by_method, figures, folder / f"{name}.png")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -15,6 +15,7 @@ _ROUNDS = 40  # of a run whose length is known
 _FIRST, _ROUNDS_SO_FAR = 5, 20  # of a run whose length is not
 _EXCHANGES_PER_ROUND = 2  # that would fit into a round, so that each is over before the next begins
 _MOST_OVERHEAD = 0.02  # of the processor's time
+_LONGER = 2  # times as long as is good for learning may a round be to cost less
 
 
 class RoundLength:
@@ -22,8 +23,9 @@ class RoundLength:
 
     Rounds are as short as is cheap, for the more often workers learn from each other, the better they learn; and at
     most of 50 steps. A run of known length has 40 rounds; one without an end begins with short rounds, and each has at
-    most a twentieth of the steps before it. But a round takes at least as long as two exchanges, and an exchange costs
-    the processor at most 2% of its time: over a slow link, or with a large model, rounds are as long as that asks for.
+    most a twentieth of the steps before it. But a round takes at least as long as two exchanges, and it is made up to
+    twice as long if an exchange costs the processor more than 2% of its time. Over a slow link, or with a large model,
+    rounds are as long as that asks for.
 
     Args:
         local_steps: H; or ``"auto"``.
@@ -70,8 +72,9 @@ class RoundLength:
         fastest = max(speeds, default=0.0)
         fits = _EXCHANGES_PER_ROUND * max(exchange_seconds, default=0.0) * fastest
         cheap = max((cost * speed for cost, speed in zip(exchange_costs, speeds, strict=True)), default=0.0)
-        least = min(math.ceil(max(fits, cheap / _MOST_OVERHEAD)), _MOST)
-        wanted = max(self._wanted(steps_made), least)
+        wanted = self._wanted(steps_made)
+        affordable = min(cheap / _MOST_OVERHEAD, wanted * _LONGER)
+        wanted = max(wanted, min(math.ceil(max(fits, affordable)), _MOST))
         # Measurements vary, and rounds shall not with each of them.
         return wanted if wanted > now or 2 * wanted <= now else now
 

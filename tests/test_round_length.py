@@ -33,7 +33,8 @@ def test_a_number_stays_a_number() -> None:
         (0.0, 0.0, 50),
         (1.0, 0.0, 50),  # two are 40 steps of the fastest, which it makes anyway
         (2.0, 0.0, 80),
-        (0.1, 0.1, 100),  # the faster worker's processor: 100 steps in 5 s, of which 0.1 are 2%
+        (0.1, 0.06, 60),  # the faster worker's processor: 60 steps in 3 s, of which 0.06 are 2%
+        (0.1, 0.5, 100),  # it would be 500, but learning comes first
         (1e9, 0.0, 1000),
     ],
 )
