@@ -653,6 +653,7 @@ class Worker:
         self._progress = replace(self._progress, version=self.version)
         if same_workers:
             saved: dict[str, Any] = state_dict["progress"] | {"beat": Beat(*state_dict["progress"]["beat"])}
+            saved.setdefault("local_steps", max(saved["round_steps"]))  # of a version that did not tell
             if self._settings.local_steps not in (AUTO, saved["local_steps"]):  # it was another number
                 saved |= {"round_steps": self._progress.round_steps, "local_steps": self._progress.local_steps}
             self._resumed_progress = True
