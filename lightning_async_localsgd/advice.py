@@ -50,7 +50,7 @@ def useless_settings(settings: Settings, workers: int, max_steps: int | None) ->
         )
     elif workers > 1 and max_steps < FEW_ROUNDS * length and settings.local_steps != AUTO:
         found.append(
-            f"`local_steps={length}` gives each worker {max_steps // length} rounds in a run of {max_steps} steps: so "
+            f"`local_steps={length}` makes {max_steps // length} rounds per worker in a run of {max_steps} steps: so "
             f'few that what it learns falls behind synchronous training. Leave `local_steps` to "auto", which '
             f"makes rounds of {RoundLength(AUTO, max_steps).first()} steps here, or train for longer."
         )

@@ -23,7 +23,7 @@ from tests.processes import results, run_processes
         ({"local_steps": 50}, 49, "`local_steps=2`"),
         ({"local_steps": 2}, 1, "`local_steps=1`"),
         ({"outer_optimizer": partial(torch.optim.SGD, lr=0.0)}, None, "learning rate 0"),
-        ({"local_steps": 10}, 199, "19 rounds in a run of 199 steps"),
+        ({"local_steps": 10}, 199, "makes 19 rounds per worker in a run of 199 steps"),
         ({"local_steps": 50}, 400, "rounds of 10 steps here"),
         ({"local_steps": 2, "transforms": [AsyncBuffer(101)]}, 50, "at most 100"),
         ({"local_steps": 2, "outer_optimizer": partial(DelayedNesterov, buffer_size=101)}, 50, "at most 100"),

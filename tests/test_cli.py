@@ -117,7 +117,7 @@ def test_a_text_that_is_too_small_is_refused(simulate: list[str], capsys: pytest
 def test_mistyped_arguments_do_not_wait_for_the_text() -> None:
     code = "import sys; from lightning_async_localsgd.cli import main; sys.exit(main(sys.argv[1:]))"
     code = code.replace("sys.exit(", "code = (") + "; assert 'datasets' not in sys.modules; sys.exit(code)"
-    command = [sys.executable, "-c", code, "simulate", "--max-steps", "1"]
+    command = [sys.executable, "-c", code, "simulate", "--max-steps", "1", "--local-steps", "20"]
     outcome = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert outcome.returncode == 2 and outcome.stderr.startswith("async-localsgd: error: --max-steps 1 is")
 

@@ -35,7 +35,7 @@ def test_a_name_stands_for_its_settings() -> None:
         ("ddp", {}, ValueError, "name of another strategy"),
         ("auto", {}, ValueError, "name of another strategy"),
         ("TwoSites", {}, ValueError, "register 'twosites'"),
-        ("mine", {"local_steps": 0}, ValueError, "`local_steps` must be at least 1"),
+        ("mine", {"local_steps": 0}, ValueError, "`local_steps` must be a whole number"),
         ("mine", {"local_step": 10}, TypeError, "local_step"),
     ],
 )
