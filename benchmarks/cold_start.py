@@ -24,6 +24,7 @@ from statistics import fmean
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from _language import Task, load_tokens
 from _paper_runs import LANGUAGE, LEVELS, SYNC, TUNING_SEED, VERY, Result, Results, Run, execute, prepare
@@ -229,7 +230,15 @@ def draw(grid: Grid, path: Path) -> None:
             steps = [point[0][2] / 4 for point in points]
             perplexity = [fmean(math.exp(min(p[3], 20.0)) for p in point) for point in points]
             axes.plot(steps, perplexity, label=name, color=colors.get(name, "#ee6677"), lw=1.8)
-        axes.set(title=start.title, xlabel="local steps per worker", ylabel="held-out perplexity", yscale="log")
+        title = f"{start.steps:,} steps per worker " + (
+            "after a pretraining" if start.pretrain_steps else "from scratch"
+        )
+        axes.set(title=title, xlabel="local steps per worker", ylabel="held-out perplexity")
+        if not start.pretrain_steps:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3, which="both")
         axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
