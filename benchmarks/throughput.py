@@ -39,7 +39,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from _devices import TOY_SECONDS_PER_STEP, SimulatedDevice, scaled
-from _torchft import TorchftDiLoCo
 from _workers import run_workers
 from lightning_async_localsgd import AsyncLocalSGDStrategy
 
@@ -161,6 +160,8 @@ def train(rank: int, config: Config) -> WorkerTimes:
     device = SimulatedDevice(config.step_seconds[rank])
     callbacks: list[L.Callback] = [device]
     if config.mode == TORCHFT:
+        from _torchft import TorchftDiLoCo  # nobody else needs torchft
+
         callbacks.append(TorchftDiLoCo(rank, WORKERS, config.local_steps))
     strategy = make_strategy(config)
     trainer = make_trainer(strategy, config.max_steps(rank), callbacks)
