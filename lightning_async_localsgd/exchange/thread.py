@@ -222,6 +222,7 @@ class ExchangeThread:
     def _leave(self, patience: timedelta) -> None:
         """Let go of the store; worker 0, who may host it, once every worker has (and has read the cause)."""
         self._bell.close()
+        self._store.timeout = min(self._store.timeout, patience)
         with suppress(PeerLostError):  # whoever is gone by now has nothing more to read
             self._store.set(f"goodbye/{self._roster.rank}", "1")
             if self._roster.rank == 0:
