@@ -39,7 +39,7 @@ def useless_settings(settings: Settings, workers: int, max_steps: int | None) ->
                 "The outer optimizer has the learning rate 0: the global parameters stay as they are, and what workers "
                 "learn is lost. Pass a positive one; 0.7 is the default."
             )
-    if max_steps is None:
+    if not max_steps:  # unknown, or none: a run that goes on and has made all of its steps
         return found
     length = settings.round_length(max_steps).first()
     if max_steps < length:

@@ -36,7 +36,9 @@ def test_what_cannot_do_anything_useful_is_told_with_what_to_do(
     assert said in sentence
 
 
-@pytest.mark.parametrize(("local_steps", "max_steps"), [(10, 200), (50, 1000), ("auto", 20), ("auto", None)])
+@pytest.mark.parametrize(
+    ("local_steps", "max_steps"), [(10, 200), (50, 1000), ("auto", 20), ("auto", None), (50, 0), ("auto", 0)]
+)
 def test_twenty_rounds_are_enough(local_steps: int | str, max_steps: int | None) -> None:
     assert useless_settings(Settings(local_steps=local_steps), 4, max_steps) == []
 
