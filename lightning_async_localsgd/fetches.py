@@ -10,7 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -18,7 +18,7 @@ from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from lightning_async_localsgd.loader import UnderWay, WorkerLoader, fetched_ahead, generators_of
-from lightning_async_localsgd.randomness import random_state, set_random_state
+from lightning_async_localsgd.randomness import RandomState, set_random_state
 
 __all__ = ["Fetches", "OpenEnded", "SavedFetches", "Watched"]
 
@@ -34,6 +34,14 @@ class SavedFetches:
     whether the pass over the data had ``"ended"``, so that the next one begins with the numbers of now."""
     stateful_only: bool = False
     """Whether only loaders with a ``state_dict`` of their own are counted: so in files of other strategies."""
+
+
+class _Begun(NamedTuple):
+    """What a fetch began from."""
+
+    random: RandomState
+    places: list[dict[str, Any] | None]
+    """Of the loaders, where they have a ``state_dict`` of their own."""
 
 
 class Fetches:
@@ -52,7 +60,7 @@ class Fetches:
         self._random = None if saved is None else saved.random  # to be set, until the first step
         self._now_set = False
         self._to_set: deque[Mapping[str, Any]] = deque()  # random states, one for each of the next fetches
-        self._began: deque[dict[str, Any]] = deque(maxlen=4)  # what the latest fetches began from
+        self._began: deque[_Begun] = deque(maxlen=4)  # what the latest fetches began from
 
     # ---- going on ---------------------------------------------------------------------------------------------------
 
@@ -106,12 +114,14 @@ class Fetches:
         if self._random is not None and not self._random["ended"]:
             self._to_set = deque([*self._random["ahead"], self._random["now"]])
             self._now_set = False
+        stateful = [loader if isinstance(loader, _Stateful) else None for loader in self._loaders]
         while True:
             if self._to_set:
                 set_random_state(self._to_set.popleft(), self._device)
                 self._now_set = not self._to_set
             if self._ahead_of_training:
-                self._began.append(self._now())
+                places = [None if loader is None else loader.state_dict() for loader in stateful]
+                self._began.append(_Begun(RandomState(self._device), places))
             try:
                 batch = next(batches)
             except StopIteration:
@@ -123,12 +133,6 @@ class Fetches:
         fetcher = self._trainer.fit_loop._data_fetcher
         return fetcher is not None and fetcher.length is None
 
-    def _now(self) -> dict[str, Any]:
-        return {
-            "random": random_state(self._device),
-            "loaders": [loader.state_dict() if isinstance(loader, _Stateful) else None for loader in self._loaders],
-        }
-
     @property
     def _loaders(self) -> list[Any]:
         loaders = self._trainer.fit_loop._combined_loader
@@ -138,13 +142,13 @@ class Fetches:
         """Where this process is: fields of :class:`SavedFetches`. Fetches of batches not trained yet do not count."""
         ahead = fetched_ahead(self._trainer)
         began = list(self._began)[max(0, len(self._began) - ahead) :]
-        places = began[0]["loaders"] if began else [None] * len(self._loaders)
+        places = began[0].places if began else [None] * len(self._loaders)
         ended = self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and ahead == 0
         return {
             "loaders": [_place(loader, before, ended) for loader, before in zip(self._loaders, places, strict=True)],
             "random": {
-                "ahead": [fetch["random"] for fetch in began],
-                "now": random_state(self._device),
+                "ahead": [fetch.random.state_dict() for fetch in began],
+                "now": RandomState(self._device).state_dict(),
                 "ended": ended,
             },
         }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_async_localsgd.advice import FEW_ROUNDS
@@ -18,6 +20,7 @@ _IN_A_ROW = 3  # rounds that go wrong before anything is said: one may be a hard
 _SETTLED = 3  # rounds before which nothing is a surprise
 _LOST = 0.5  # of what the loss had come down by
 _RISEN = 0.1  # of a loss that has never come down
+_KEPT = 1024  # losses
 
 
 class Guard:
@@ -101,22 +104,18 @@ class Guard:
 
 
 class MeanLoss:
-    """The mean training loss between two looks: added up where it is, and brought here for a look only."""
+    """The mean training loss between two looks: the losses stay where they are until then."""
 
     def __init__(self) -> None:
-        self._sum: Tensor | None = None
-        self._count = 0
+        self._losses: deque[Tensor] = deque(maxlen=_KEPT)
 
     def see(self, outputs: Any) -> None:
         """See what a training step has returned, as callbacks are given it."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            return
-        self._sum = loss.detach().float().clone() if self._sum is None else self._sum.add_(loss.detach())
-        self._count += 1
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self._losses.append(loss.detach())
 
     def take(self) -> float:
-        """The mean since the last look; NaN if there was none."""
-        mean = math.nan if self._sum is None else float(self._sum) / self._count
-        self._sum, self._count = None, 0
-        return mean
+        """The mean since the last look, of the latest 1,024; NaN if there was none."""
+        losses, self._losses = self._losses, deque(maxlen=_KEPT)
+        return float(torch.stack([loss.reshape(()).float() for loss in losses]).mean()) if losses else math.nan

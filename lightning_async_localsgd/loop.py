@@ -18,7 +18,7 @@ from lightning_async_localsgd.advice import warn_of_useless_settings
 from lightning_async_localsgd.arguments import check_names, names_of
 from lightning_async_localsgd.exchange.header import Message
 from lightning_async_localsgd.membership import StaticJob, join_job
-from lightning_async_localsgd.randomness import random_state, set_random_state
+from lightning_async_localsgd.randomness import RandomState, set_random_state
 from lightning_async_localsgd.rounds import whole_samples
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.steps import ParameterChanges, StepListener
@@ -312,7 +312,7 @@ class AsyncLocalSGD:
             "worker": self.worker.local_state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "settings": self.settings.credentials(),
-            "random": random_state(self._device),
+            "random": RandomState(self._device).state_dict(),
         }
         self.on_checkpoint(what["checkpoint"], state)
 

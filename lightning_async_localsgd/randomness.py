@@ -9,31 +9,40 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["random_state", "set_random_state"]
+__all__ = ["RandomState", "set_random_state"]
 
 
-def random_state(device: torch.device | None = None) -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's global generators, as tensors and plain values.
+class RandomState:
+    """The states of Python's, NumPy's and torch's global generators as of now.
+
+    Taking one is cheap: it may be done at every fetch of a batch, most of which no checkpoint asks for.
 
     Args:
         device: an accelerator, for the state of its generator as well; None or the CPU: none.
     """
-    name, keys, *rest = np.random.get_state()
-    state = {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
-        "torch": torch.get_rng_state(),
-    }
-    if device is not None and device.type != "cpu":
-        state["device"] = torch.get_device_module(device).get_rng_state(device)
-    return state
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._python = random.getstate()
+        self._numpy = np.random.get_state()
+        self._torch = {"torch": torch.get_rng_state()}
+        if device is not None and device.type != "cpu":
+            self._torch["device"] = torch.get_device_module(device).get_rng_state(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states as tensors and plain values; see :func:`set_random_state`."""
+        name, keys, *rest = self._numpy
+        return {
+            "python": self._python,
+            "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+            **self._torch,
+        }
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device | None = None) -> None:
     """Put the global generators where they were.
 
     Args:
-        state: what :func:`random_state` gave.
+        state: what :meth:`RandomState.state_dict` gave.
         device: the accelerator to set; one of another kind than the state's keeps its own.
     """
     version, keys, gauss = state["python"]
