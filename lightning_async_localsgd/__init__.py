@@ -8,15 +8,15 @@ from lightning_async_localsgd.errors import (
     ReplicaDivergedError,
     WorkerMismatchError,
 )
-from lightning_async_localsgd.exchange import OuterUpdate
 from lightning_async_localsgd.loop import AsyncLocalSGD
 from lightning_async_localsgd.methods import METHODS, make_method
-from lightning_async_localsgd.monitor import AsyncLocalSGDMonitor
-from lightning_async_localsgd.registration import register_strategy
+from lightning_async_localsgd.protocol.progress import OuterUpdate
 from lightning_async_localsgd.settings import Settings
-from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
+from lightning_async_localsgd.trainer.monitor import AsyncLocalSGDMonitor
+from lightning_async_localsgd.trainer.registration import register_strategy
+from lightning_async_localsgd.trainer.strategy import AsyncLocalSGDStrategy
 from lightning_async_localsgd.version import __version__
-from lightning_async_localsgd.worker import RunSummary, Worker
+from lightning_async_localsgd.worker.worker import RunSummary, Worker
 
 __all__ = [
     "METHODS",

@@ -8,7 +8,7 @@ import warnings
 import torch
 
 from lightning_async_localsgd.outer import AsyncBuffer, DelayedNesterov
-from lightning_async_localsgd.round_length import AUTO, RoundLength
+from lightning_async_localsgd.protocol.round_length import AUTO, RoundLength
 from lightning_async_localsgd.settings import Settings
 
 __all__ = ["FEW_ROUNDS", "SettingsWarning", "useless_settings", "warn_of_useless_settings"]

@@ -20,7 +20,7 @@ from lightning_async_localsgd.outer import (
     PolyThres,
     Transform,
 )
-from lightning_async_localsgd.pace import make_pace
+from lightning_async_localsgd.protocol.pace import make_pace
 
 __all__ = ["METHODS", "Method", "make_method"]
 

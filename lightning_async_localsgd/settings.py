@@ -13,8 +13,8 @@ import torch
 from lightning_async_localsgd.codecs import Codec, make_codec
 from lightning_async_localsgd.outer import Constraint, OuterOptimizerFactory, Transform
 from lightning_async_localsgd.outer.transforms import check_transforms
-from lightning_async_localsgd.pace import FixedPace, Pace, make_pace
-from lightning_async_localsgd.round_length import AUTO, RoundLength
+from lightning_async_localsgd.protocol.pace import FixedPace, Pace, make_pace
+from lightning_async_localsgd.protocol.round_length import AUTO, RoundLength
 
 __all__ = ["Settings"]
 

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
-from lightning_async_localsgd.final_module import _checksum
+from lightning_async_localsgd.trainer.final_module import _checksum
 from tests.modules import FEATURES, Regression, checkpoints, make_trainer, regression_data, stream
 from tests.processes import results, run_processes
 

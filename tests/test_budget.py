@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_async_localsgd.budget import Budget, allocate, estimate_total
+from lightning_async_localsgd.protocol.budget import Budget, allocate, estimate_total
 
 weights = st.lists(st.integers(1, 100), min_size=1, max_size=9)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_async_localsgd.checkpoint_files import CheckpointFiles, SideFiles, find_wholes
-from lightning_async_localsgd.file_writing import BackgroundWriter, FileRecord, write_file
+from lightning_async_localsgd.trainer.checkpoints.files import CheckpointFiles, SideFiles, find_wholes
+from lightning_async_localsgd.trainer.checkpoints.writing import BackgroundWriter, FileRecord, write_file
 
 
 def write_leader(books: CheckpointFiles, path: str) -> str:

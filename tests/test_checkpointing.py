@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
-from lightning_async_localsgd.checkpoint_files import Whole, find_wholes
+from lightning_async_localsgd.trainer.checkpoints.files import Whole, find_wholes
 from tests.modules import FEATURES, Regression, checkpoints, make_trainer, regression_data, stream
 from tests.processes import results, run_processes
 

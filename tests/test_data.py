@@ -10,16 +10,10 @@ import pytest
 import torch
 from torch.distributed import HashStore, Store
 
-from lightning_async_localsgd.data import (
-    Leases,
-    Pass,
-    Shards,
-    SharedTickets,
-    StridedTickets,
-    draw_shard,
-    merge_positions,
-    shard_probabilities,
-)
+from lightning_async_localsgd.data.division import Pass, Shards, merge_positions
+from lightning_async_localsgd.data.leases import Leases
+from lightning_async_localsgd.data.tickets import SharedTickets, StridedTickets
+from lightning_async_localsgd.protocol.sampling import draw_shard, shard_probabilities
 
 
 def test_probabilities_are_equation_2() -> None:

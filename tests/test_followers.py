@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from lightning_async_localsgd.exchange.header import encode_message
-from lightning_async_localsgd.followers import FollowedMetrics, metric_messages
+from lightning_async_localsgd.protocol.header import encode_message
+from lightning_async_localsgd.trainer.followers import FollowedMetrics, metric_messages
 
 
 def test_metrics_go_in_as_few_messages_as_hold_them() -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy, Settings
-from lightning_async_localsgd.guard import Guard, MeanLoss
 from lightning_async_localsgd.outer import DelayedNesterov
+from lightning_async_localsgd.trainer.guard import Guard, MeanLoss
 from tests.modules import Regression, make_trainer, stream
 from tests.processes import results, run_processes
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_async_localsgd.kinds import find_local_buffers, statistics
-from lightning_async_localsgd.layout import Layout
+from lightning_async_localsgd.outer.kinds import find_local_buffers, statistics
+from lightning_async_localsgd.outer.layout import Layout
 
 
 class RunningNorm(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from lightning_async_localsgd.layout import Layout
+from lightning_async_localsgd.outer.layout import Layout
 
 
 class Tied(nn.Module):

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from lightning_async_localsgd import AsyncLocalSGD
-from lightning_async_localsgd.layout import Layout
 from lightning_async_localsgd.outer import AsyncBuffer, DelayCompensation, GlobalState
+from lightning_async_localsgd.outer.layout import Layout
 from tests.modules import Batches, make_net
 from tests.processes import job_store, results, run_processes
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lightning_async_localsgd import METHODS, AsyncLocalSGDStrategy, RunSummary, Settings, Worker, make_method
-from lightning_async_localsgd.layout import Layout
 from lightning_async_localsgd.outer import Arrival, AsyncBuffer, DelayedNesterov, GlobalState, Poly
+from lightning_async_localsgd.outer.layout import Layout
 from tests.modules import Batches, make_net
 from tests.processes import job_store, results, run_processes
 

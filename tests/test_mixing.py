@@ -8,7 +8,7 @@ import pickle
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_async_localsgd.mixing import mix_in, mix_out
+from lightning_async_localsgd.trainer.mixing import mix_in, mix_out
 
 
 class Louder:

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_async_localsgd import AsyncLocalSGDMonitor, AsyncLocalSGDStrategy
-from lightning_async_localsgd.monitor import Goodput
+from lightning_async_localsgd.trainer.monitor import Goodput
 from tests.modules import Regression, make_trainer, stream
 from tests.processes import results, run_processes
 

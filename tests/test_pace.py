@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_async_localsgd.pace import DynamicLocalUpdates, FixedPace, make_pace
+from lightning_async_localsgd.protocol.pace import DynamicLocalUpdates, FixedPace, make_pace
 
 
 def test_dylu_is_equation_6() -> None:

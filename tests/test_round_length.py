@@ -9,9 +9,9 @@ from torch.distributed import PrefixStore
 from torch.utils.data import DataLoader
 
 from lightning_async_localsgd import RunSummary, Settings, make_method
-from lightning_async_localsgd.round_length import RoundLength
+from lightning_async_localsgd.protocol.round_length import RoundLength
 from lightning_async_localsgd.simulation import Network, simulate
-from lightning_async_localsgd.worker import Worker
+from lightning_async_localsgd.worker.worker import Worker
 from tests.modules import Regression, make_net, regression_data
 from tests.processes import job_store, results, run_processes
 from tests.test_worker import Loop

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
-from lightning_async_localsgd.loader import WorkerLoader
+from lightning_async_localsgd.data.loader import WorkerLoader
 from lightning_async_localsgd.outer import DelayedNesterov
 from tests.modules import (
     SPEEDS,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_async_localsgd import RunSummary, Settings, Worker
-from lightning_async_localsgd.exchange import OuterUpdate
+from lightning_async_localsgd.protocol.progress import OuterUpdate
 from tests.modules import FEATURES
 from tests.processes import job_store, results, run_processes
 

@@ -17,7 +17,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnv
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
-from lightning_async_localsgd.launching import ForkingLauncher, check_start_method
+from lightning_async_localsgd.trainer.launching import ForkingLauncher, check_start_method
 from tests.hosts import alone, run_together, two_hosts, why_not
 from tests.modules import Regression, make_trainer, stream
 
@@ -321,7 +321,7 @@ trainer:
         class_path: torch.optim.SGD
         init_args: {lr: 0.25, momentum: 0.5, nesterov: true}
       pace:
-        class_path: lightning_async_localsgd.pace.DynamicLocalUpdates
+        class_path: lightning_async_localsgd.protocol.pace.DynamicLocalUpdates
         init_args: {tolerance: 0.2}
       transforms:
         - class_path: lightning_async_localsgd.outer.PolyThres

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from lightning_async_localsgd import AsyncLocalSGD, AsyncLocalSGDStrategy
-from lightning_async_localsgd.weight_copies import WeightCopies
+from lightning_async_localsgd.worker.weight_copies import WeightCopies
 from tests.modules import Regression, make_net, make_trainer, regression_data, stream
 from tests.processes import results, run_processes
 

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from lightning_async_localsgd import RunSummary, Settings, Worker
-from lightning_async_localsgd.exchange.header import Header
 from lightning_async_localsgd.exchange.transport import GlooTransport
-from lightning_async_localsgd.pace import DynamicLocalUpdates
-from lightning_async_localsgd.stopwatch import Stopwatch
+from lightning_async_localsgd.protocol.header import Header
+from lightning_async_localsgd.protocol.pace import DynamicLocalUpdates
+from lightning_async_localsgd.protocol.speed_meter import Stopwatch
 from tests.modules import SPEEDS, Batches, make_net
 from tests.processes import STILL_RUNNING, Outcome, job_store, results, run_processes
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lightning_async_localsgd.errors import AsyncLocalSGDError
 from lightning_async_localsgd.exchange.causes import LOOK_UP
-from lightning_async_localsgd.exchange.header import Flag, Message, encode_message
-from lightning_async_localsgd.exchange.ledger import OuterUpdate, Progress
 from lightning_async_localsgd.outer import Unsendable
+from lightning_async_localsgd.protocol.header import Flag, Message, encode_message
+from lightning_async_localsgd.protocol.progress import OuterUpdate, Progress
 
 __all__ = ["Adoption", "Live", "Mailbox", "Push"]
 

@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_async_localsgd.exchange.header import HEADER_BYTES
 from lightning_async_localsgd.exchange.transport import Transport
+from lightning_async_localsgd.protocol.header import HEADER_BYTES
 
 __all__ = ["as_bytes", "from_bytes", "share"]
 

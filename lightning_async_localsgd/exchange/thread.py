@@ -32,18 +32,19 @@ from torch import Tensor
 from torch.distributed import Store
 from torch.profiler import record_function
 
-from lightning_async_localsgd.accelerator import synchronize
-from lightning_async_localsgd.budget import Budget
 from lightning_async_localsgd.codecs import make_codec
 from lightning_async_localsgd.errors import PeerAbortedError, PeerLostError, ReplicaDivergedError
-from lightning_async_localsgd.exchange.bell import Bell
+from lightning_async_localsgd.exchange.accelerator import synchronize
 from lightning_async_localsgd.exchange.causes import LOOK_UP, Causes
-from lightning_async_localsgd.exchange.header import HEADER_BYTES, Flag, Header, Message
-from lightning_async_localsgd.exchange.ledger import Ledger, OuterUpdate
+from lightning_async_localsgd.exchange.doorbell import Bell
 from lightning_async_localsgd.exchange.mailbox import Adoption, Live, Mailbox, Push
 from lightning_async_localsgd.exchange.transport import CHUNK, Transport
 from lightning_async_localsgd.membership import JobStore, Roster
 from lightning_async_localsgd.outer import GlobalState, Unsendable, write_delta
+from lightning_async_localsgd.protocol.budget import Budget
+from lightning_async_localsgd.protocol.header import HEADER_BYTES, Flag, Header, Message
+from lightning_async_localsgd.protocol.ledger import Ledger
+from lightning_async_localsgd.protocol.progress import OuterUpdate
 from lightning_async_localsgd.settings import Settings
 
 __all__ = ["ExchangeThread"]

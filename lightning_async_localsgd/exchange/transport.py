@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store
 
 from lightning_async_localsgd.errors import PeerLostError
-from lightning_async_localsgd.exchange.header import HEADER_BYTES
 from lightning_async_localsgd.membership import Roster
 from lightning_async_localsgd.membership.address import INTERFACE_VARIABLE, make_gloo_group
-from lightning_async_localsgd.sockets import recorded_sockets
+from lightning_async_localsgd.membership.sockets import recorded_sockets
+from lightning_async_localsgd.protocol.header import HEADER_BYTES
 
 __all__ = ["CHUNK", "GlooTransport", "Transport"]
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from lightning_async_localsgd.errors import PeerLostError
-from lightning_async_localsgd.sockets import recorded_sockets
+from lightning_async_localsgd.membership.sockets import recorded_sockets
 
 __all__ = ["JobStore", "bounded", "connect", "store_address"]
 

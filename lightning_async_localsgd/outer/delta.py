@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_async_localsgd.layout import Layout
+from lightning_async_localsgd.outer.layout import Layout
 from lightning_async_localsgd.outer.state import GlobalState
 
 __all__ = ["Adopter", "Unsendable", "write_delta"]

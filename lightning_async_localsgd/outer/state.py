@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_async_localsgd.layout import Layout
 from lightning_async_localsgd.outer.delayed_nesterov import DelayedNesterov, default_outer_optimizer
+from lightning_async_localsgd.outer.layout import Layout
 from lightning_async_localsgd.outer.resuming import given_settings, load_outer_optimizer
-from lightning_async_localsgd.outer.starts import RoundStarts
+from lightning_async_localsgd.outer.round_starts import RoundStarts
 from lightning_async_localsgd.outer.transforms import Arrival, Context, Transform, check_transforms
 
 __all__ = ["Constraint", "GlobalState", "OuterOptimizerFactory"]

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
+from lightning_async_localsgd.protocol.ledger import Arrival
+
 __all__ = [
     "Arrival",
     "AsyncBuffer",
@@ -21,14 +23,6 @@ __all__ = [
 ]
 
 _BLOCK = 1 << 16  # elements: the operands of one block stay in the cache
-
-
-class Arrival(NamedTuple):
-    """One worker's delta in an outer update."""
-
-    worker: int
-    staleness: int
-    """Versions that passed between the start of the worker's round and this update."""
 
 
 class Context(NamedTuple):

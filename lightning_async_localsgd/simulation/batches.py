@@ -16,8 +16,8 @@ from lightning.pytorch.utilities.data import _is_dataloader_shuffled, _update_da
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_async_localsgd.data import Shards
-from lightning_async_localsgd.loader import Orders, WorkerLoader
+from lightning_async_localsgd.data.division import Shards
+from lightning_async_localsgd.data.loader import Orders, WorkerLoader
 from lightning_async_localsgd.simulation.steps import Passes
 
 __all__ = ["VirtualLoaders"]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_async_localsgd.layout import Layout
+from lightning_async_localsgd.outer.layout import Layout
 
 __all__ = ["LiveModule", "Own"]
 

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lightning_async_localsgd.exchange.header import HEADER_BYTES
 from lightning_async_localsgd.exchange.transport import CHUNK
+from lightning_async_localsgd.protocol.header import HEADER_BYTES
 
 __all__ = ["Network"]
 

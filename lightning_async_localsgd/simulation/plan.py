@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from lightning_async_localsgd.codecs import codecs_by_name, make_codec
-from lightning_async_localsgd.exchange.header import Header
-from lightning_async_localsgd.exchange.ledger import OuterUpdate, Progress
 from lightning_async_localsgd.exchange.transport import CHUNK
 from lightning_async_localsgd.outer import Arrival, DelayedNesterov, default_outer_optimizer
-from lightning_async_localsgd.pace import FixedPace, make_pace
-from lightning_async_localsgd.rounds import Rounds
+from lightning_async_localsgd.protocol.header import Header
+from lightning_async_localsgd.protocol.pace import FixedPace, make_pace
+from lightning_async_localsgd.protocol.progress import OuterUpdate, Progress
+from lightning_async_localsgd.protocol.rounds import Rounds
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.simulation.devices import NoisyDevice, VirtualWorker, make_workers
 from lightning_async_localsgd.simulation.network import Network

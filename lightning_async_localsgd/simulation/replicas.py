@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from lightning_async_localsgd.codecs import make_codec
-from lightning_async_localsgd.drops import Drops
-from lightning_async_localsgd.exchange.header import Header
-from lightning_async_localsgd.exchange.ledger import Progress
 from lightning_async_localsgd.outer import Adopter, GlobalState, Unsendable, write_delta
-from lightning_async_localsgd.rounds import Rounds
+from lightning_async_localsgd.protocol.header import Header
+from lightning_async_localsgd.protocol.progress import Progress
+from lightning_async_localsgd.protocol.rounds import Rounds
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.simulation.live import LiveModule, Own
 from lightning_async_localsgd.simulation.steps import LocalSteps, MakeBatches
 from lightning_async_localsgd.simulation.timeline import Learned
-from lightning_async_localsgd.worker import forget_non_finite_state
+from lightning_async_localsgd.worker.dropped_deltas import Drops
+from lightning_async_localsgd.worker.worker import forget_non_finite_state
 
 __all__ = ["TrainingReplicas"]
 

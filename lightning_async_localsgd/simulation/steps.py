@@ -12,7 +12,7 @@ from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimizatio
 from lightning.pytorch.loops.progress import _BatchProgress, _Progress
 from lightning.pytorch.trainer import call
 
-from lightning_async_localsgd.loader import count_samples
+from lightning_async_localsgd.data.loader import count_samples
 
 __all__ = ["LocalSteps", "MakeBatches", "Passes"]
 

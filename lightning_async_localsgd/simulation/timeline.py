@@ -1,7 +1,7 @@
 """The timeline: rounds of virtual workers and turns of their exchange, under a virtual clock.
 
-What decides is what decides in a real run: each worker's :class:`~lightning_async_localsgd.rounds.Rounds` and the
-:class:`~lightning_async_localsgd.exchange.ledger.Ledger`. This file says when things happen, in the order of the real
+The decisions are those of a real run: each worker's :class:`~lightning_async_localsgd.protocol.rounds.Rounds` and the
+:class:`~lightning_async_localsgd.protocol.ledger.Ledger`. This file says when things happen, in the order of the real
 worker and exchange thread; what is learned meanwhile is the business of :class:`Replicas`.
 """
 
@@ -16,14 +16,15 @@ from enum import Enum, IntEnum
 from itertools import count
 from typing import Any, NamedTuple, Protocol
 
-from lightning_async_localsgd.budget import Budget
-from lightning_async_localsgd.exchange.header import HEADER_BYTES, Flag, Header
-from lightning_async_localsgd.exchange.ledger import Ledger, LedgerState, OuterUpdate, Progress
-from lightning_async_localsgd.rounds import Rounds
+from lightning_async_localsgd.protocol.budget import Budget
+from lightning_async_localsgd.protocol.header import HEADER_BYTES, Flag, Header
+from lightning_async_localsgd.protocol.ledger import Ledger, LedgerState
+from lightning_async_localsgd.protocol.progress import OuterUpdate, Progress
+from lightning_async_localsgd.protocol.rounds import Rounds
+from lightning_async_localsgd.protocol.speed_meter import Stopwatch
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.simulation.devices import VirtualWorker
 from lightning_async_localsgd.simulation.network import Network
-from lightning_async_localsgd.stopwatch import Stopwatch
 
 __all__ = ["FinishedRound", "Lane", "Learned", "Observer", "Replicas", "Timeline"]
 

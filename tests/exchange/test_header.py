@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_async_localsgd.exchange.header import HEADER_BYTES, MESSAGE_BYTES, Flag, Header
+from lightning_async_localsgd.protocol.header import HEADER_BYTES, MESSAGE_BYTES, Flag, Header
 
 HEADER = Header(
     worker=3,

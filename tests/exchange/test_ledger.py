@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from lightning_async_localsgd import Settings
-from lightning_async_localsgd.budget import Budget
-from lightning_async_localsgd.exchange import Ledger, Progress
-from lightning_async_localsgd.exchange.header import Flag, Header
+from lightning_async_localsgd.protocol.budget import Budget
+from lightning_async_localsgd.protocol.header import Flag, Header
+from lightning_async_localsgd.protocol.ledger import Ledger
+from lightning_async_localsgd.protocol.progress import Progress
 
 
 class NoState:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_async_localsgd.exchange import Beat, Mailbox, Progress, Push
-from lightning_async_localsgd.exchange.header import MESSAGE_BYTES, Flag
+from lightning_async_localsgd.exchange import Mailbox, Push
+from lightning_async_localsgd.protocol.header import MESSAGE_BYTES, Flag
+from lightning_async_localsgd.protocol.progress import Beat, Progress
 
 PROGRESS = Progress(0, (0,), (0.0,), (5,), None, False, False, False, (0,), Beat(0, ()), 5)
 PUSH = Push(torch.zeros(1), torch.ones(1), lambda: None, 0, 5, 20, 1.0, 0, 0)

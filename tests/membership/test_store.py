@@ -19,7 +19,7 @@ from torch.distributed import HashStore, PrefixStore, TCPStore
 from lightning_async_localsgd import PeerAbortedError, PeerLostError, relay
 from lightning_async_localsgd.membership import JobStore, StaticJob, join_job
 from lightning_async_localsgd.membership.attempt import agree
-from lightning_async_localsgd.relay import Relay
+from lightning_async_localsgd.trainer.relay import Relay
 from tests.processes import run_processes, start_process
 
 SHORT, LONG = timedelta(seconds=0.5), timedelta(seconds=60)

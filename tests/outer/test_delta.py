@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_async_localsgd.layout import Layout
 from lightning_async_localsgd.outer import Adopter, Arrival, DelayCompensation, GlobalState, Unsendable, write_delta
+from lightning_async_localsgd.outer.layout import Layout
 
 LARGEST = torch.finfo(torch.float32).max
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_async_localsgd.layout import Layout
 from lightning_async_localsgd.outer import DelayedNesterov, GlobalState, Poly
+from lightning_async_localsgd.outer.layout import Layout
 from lightning_async_localsgd.outer.transforms import Arrival, AsyncBuffer
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_async_localsgd.layout import Layout
 from lightning_async_localsgd.outer import Arrival, GlobalState
+from lightning_async_localsgd.outer.layout import Layout
 from tests.modules import make_net
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_async_localsgd.layout import Layout
 from lightning_async_localsgd.outer import (
     Arrival,
     AsyncBuffer,
@@ -23,7 +22,8 @@ from lightning_async_localsgd.outer import (
     PolyThres,
     Transform,
 )
-from lightning_async_localsgd.outer.starts import RoundStarts
+from lightning_async_localsgd.outer.layout import Layout
+from lightning_async_localsgd.outer.round_starts import RoundStarts
 from tests.modules import make_net
 
 NESTEROV = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)

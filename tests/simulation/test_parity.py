@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy, Settings, Worker, make_method
-from lightning_async_localsgd.data import Shards
-from lightning_async_localsgd.exchange import Progress
-from lightning_async_localsgd.exchange.header import Flag, Header
-from lightning_async_localsgd.loader import WorkerLoader
+from lightning_async_localsgd.data.division import Shards
+from lightning_async_localsgd.data.loader import WorkerLoader
 from lightning_async_localsgd.outer import Arrival
+from lightning_async_localsgd.protocol.header import Flag, Header
+from lightning_async_localsgd.protocol.progress import Progress
 from lightning_async_localsgd.simulation import Simulation, simulate
 from tests.modules import FEATURES, make_trainer, regression_data
 from tests.processes import job_store, results, run_processes

@@ -1,0 +1,335 @@
+"""The training loaders of one worker: the user's own, over the part of each pass that falls to the worker."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from copy import copy
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.fabric.utilities.distributed import _DatasetSamplerWrapper
+from lightning.pytorch.utilities.data import _extract_batch_size
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import DataLoader, Sampler
+
+from lightning_async_localsgd.data.division import Division, Pass
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = [
+    "Orders",
+    "UnderWay",
+    "WorkerLoader",
+    "count_samples",
+    "generators_of",
+]
+
+
+class _Drawn(NamedTuple):
+    """A batch on its way from the sampler to the training step."""
+
+    name: Pass
+    unit: int
+    samples: int | None
+
+
+class WorkerLoader:
+    """A map-style loader of which this worker gets its part of each pass, and which knows its position.
+
+    Everything else of the loader (collation, its own processes, its attributes) stays as it is.
+
+    Args:
+        loader: the loader. Its batch sampler is replaced: it must not be used otherwise.
+        division: divides the batches among the workers.
+        seed: seed of the order of the samples, for samplers that draw it from global generators.
+        fetches: tells how many batches have been fetched in this epoch (with several loaders, from all together), and
+            how many of these are not trained yet.
+        device: rank of this process within its worker.
+        devices: processes of the worker; each gets one batch of a unit.
+        orders: the orders of passes that have been drawn already, where several workers of one process share them.
+        for_training: tells whether it is the training loop that iterates. Whoever else does gets a process' part of the
+            data, as under DDP, and takes nothing from the training.
+        place: this process, and the number of processes, by which that part is cut.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        division: Division,
+        seed: int,
+        fetches: Callable[[], tuple[int, int]],
+        device: int = 0,
+        devices: int = 1,
+        orders: Orders | None = None,
+        for_training: Callable[[], bool] = lambda: True,
+        place: tuple[int, int] = (0, 1),
+    ) -> None:
+        self.division = division
+        self._for_training = for_training
+        self._place = place
+        self._loader = loader
+        self._fetches = fetches
+        self._ended_after = 0  # so many fetches
+        self._fetched: deque[_Drawn] = deque()
+        source = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+        self.sampler = _WorkerBatches(source, division, seed, device, devices, orders)
+        # DataLoader refuses to have its sampler exchanged, for an iterator may be at work: here there is none yet.
+        vars(loader)["batch_sampler" if loader.batch_sampler is not None else "sampler"] = self.sampler
+
+    def __getattr__(self, name: str) -> Any:
+        # Where it is, the job's part of a checkpoint holds. Lightning's part is to be one that other strategies take.
+        if name in ("state_dict", "load_state_dict"):
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+    @property
+    def original(self) -> DataLoader[Any]:
+        """The user's loader."""
+        return self._loader
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self._for_training():
+            return iter(self._looked_at())
+        self._settle()
+        # Making an iterator draws a random number, which is not to be part of the first fetch.
+        return UnderWay(self._batches(iter(self._loader) if self._loader.num_workers == 0 else self._loader))
+
+    def __reduce__(self) -> Any:
+        """A copy takes no part in the division: it is the user's loader, over all of the data."""
+        users = copy(self._loader)
+        name = "batch_sampler" if users.batch_sampler is not None else "sampler"
+        vars(users).update({name: self.sampler.source, "_iterator": None})
+        return _itself, (users,)
+
+    def _looked_at(self) -> DataLoader[Any]:
+        """The same loader, with processes of its own if it has any, over this process' part of the data."""
+        loader = copy(self._loader)
+        name = "batch_sampler" if loader.batch_sampler is not None else "sampler"
+        vars(loader).update({name: _Part(self.sampler.first_order, *self._place), "_iterator": None})
+        return loader
+
+    def _batches(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Nothing is drawn before the first batch is asked for: Lightning makes iterators that it does not use."""
+        self._fetched.clear()
+        for batch in batches:
+            self._fetched.append(self.sampler.drawn.popleft())
+            yield batch
+            self._note_trained(but=2)  # at most one is ahead of the one that is about to be trained
+        self._ended_after, _ = self._fetches()
+        self.sampler.end_pass()
+
+    def _settle(self) -> None:
+        """Note what has been trained. A batch whose step has raised, or is not over yet, has not."""
+        fetched, untrained = self._fetches()
+        if self.sampler.at_the_end:  # what was fetched after it came from other loaders
+            untrained -= max(0, fetched - self._ended_after)
+        self._note_trained(but=max(0, untrained))
+
+    def _note_trained(self, but: int) -> None:
+        """Note that all batches fetched have been trained, but for the last ones."""
+        while len(self._fetched) > but:
+            drawn = self._fetched.popleft()
+            self.division.trained(drawn.name, drawn.unit)
+
+    @property
+    def samples(self) -> int | None:
+        """Samples of the batch that has been trained last; None if the loader does not make batches."""
+        _, untrained = self._fetches()
+        place = len(self._fetched) - 1 - untrained
+        return self._fetched[place].samples if place >= 0 else None
+
+    def division_state(self) -> dict[str, Any]:
+        """What this worker has trained on, as the division's ``state_dict``."""
+        self._settle()
+        return self.division.state_dict()
+
+
+class _Part(Sampler[Any]):
+    """Every k-th batch of a pass; all k processes get as many, as under DDP."""
+
+    def __init__(self, order: Callable[[], list[Any]], rank: int, size: int) -> None:
+        self._order = order
+        self._rank = rank
+        self._size = size
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = self._order()
+        for first in range(0, len(batches), self._size):
+            yield batches[(first + self._rank) % len(batches)]
+
+
+class UnderWay:
+    """An iterator over batches. A copy has none left: they are this process' own."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._batches)
+
+    def __reduce__(self) -> Any:
+        return iter, ((),)
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+class Orders:
+    """The batches of the latest passes, in the order in which all workers number them.
+
+    Args:
+        kept: how many passes are remembered.
+    """
+
+    def __init__(self, kept: int) -> None:
+        self._kept = kept
+        self._orders: dict[Pass, list[Any]] = {}
+
+    def get(self, name: Pass, draw: Callable[[], list[Any]]) -> list[Any]:
+        """The batches of a pass, from ``draw`` if they are not remembered."""
+        order = self._orders.pop(name, None)
+        if order is None:
+            order = draw()
+        self._orders[name] = order  # now the last to be forgotten
+        while len(self._orders) > self._kept:
+            del self._orders[next(iter(self._orders))]
+        return order
+
+
+class _WorkerBatches(Sampler[Any]):
+    """Those batches of ``source`` that fall to this worker.
+
+    Begun again within an epoch, it goes on where it was; after the end of a pass with the next pass of the epoch.
+    """
+
+    def __init__(
+        self, source: Any, division: Division, seed: int, device: int, devices: int, orders: Orders | None
+    ) -> None:
+        self.source = source
+        self.drawn: deque[_Drawn] = deque()
+        """What was drawn and has not been fetched yet."""
+        self._division = division
+        self._seed = seed
+        self._device = device
+        self._devices = devices
+        self._orders = orders
+        self._pass: Pass = (-1, 0)
+        self.at_the_end = False
+        """Whether the last batch of the pass has been fetched."""
+
+    @property
+    def batch_size(self) -> int | None:
+        """That of the user's batch sampler, which Lightning and others read."""
+        return getattr(self.source, "batch_size", None)
+
+    @property
+    def drop_last(self) -> bool:
+        """As :attr:`batch_size`."""
+        return getattr(self.source, "drop_last", False)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin with an epoch, or go on with it; samplers that shuffle by it are told."""
+        if epoch != self._pass[0]:
+            self._pass = epoch, 0
+        self.at_the_end = False
+        self._tell_samplers(epoch)
+
+    def _tell_samplers(self, epoch: int) -> None:
+        for source in (self.source, getattr(self.source, "sampler", None)):
+            set_epoch = getattr(source, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(epoch)
+
+    def end_pass(self) -> None:
+        """The last batch has been fetched: who begins again wants another pass."""
+        self.at_the_end = True
+
+    def __len__(self) -> int:
+        return self._division.length(self._units(len(self.source)))
+
+    def _units(self, batches: int) -> int:
+        return -(-batches // self._devices)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.drawn.clear()
+        if self.at_the_end:
+            self._pass, self.at_the_end = (self._pass[0], self._pass[1] + 1), False
+        name = self._pass
+        draw = partial(self._draw_order, name)
+        batches = draw() if self._orders is None else self._orders.get(name, draw)
+        for unit in self._division.units(name, self._units(len(batches))):
+            # Where the last unit has too few batches, devices begin again with the first: all need one.
+            batch = batches[(unit * self._devices + self._device) % len(batches)]
+            self.drawn.append(_Drawn(name, unit, len(batch) if isinstance(batch, (list, tuple)) else None))
+            yield batch
+
+    def _draw_order(self, name: Pass) -> list[Any]:
+        """All batches of a pass, in an order that is found to be the same on all workers."""
+        batches = self._order(name[0])
+        self._division.check_order(name, batches)
+        return batches
+
+    def first_order(self) -> list[Any]:
+        """All batches of the first epoch. Workers may be in different ones, and their parts of it are disjoint."""
+        self._tell_samplers(0)
+        try:
+            return self._order(0)
+        finally:
+            self._tell_samplers(max(0, self._pass[0]))
+
+    def _order(self, epoch: int) -> list[Any]:
+        """All batches of an epoch, in an order that all workers have in common."""
+        generators = list(_generators(self.source))
+        states = [generator.get_state() for generator in generators]
+        with isolate_rng(include_cuda=False):
+            seed = (self._seed + epoch) % 2**32
+            for generator in (torch.default_generator, *generators):
+                generator.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
+            batches = list(self.source)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        return batches
+
+
+def generators_of(loader: Any) -> Iterator[torch.Generator]:
+    """The generators of a ``DataLoader`` and its samplers."""
+    if isinstance(loader, DataLoader):
+        if loader.generator is not None:
+            yield loader.generator
+        yield from _generators(loader.batch_sampler if loader.batch_sampler is not None else loader.sampler)
+
+
+def _generators(sampler: Any) -> Iterator[torch.Generator]:
+    """The generators of a sampler and of those under it, the user's own and those that Lightning wraps them in."""
+    if isinstance(getattr(sampler, "generator", None), torch.Generator):
+        yield sampler.generator
+    for name in ("sampler", "_sampler", "dataset"):
+        inner = getattr(sampler, name, None)
+        if isinstance(inner, (Sampler, _DatasetSamplerWrapper)):
+            yield from _generators(inner)
+
+
+def count_samples(batch: Any) -> int:
+    """Samples in a batch: as it says itself, or entries of its first tensor; 0 where it has none."""
+    for name in ("num_graphs", "batch_size"):
+        said = getattr(batch, name, None)
+        if isinstance(said, int):
+            return said
+    try:
+        return next(_extract_batch_size(batch), None) or 0
+    except RecursionError:
+        return 0

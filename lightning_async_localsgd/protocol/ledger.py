@@ -1,0 +1,179 @@
+"""The ledger: what a turn's headers make of the global state and the shared progress. Pure: no clock, no network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+from lightning_async_localsgd.protocol.budget import Budget
+from lightning_async_localsgd.protocol.header import Flag, Header
+from lightning_async_localsgd.protocol.pace import make_pace
+from lightning_async_localsgd.protocol.progress import Beat, OuterUpdate, Progress
+from lightning_async_localsgd.protocol.rules import Rules
+
+__all__ = ["Arrival", "Ledger", "LedgerState"]
+
+
+class Arrival(NamedTuple):
+    """One worker's delta in an outer update."""
+
+    worker: int
+    staleness: int
+    """Versions that passed between the start of the worker's round and this update."""
+
+
+class LedgerState(Protocol):
+    """What the ledger moves: a :class:`~lightning_async_localsgd.outer.GlobalState`, or what stands in for one."""
+
+    version: int
+
+    def apply(self, arrivals: Sequence[Arrival]) -> None:
+        """Make one outer update of the sum of these deltas."""
+
+    def set_round_length(self, local_steps: int) -> None:
+        """Tell H, local steps per round of the fastest worker, from here on."""
+
+    def begin_rounds(self, workers: Iterable[int]) -> None:
+        """These workers start their next rounds from the state of now."""
+
+
+class Ledger:
+    """Keeps the books of a run; every worker's comes to the same, because all read the same headers.
+
+    In each turn: :meth:`due` tells whose deltas are applied, in which groups; each group is brought together as the
+    state's pseudo-gradient and :meth:`apply` makes an outer update of it; :meth:`close_turn` gives the shared progress.
+    The real exchange and the simulated one share it.
+
+    Args:
+        state: the global state.
+        rules: settings of the run.
+        budget: how many local steps the run has.
+        progress: what the run starts or goes on from.
+    """
+
+    def __init__(self, state: LedgerState, rules: Rules, budget: Budget, progress: Progress) -> None:
+        self._state = state
+        self._rules = rules
+        self._budget = budget
+        self._pace = make_pace(rules.pace)
+        self.steps: Sequence[int] = progress.steps
+        """Local steps of each worker, at its last header."""
+        self._updates = progress.updates
+        self._total_staleness = progress.total_staleness
+        self._max_staleness = progress.max_staleness
+        self._dropped = list(progress.dropped)
+        self._shard_samples = list(progress.shard_samples)
+        self._beat = progress.beat
+        self._round_length = rules.round_length(budget.max_steps)
+        self._local_steps = progress.local_steps
+        state.set_round_length(self._local_steps)
+
+    def due(self, headers: Sequence[Header]) -> list[list[Header]]:
+        """The deltas to apply in this turn, in rank order: each group makes one outer update.
+
+        With ``quorum=1`` each delta is a group of its own. Else all at hand are one group, once there are enough of
+        them, or nobody is left who could bring another.
+        """
+        deltas = [h for h in headers if Flag.DELTA in h.flags]
+        if self._rules.quorum == 1:
+            return [[header] for header in deltas]
+        none_to_come = Flag.DELTA | Flag.FINAL
+        if not self._budget.exhausted([h.steps for h in headers], self._under_way(headers)):
+            none_to_come |= Flag.IDLE  # later these will push what they have, at the end of the run
+        enough = len(deltas) >= self._rules.quorum or all(h.flags & none_to_come for h in headers)
+        return [deltas] if deltas and enough else []
+
+    def apply(
+        self, group: Sequence[Header], norm: float | None = None, alignment: float | None = None
+    ) -> list[OuterUpdate]:
+        """Make one outer update of a group's deltas, whose sum is in the state's pseudo-gradient.
+
+        Args:
+            group: the headers of those deltas.
+            norm: what is known of their mean.
+            alignment: what is known of their mean.
+        """
+        stalenesses = [self._state.version - header.start_version for header in group]
+        self._state.apply([Arrival(h.worker, staleness) for h, staleness in zip(group, stalenesses, strict=True)])
+        self._updates += len(group)
+        self._total_staleness += sum(stalenesses)
+        self._max_staleness = max(self._max_staleness, *stalenesses)
+        for header in group:
+            self._shard_samples[header.shard] += header.round_samples
+        return [
+            OuterUpdate(
+                version=self._state.version,
+                worker=header.worker,
+                round=header.round,
+                local_steps=header.round_steps,
+                samples=header.round_samples,
+                staleness=staleness,
+                seconds=header.round_seconds,
+                norm=norm,
+                alignment=alignment,
+            )
+            for header, staleness in zip(group, stalenesses, strict=True)
+        ]
+
+    def close_turn(
+        self,
+        headers: Sequence[Header],
+        applied: Sequence[Header],
+        bytes_sent: int = 0,
+        bytes_received: int = 0,
+    ) -> Progress:
+        """The shared progress after a turn.
+
+        Args:
+            headers: of all workers.
+            applied: those whose deltas were applied.
+            bytes_sent: by this worker in all; the only thing, with what it has received, that is not alike everywhere.
+            bytes_received: by this worker in all.
+        """
+        dropped = [header.worker for header in headers if Flag.DROPPED in header.flags]
+        self._state.begin_rounds(dropped + [header.worker for header in applied])
+        for worker in dropped:
+            self._dropped[worker] += 1
+        for header in applied:
+            if header.worker == 0:
+                self._beat = Beat(header.round, tuple(h.worker for h in applied))
+        self.steps = tuple(h.steps for h in headers)
+        speeds = tuple(h.speed for h in headers)
+        self._local_steps = self._round_length.next(
+            self._local_steps,
+            sum(self.steps) // len(self.steps),
+            speeds,
+            [h.exchange_seconds for h in headers],
+            [h.exchange_cost for h in headers],
+        )
+        self._state.set_round_length(self._local_steps)
+        round_steps = self._pace.steps(speeds, self._local_steps)
+        under_way = self._under_way(headers)
+        final = [Flag.FINAL in h.flags for h in headers]
+        return Progress(
+            version=self._state.version,
+            steps=self.steps,
+            speeds=speeds,
+            round_steps=tuple(round_steps),
+            caps=self._budget.caps(self.steps, round_steps, under_way, final),
+            exhausted=self._budget.exhausted(self.steps, under_way),
+            stop=any(Flag.STOP in h.flags for h in headers),
+            over=all(final),
+            shard_samples=tuple(self._shard_samples),
+            beat=self._beat,
+            local_steps=self._local_steps,
+            updates=self._updates,
+            total_staleness=self._total_staleness,
+            max_staleness=self._max_staleness,
+            dropped=tuple(self._dropped),
+            bytes_sent=bytes_sent,
+            bytes_received=bytes_received,
+        )
+
+    @staticmethod
+    def _under_way(headers: Sequence[Header]) -> list[bool]:
+        """Which workers are making a step that their header does not count yet, or will after a pause.
+
+        One that is between two steps is not among them: it may learn that the budget is spent, and make no other.
+        """
+        return [Flag.STEPPING in h.flags and not h.flags & (Flag.IDLE | Flag.FINAL) for h in headers]

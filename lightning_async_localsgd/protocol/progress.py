@@ -1,0 +1,94 @@
+"""The shared progress of a run, alike on every worker after each turn, and the outer updates that made it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+__all__ = [
+    "NO_BEAT",
+    "Beat",
+    "OuterUpdate",
+    "Progress",
+]
+
+
+class OuterUpdate(NamedTuple):
+    """One delta that has been applied, as every worker learns of it."""
+
+    version: int
+    """Version of the global parameters after it."""
+    worker: int
+    round: int
+    local_steps: int
+    samples: int
+    staleness: int
+    """Versions that passed between the start of the round and the application of its delta."""
+    seconds: float
+    """How long the round took its worker, from its first step to its last."""
+    norm: float | None = None
+    """L2 norm of the delta, of the mean delta with a quorum; None where nobody asked for it."""
+    alignment: float | None = None
+    """Cosine between that delta and the outer momentum; NaN while there is none, None where nobody asked for it."""
+
+
+class Beat(NamedTuple):
+    """The latest turn that applied a delta of worker 0, which the others time their rounds by."""
+
+    round: int
+    """Worker 0's round; 0 before its first."""
+    workers: tuple[int, ...]
+    """Whose deltas were applied in that turn."""
+
+
+NO_BEAT = Beat(0, ())
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Shared progress after a turn: computed from the headers, alike on every worker."""
+
+    version: int
+    steps: tuple[int, ...]
+    """Local steps of each worker, at its last header."""
+    speeds: tuple[float, ...]
+    """Local steps per second of each worker; 0 while unknown."""
+    round_steps: tuple[int, ...]
+    """Local steps per round that the pace gives each worker."""
+    caps: tuple[int, ...] | None
+    """Local steps at which each worker stops; None: no limit."""
+    exhausted: bool
+    """The shared budget is spent."""
+    stop: bool
+    """Some worker asked all to end their training."""
+    over: bool
+    """Every worker has pushed everything and every delta is applied."""
+    shard_samples: tuple[int, ...]
+    beat: Beat
+    local_steps: int
+    """H, local steps per round of the fastest worker."""
+    updates: int = 0
+    total_staleness: int = 0
+    max_staleness: int = 0
+    dropped: tuple[int, ...] = ()
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+    @classmethod
+    def at_start(cls, workers: int, local_steps: int) -> Progress:
+        """What a run starts from."""
+        nothing = (0,) * workers
+        return cls(
+            version=0,
+            steps=nothing,
+            speeds=(0.0,) * workers,
+            round_steps=(local_steps,) * workers,
+            caps=None,
+            exhausted=False,
+            stop=False,
+            over=False,
+            shard_samples=nothing,
+            beat=NO_BEAT,
+            local_steps=local_steps,
+            dropped=nothing,
+        )

@@ -1,0 +1,376 @@
+"""The callback that the strategy attaches: counts local steps, drives schedulers, validates the global model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_async_localsgd.advice import SettingsWarning
+from lightning_async_localsgd.membership import StaticJob, as_json
+from lightning_async_localsgd.trainer.epochs import JobEpochs
+from lightning_async_localsgd.trainer.fetches import Fetches
+from lightning_async_localsgd.trainer.fit_loops import LoopControl, release_loops, take_over_loops
+from lightning_async_localsgd.trainer.followers import FollowedMetrics, Inactive, metric_messages
+from lightning_async_localsgd.trainer.guard import Guard, MeanLoss
+from lightning_async_localsgd.trainer.loaders import samples_in_training
+from lightning_async_localsgd.trainer.meetings import check_pass, learn_decisions
+from lightning_async_localsgd.trainer.mixing import mix_in, mix_out
+from lightning_async_localsgd.trainer.progress_bar import JobBar, NamedByJob
+from lightning_async_localsgd.trainer.same_data import SameData
+from lightning_async_localsgd.trainer.schedulers import JobSchedulers
+from lightning_async_localsgd.worker.worker import Worker
+
+if TYPE_CHECKING:
+    from lightning_async_localsgd.protocol.progress import OuterUpdate
+    from lightning_async_localsgd.trainer.strategy import AsyncLocalSGDStrategy
+    from lightning_async_localsgd.worker.device_group import FollowingRank
+
+__all__ = ["WorkerCallback"]
+
+_DECIDING = (Checkpoint, EarlyStopping)
+"""Callbacks that only worker 0 runs: they decide by what it has validated, for all workers."""
+
+_LAST_SAVED = ("_last_checkpoint_saved", "_last_global_step_saved")
+"""Attributes by which a ``ModelCheckpoint`` decides at the end of training, and which its ``state_dict`` leaves out."""
+_BESIDE_STATE = "async_localsgd"
+
+
+class WorkerCallback(pl.Callback):
+    """Runs a worker's side of the exchange at the end of every batch in which an optimizer stepped.
+
+    The strategy attaches it before all other callbacks, so that they see the outcome of the exchange.
+
+    Worker 0 validates for all: on the others callbacks that decide by its metrics (checkpoints, early stopping) do
+    nothing until :meth:`detach`; they are told the metrics, and what worker 0 decides.
+
+    Args:
+        strategy: the strategy that attaches it.
+        trainer: the trainer to attach it to, until :meth:`detach`.
+        scheduler_steps: steps of the job that the learning-rate schedulers have made already, in a run that goes on.
+    """
+
+    def __init__(self, strategy: AsyncLocalSGDStrategy, trainer: pl.Trainer, scheduler_steps: int = 0) -> None:
+        self._strategy = strategy
+        self._trainer = trainer
+        self._schedulers: JobSchedulers | None = None
+        self._fetches: Fetches | None = None
+        self._scheduler_steps = scheduler_steps
+        self._same_data: SameData | None = None
+        self._samples = 0
+        self._batches = 0  # of this pass over the data
+        self._guard: Guard | None = None
+        self._loss = MeanLoss()
+        self._metrics_before: dict[str, Tensor] = {}
+        self._validated: dict[str, float] = {}
+        self._validated_once = False
+        self._sanity_val_steps = trainer.num_sanity_val_steps
+        self._control = LoopControl(trainer, self)
+        self._epochs = JobEpochs(strategy, trainer, self._control)
+        self._mixed = list(self._callbacks)
+        self._mix_in()
+        self._callbacks.insert(0, self)
+
+    def _mix_in(self) -> None:
+        """Have the trainer's loops and callbacks go by the job, or leave to worker 0 what it does for all."""
+        take_over_loops(self._trainer, self._control)
+        self._control.validates = not self._follows
+        self._control.after_validation = self._heed_metrics
+        if self._follows:
+            self._trainer.num_sanity_val_steps = 0
+        for callback in self._mixed:
+            if isinstance(callback, ModelCheckpoint) and not self._follows:
+                mix_in(callback, NamedByJob, strategy=self._strategy)
+            elif isinstance(callback, pl.callbacks.ProgressBar):
+                mix_in(callback, JobBar, strategy=self._strategy, epochs=self._epochs)
+
+    def detach(self) -> None:
+        """Leave the trainer as it was."""
+        if self.attached:
+            self._give_decisions_back()
+            self._callbacks.remove(self)
+        for callback in self._mixed:
+            mix_out(callback)
+        release_loops(self._trainer)
+        self._trainer.num_sanity_val_steps = self._sanity_val_steps
+        connector = self._trainer._logger_connector
+        connector._callback_metrics = dict(connector._callback_metrics)
+        if self._schedulers is not None:
+            self._schedulers.restore()
+
+    def take_part(self) -> None:
+        """Run a worker's side without a step of training."""
+        module = self._trainer.lightning_module
+        self._strategy.leave_step()
+        self.begin_training()
+        self.on_train_end(self._trainer, module)
+
+    @property
+    def scheduler_steps(self) -> int:
+        """Steps of the job that the learning-rate schedulers have made."""
+        return self._schedulers.steps if self._schedulers is not None else self._scheduler_steps
+
+    def fetches_state(self) -> dict[str, Any]:
+        """Where this process is in its data; see :meth:`Fetches.state_dict`."""
+        return {} if self._fetches is None else self._fetches.state_dict()
+
+    def share_decisions(self, job: StaticJob) -> None:
+        """Give all workers what worker 0 has validated, saved and decided. All processes must call this.
+
+        Everyone then knows the metrics and, for instance, the best checkpoint.
+        """
+        deciding = self._deciding
+        states = [_sendable_state(c) for c in deciding] if self._trainer.is_global_zero else None
+        metrics, states = job.broadcast([self._validated, states])
+        if self._leads:
+            return
+        self._trainer.callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})
+        for callback, state in zip(deciding, states, strict=False):
+            if state is not None:
+                vars(callback).update(state.pop(_BESIDE_STATE))
+                callback.load_state_dict(state)
+
+    @property
+    def _follows(self) -> bool:
+        """Whether this worker leaves validation, and what is decided by it, to worker 0."""
+        return self._strategy.validate_global and self._strategy.worker_rank > 0
+
+    @property
+    def _callbacks(self) -> list[pl.Callback]:
+        return self._trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, where mypy does not look
+
+    @property
+    def _worker(self) -> Worker | FollowingRank:
+        worker = self._strategy.worker
+        assert worker is not None
+        return worker
+
+    @property
+    def attached(self) -> bool:
+        """Whether the trainer has this callback: the learning-rate finder takes all away for its trial."""
+        return self in self._callbacks
+
+    def begin_training(self) -> None:
+        """Start the worker; from here on worker 0 decides for all."""
+        trainer = self._trainer
+        for callback in self._deciding if self._follows else []:
+            mix_in(callback, Inactive)
+        self._fetches = Fetches(trainer, self._strategy.root_device, self._strategy.saved_fetches)
+        self._fetches.load_places()
+        self._epochs.prepare(self._fetches)
+        self._fetches.watch()
+        open_end = trainer.max_steps == -1
+        total = self._epochs.expected_steps if open_end else trainer.max_steps
+        before = self._strategy.steps_before_fit(trainer)
+        budget = None if total is None else max(0, total - before)
+        self._strategy.begin_training(budget, open_end)
+        self._epochs.begin_training()
+        self._control.run_over = self._worker.budget_spent
+        self._same_data = SameData.where_possible(self._strategy, trainer)
+        if trainer.is_global_zero and self._strategy.workers > 1:
+            self._guard = Guard(self._strategy.settings, budget)
+        self._schedulers = JobSchedulers(trainer, self._scheduler_steps, self._follows, self._steps_made, budget)
+        self._schedulers.advance(self._worker.job_steps)
+        if self._strategy.validate_global and self._strategy.workers > 1:
+            connector = trainer._logger_connector
+            connector._callback_metrics = FollowedMetrics(connector._callback_metrics)
+
+    def _steps_made(self) -> tuple[int, int]:
+        return self._worker.local_steps, self._worker.job_steps
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._fetches is not None
+        self._epochs.begin_epoch()
+        self._batches = 0
+        self._fetches.watch()
+
+    @override
+    def on_train_batch_start(self, *args: Any) -> None:
+        assert self._fetches is not None
+        self._fetches.begin_step()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._samples += samples_in_training(trainer, batch)
+        if self._same_data is not None:
+            self._same_data.see(batch)
+        self._batches += 1
+        if self._guard is not None:
+            self._loss.see(outputs)
+        accumulating = pl_module.automatic_optimization and trainer.fit_loop.epoch_loop._should_accumulate()
+        if self._strategy.take_local_step(accumulating):
+            self._count_step(trainer, pl_module)
+            self._strategy.settle_parameters()
+        self._epochs.count_batch()
+        if self._epochs.at_the_end and self._strategy.summary is None:
+            self._finish(trainer, pl_module)  # before worker 0 validates what has come of it
+
+    def _count_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        running = self._worker.step(self._samples * self._strategy.worker_size)
+        self._samples = 0
+        self._announce_updates(trainer, pl_module)
+        assert self._schedulers is not None
+        self._schedulers.advance(self._worker.job_steps)
+        self.heed()
+        if not running:
+            if self._worker.stop_requested:  # Lightning is to end as it does after early stopping, validation included
+                trainer.should_stop = True
+            self._finish(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Finish before the last epoch's checkpoint is written, so that it holds the final global parameters."""
+        check_pass(trainer, self._worker.rank, self._batches)
+        if self._running(trainer) and self._leads:
+            self._send_plateaus(trainer)
+        stopped = trainer.should_stop and trainer.fit_loop._can_stop_early
+        if (self._epochs.is_last or stopped) and self._strategy.summary is None:
+            self._finish(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """All are in step again, and go through the other hooks of this name with what worker 0 has decided."""
+        if self._strategy.summary is None:
+            self._finish(trainer, pl_module)
+        self._give_decisions_back()
+        if self._strategy.validate_global:
+            learn_decisions(self._strategy.job, self)
+        self._strategy.meet_again(run_complete=True)
+
+    def _give_decisions_back(self) -> None:
+        """Have all callbacks run on this worker again."""
+        for callback in self._deciding if self._follows else []:
+            mix_out(callback)
+
+    @property
+    def _deciding(self) -> list[pl.Callback]:
+        return [callback for callback in self._mixed if isinstance(callback, _DECIDING)]
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._strategy.stop_asking()
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._metrics_before = dict(trainer.callback_metrics)
+        if self._running(trainer):
+            self._worker.pause()
+            self._strategy.checkpoints.forget_moment()
+            if self._leads:
+                self._worker.lend_global()
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking:
+            list(metric_messages({str(name): 0.0 for name in trainer.callback_metrics}))  # refuses names in good time
+            return
+        self._validated_once = True
+        before = self._metrics_before
+        new = {
+            k: float(v) for k, v in trainer.callback_metrics.items() if k not in before or not torch.equal(v, before[k])
+        }
+        self._validated.update(new)
+        if self._running(trainer) and self._leads:
+            for message in metric_messages(new):
+                self._worker.send(message)
+
+    def after_validation(self) -> None:
+        """After all ``on_validation_end``: others may have put weights of their own into the module until then."""
+        if self._running(self._trainer):
+            if self._leads:
+                self._worker.take_back_own()
+            self._strategy.settle_parameters()
+            self._worker.resume()
+
+    @property
+    def _leads(self) -> bool:
+        return self._strategy.validate_global and self._strategy.worker_rank == 0
+
+    def _heed_metrics(self) -> None:
+        """After each batch, and its validation."""
+        if self._schedulers is not None and not self._trainer.sanity_checking:
+            self._schedulers.heed_metrics(self._validated_once)
+
+    def _send_plateaus(self, trainer: pl.Trainer) -> None:
+        """Tell the others what worker 0's schedulers of kind ``ReduceLROnPlateau`` are about to be stepped with."""
+        values = [
+            float(trainer.callback_metrics[str(config.monitor)])
+            if (trainer.current_epoch + 1) % config.frequency == 0 and config.monitor in trainer.callback_metrics
+            else None
+            for config in trainer.lr_scheduler_configs
+            if config.reduce_on_plateau and config.interval == "epoch"
+        ]
+        if any(value is not None for value in values):
+            self._worker.send({"plateaus": values})
+
+    def heed(self) -> None:
+        """Do what worker 0's messages say."""
+        self._strategy.checkpoints.check()
+        for sender, message in self._worker.take_messages():
+            if "saved" in message and self._trainer.is_global_zero:
+                self._strategy.checkpoints.hear_saved(sender, message)
+            if sender == self._worker.rank:
+                continue
+            if "also" in message:
+                self._strategy.checkpoints.save_part_again(*message["also"])
+            if "replaced" in message:
+                self._strategy.checkpoints.forget_replaced(*message["replaced"])
+            metrics = message.get("metrics", {})
+            self._trainer.callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})
+            assert self._schedulers is not None
+            self._schedulers.step_plateaus(message.get("plateaus", []))
+
+    def _running(self, trainer: pl.Trainer) -> bool:
+        return self._schedulers is not None and not trainer.sanity_checking and self._strategy.summary is None
+
+    def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        with self._worker.paused():
+            self._strategy.checkpoints.prepare_to_end()
+        self._strategy.summary = self._worker.finish(stop=trainer.should_stop)
+        self._control.run_over = trainer.max_steps != -1 or self._worker.stop_requested
+        self._announce_updates(trainer, pl_module)
+        assert self._schedulers is not None
+        self._schedulers.advance(self._worker.job_steps)
+        self.heed()
+
+    def _announce_updates(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Call ``on_outer_update(trainer, pl_module, update)`` of every callback that has it."""
+        updates = self._worker.take_updates()
+        if not updates:
+            return
+        if self._guard is not None:
+            self._let_guard_see(self._guard, updates)
+        listeners = [c.on_outer_update for c in self._callbacks if hasattr(c, "on_outer_update")]
+        for update in updates:
+            for listener in listeners:
+                listener(trainer, pl_module, update)
+
+    def _let_guard_see(self, guard: Guard, updates: list[OuterUpdate]) -> None:
+        if any(update.worker == 0 for update in updates):
+            worker = self._strategy.worker
+            assert isinstance(worker, Worker)  # on worker 0's first process
+            for sentence in guard.see_round(self._loss.take(), worker.alignment, worker.summary().round_length):
+                rank_zero_warn(sentence, category=SettingsWarning)
+
+
+def _sendable_state(callback: pl.Callback) -> dict[str, Any] | None:
+    """What all processes are told of a callback; None, with a warning, if they cannot be."""
+    beside = {name: value for name, value in vars(callback).items() if name in _LAST_SAVED}
+    state = callback.state_dict() | {_BESIDE_STATE: beside}
+    try:
+        as_json(state)
+    except TypeError as error:
+        rank_zero_warn(
+            f"What `{type(callback).__name__}` has decided on worker 0 stays there: its `state_dict` cannot be sent "
+            f"to the other workers: {error}"
+        )
+        return None
+    return state

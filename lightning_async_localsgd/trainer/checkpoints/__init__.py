@@ -1,0 +1,1 @@
+"""Checkpoints of a job: what they hold, how they are written, and how a ``fit`` goes on from one."""

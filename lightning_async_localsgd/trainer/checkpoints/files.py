@@ -1,0 +1,362 @@
+"""The files of a job's checkpoints: what is written where, in which order, and what is found again.
+
+A checkpoint is the ordinary Lightning file ``name.ckpt`` with the global model, worker 0's side of the training and,
+under ``"async_localsgd"``, the outer state and shared progress (see ``checkpointing.py``). Beside it, in
+``name.ckpt.workers/<id>/``::
+
+    leader.ckpt     the Lightning file (name.ckpt is a hard link to it): it outlives an overwritten name.ckpt
+    worker-1.pt     inner optimizer, schedulers, loops, callbacks and unpushed progress of worker 1
+    ...
+    manifest.json   written last: with it, and with files of the sizes and checksums that it names, it is whole
+
+The id begins with that of the run. Each file is written aside and renamed. What a checkpoint replaces goes when it is
+whole and on the disk, so whatever moment a job dies at, the last whole checkpoint is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_async_localsgd.trainer.checkpoints.writing import FileRecord, make_durable, write_file
+
+__all__ = ["CheckpointFiles", "SideFiles", "Whole", "find_wholes", "not_seen", "read_part"]
+
+_MANIFEST = "manifest.json"
+_LEADER = "leader.ckpt"
+
+
+class _Folders:
+    """The folders of each name's checkpoints that are this run's to delete: what it found there, then its own.
+
+    Another job may write checkpoints of the same name at the same time: its folders are its own.
+    """
+
+    def __init__(self) -> None:
+        self._ids: dict[str, list[str]] = {}
+
+    def begin(self, path: str, checkpoint_id: str) -> Path:
+        """The folder of a new checkpoint."""
+        ids = self._known(path)
+        if checkpoint_id in ids:  # another worker has made it already
+            ids.remove(checkpoint_id)
+        ids.append(checkpoint_id)
+        folder = _folder(path) / checkpoint_id
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def take_older(self, path: str, checkpoint_id: str) -> list[Path]:
+        """The folders older than this one."""
+        ids = self._known(path)
+        older = ids[: ids.index(checkpoint_id)] if checkpoint_id in ids else []
+        del ids[: len(older)]
+        return [_folder(path) / other for other in older]
+
+    def take_all(self, path: str) -> list[Path]:
+        """All folders of a name."""
+        return [_folder(path) / checkpoint_id for checkpoint_id in self._ids.pop(path, None) or _found(path)]
+
+    def _known(self, path: str) -> list[str]:
+        return self._ids.setdefault(path, _found(path))
+
+
+class SideFiles:
+    """The sides of one worker, another one than worker 0, whose folder of checkpoints may be on another host.
+
+    Args:
+        worker: the worker.
+    """
+
+    def __init__(self, worker: int) -> None:
+        self._worker = worker
+        self._folders = _Folders()
+
+    def write(self, path: str, checkpoint_id: str, side: Mapping[str, Any]) -> FileRecord:
+        """Write the worker's side of a checkpoint."""
+        file = self._folders.begin(path, checkpoint_id) / _part_name(self._worker)
+        record = write_file(dict(side), file)
+        make_durable(file)
+        return record
+
+    def link(self, path: str, checkpoint_id: str, other_path: str, other_id: str) -> FileRecord:
+        """Make the side of one checkpoint that of another one as well."""
+        name = _part_name(self._worker)
+        folder = self._folders.begin(other_path, other_id)
+        aside = folder / f"{name}.tmp"
+        _link(_folder(path) / checkpoint_id / name, aside)
+        os.replace(aside, folder / name)
+        make_durable(folder / name)
+        return FileRecord.of(folder / name)
+
+    def forget_older(self, path: str, checkpoint_id: str) -> None:
+        """A checkpoint is whole: the sides that it replaces go."""
+        self._delete(path, self._folders.take_older(path, checkpoint_id))
+
+    def forget(self, path: str) -> None:
+        """All checkpoints of this name go."""
+        self._delete(path, self._folders.take_all(path))
+
+    def _delete(self, path: str, folders: list[Path]) -> None:
+        for folder in folders:
+            (folder / _part_name(self._worker)).unlink(missing_ok=True)
+            _remove_empty(folder)
+        _remove_empty(_folder(path))
+
+
+@dataclass
+class _Unfinished:
+    path: str
+    files: dict[str, FileRecord] = field(default_factory=dict)
+
+
+class CheckpointFiles:
+    """Worker 0's books: which checkpoints are not whole yet, and which are to go once the newer ones are.
+
+    The training thread and those that write in the background share them.
+
+    Args:
+        delete: deletes a Lightning file.
+        workers: number of workers.
+        on_replaced: called with a path and an id when that checkpoint is whole; with None in the place of the id when
+            all checkpoints of a name have been deleted.
+    """
+
+    def __init__(
+        self,
+        delete: Callable[[str], None],
+        workers: int = 1,
+        on_replaced: Callable[[str, str | None], None] | None = None,
+    ) -> None:
+        self._delete = delete
+        self._workers = workers
+        self._on_replaced = on_replaced
+        self._run = uuid.uuid4().hex
+        self._number = 0
+        self._unfinished: dict[str, _Unfinished] = {}
+        self._to_remove: list[str] = []
+        self._folders = _Folders()
+        self._lock = threading.RLock()
+
+    def begin(self, path: str) -> str:
+        """A checkpoint is going to be written; returns its id.
+
+        The older one of its name is wanted only until this one is whole.
+        """
+        with self._lock:
+            if path in self._to_remove:  # its name is used again
+                self._to_remove.remove(path)
+            self._number += 1
+            checkpoint_id = f"{self._run}-{self._number}"
+            self._unfinished[checkpoint_id] = _Unfinished(path)
+            return checkpoint_id
+
+    @contextmanager
+    def write(self, path: str, checkpoint_id: str) -> Iterator[Path]:
+        """Where to write worker 0's Lightning file; after the ``with`` it is at ``path``, instead of an older one."""
+        with self._lock:
+            folder = self._folders.begin(path, checkpoint_id)
+        yield folder / _LEADER
+        aside = folder / "link.tmp"
+        _link(folder / _LEADER, aside)
+        os.replace(aside, path)
+
+    def leader_written(self, checkpoint_id: str, record: FileRecord) -> None:
+        """Worker 0's side is there."""
+        unfinished = self._unfinished.get(checkpoint_id)
+        if unfinished is not None:
+            make_durable(_folder(unfinished.path) / checkpoint_id / _LEADER)
+            make_durable(Path(unfinished.path))
+            self._written(checkpoint_id, _LEADER, record)
+
+    def part_written(self, checkpoint_id: str, worker: int, record: FileRecord) -> None:
+        """Another worker's side is there, as it tells; with the last one the checkpoint is whole."""
+        self._written(checkpoint_id, _part_name(worker), record)
+
+    def _written(self, checkpoint_id: str, name: str, record: FileRecord) -> None:
+        with self._lock:
+            unfinished = self._unfinished.get(checkpoint_id)
+            if unfinished is None:
+                return
+            unfinished.files[name] = record
+            if len(unfinished.files) == self._workers:
+                self._finish(checkpoint_id, unfinished)
+
+    def _finish(self, checkpoint_id: str, unfinished: _Unfinished) -> None:
+        for earlier in list(self._unfinished):  # all have told of theirs: those that are not whole never will be
+            del self._unfinished[earlier]
+            if earlier == checkpoint_id:
+                break
+        path, folder = unfinished.path, _folder(unfinished.path) / checkpoint_id
+        problems = (_problem(folder / name, record.size) for name, record in unfinished.files.items())
+        # Another host's file may be seen later, or not at all.
+        if problem := next(
+            (p for p in problems if p and "is missing" not in p), "" if folder.exists() else str(folder)
+        ):
+            warnings.warn(
+                f"The checkpoint {path} is not whole: {problem}. The one before it stays. Look for another job that "
+                "writes to the same name, and at the disk.",
+                stacklevel=2,
+            )
+            return
+        _write_manifest(folder, self._run, unfinished.files)
+        for older in self._folders.take_older(path, checkpoint_id):
+            shutil.rmtree(older, ignore_errors=True)
+        if self._on_replaced is not None:
+            self._on_replaced(path, checkpoint_id)
+        self._remove_what_is_replaced()
+
+    def remove(self, path: str) -> None:
+        """Delete a checkpoint, at once or when all newer ones are whole."""
+        with self._lock:
+            self._to_remove.append(path)
+            self._remove_what_is_replaced()
+
+    def _remove_what_is_replaced(self) -> None:
+        while self._to_remove and not self._unfinished:
+            path = self._to_remove.pop()
+            self._delete(path)
+            self.forget(path)
+
+    def forget(self, path: str) -> None:
+        """The Lightning file of this name, if there is one, is worker 0's alone: older sides do not belong to it."""
+        for folder in self._folders.take_all(path):
+            shutil.rmtree(folder, ignore_errors=True)
+        _remove_empty(_folder(path))
+        if self._on_replaced is not None:
+            self._on_replaced(path, None)
+
+
+def _write_manifest(folder: Path, run: str, files: Mapping[str, FileRecord]) -> None:
+    aside = folder / "manifest.tmp"
+    aside.write_text(json.dumps({"run": run, "workers": len(files), "files": files}))
+    make_durable(aside)
+    os.replace(aside, folder / _MANIFEST)
+    make_durable(folder)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A checkpoint for which every worker has written its side."""
+
+    path: str
+    """Its Lightning file."""
+    folder: str
+    """Where the workers' sides are."""
+    files: Mapping[str, tuple[int, int] | None]
+    """Size and CRC-32 of each file, by name; None in a checkpoint that was written before they were noted."""
+
+    def problem(self, worker: int) -> str:
+        """What keeps a worker from going on from here; empty if nothing does.
+
+        Worker 0 reads its own file and looks at the sizes of all that it sees, another worker reads its own side.
+        """
+        if worker == 0:
+            own = self.files[_LEADER]
+            problems = [_problem(Path(self.path), *(own or ()))]
+            sides = {name: record for name, record in self.files.items() if name != _LEADER}
+            problems += [_problem(Path(self.folder) / name, *(record or ())[:1]) for name, record in sides.items()]
+            return next(filter(None, problems), "")
+        name = _part_name(worker)
+        return _problem(Path(self.folder) / name, *(self.files[name] or ())) if name in self.files else ""
+
+
+def find_wholes(path: str, checkpoint_id: str | None) -> list[Whole]:
+    """The checkpoint itself if its manifest is there; then those that it was to replace, the newest first.
+
+    Args:
+        path: a Lightning file.
+        checkpoint_id: its id; None if it cannot be read.
+    """
+    path = os.path.realpath(path)  # "last" may be a link
+    found: list[Whole] = []
+    for manifest in sorted(_folder(path).glob(f"*/{_MANIFEST}"), key=lambda m: m.stat().st_mtime, reverse=True):
+        folder = manifest.parent
+        files = _read_manifest(manifest)
+        if folder.name == checkpoint_id:
+            found.insert(0, Whole(path, str(folder), files))
+        elif (folder / _LEADER).exists():
+            found.append(Whole(str(folder / _LEADER), str(folder), files))
+    return found
+
+
+def _read_manifest(manifest: Path) -> dict[str, tuple[int, int] | None]:
+    content = json.loads(manifest.read_text())
+    if "files" in content:
+        return {name: (int(size), int(crc)) for name, (size, crc) in content["files"].items()}
+    return dict.fromkeys([_LEADER, *map(_part_name, range(1, content["workers"]))])
+
+
+def read_part(folder: Path, worker: int, weights_only: bool | None = None, mmap: bool = False) -> dict[str, Any]:
+    """One worker's side of a whole checkpoint.
+
+    Args:
+        folder: the checkpoint's.
+        worker: whose side.
+        weights_only: whether to unpickle nothing but tensors and plain values; None: so.
+        mmap: whether to read of the file only what is looked at. Its tensors must be gone before the file is.
+    """
+    path = folder / _part_name(worker)
+    if not path.exists():
+        raise FileNotFoundError(not_seen(str(path)))
+    part: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=weights_only is not False, mmap=mmap)
+    return part
+
+
+def not_seen(path: str) -> str:
+    """What to tell of a file that one worker sees and another one does not."""
+    return (
+        f"{path} is not there, though worker 0 finds the checkpoint whole. All workers must see the folder of the "
+        "checkpoint: copy `name.ckpt.workers` to this host, or share the folder."
+    )
+
+
+def _problem(path: Path, size: int | None = None, crc32: int | None = None) -> str:
+    """What is wrong with a file; empty if it has this size and checksum, as far as they are known."""
+    if not path.exists():
+        return f"{path} is missing"
+    found = path.stat().st_size
+    if size is not None and found != size:
+        return f"{path} has {found} bytes, and {size} were written"
+    if size is None and found == 0:
+        return f"{path} is empty"
+    if crc32 is not None and FileRecord.of(path).crc32 != crc32:
+        return f"{path} has changed since it was written"
+    return ""
+
+
+def _found(path: str) -> list[str]:
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return sorted(os.listdir(_folder(path)))
+    return []
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # there may be something of others
+        folder.rmdir()
+
+
+def _link(file: Path, link: Path) -> None:
+    link.unlink(missing_ok=True)
+    try:
+        os.link(file, link)
+    except OSError:  # a file system without links
+        shutil.copyfile(file, link)
+
+
+def _folder(path: str) -> Path:
+    return Path(f"{path}.workers")
+
+
+def _part_name(worker: int) -> str:
+    return f"worker-{worker}.pt"

@@ -1,0 +1,289 @@
+"""What a checkpoint of a job holds, and who saves it. Where it is written: ``checkpoint_files.py``."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_async_localsgd.protocol.header import Message
+from lightning_async_localsgd.trainer.checkpoints.files import CheckpointFiles, SideFiles
+from lightning_async_localsgd.trainer.checkpoints.writing import BackgroundWriter, FileRecord, save_with
+from lightning_async_localsgd.worker.device_group import FollowingRank
+from lightning_async_localsgd.worker.worker import Worker
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from lightning_async_localsgd.trainer.strategy import AsyncLocalSGDStrategy
+
+__all__ = ["KEY", "JobCheckpoints"]
+
+KEY = "async_localsgd"
+"""Where this library's entry is in a Lightning checkpoint."""
+_OWN = ("optimizer_states", "lr_schedulers", "loops", "callbacks")
+"""What of a Lightning checkpoint is each worker's own, beside its precision plugin's state."""
+
+
+class JobCheckpoints:
+    """Saves a worker's part in a job, as Lightning asks the strategy to.
+
+    Worker 0 decides: it asks all for a cut of the exchange, and each worker saves its side of that moment. Checkpoints
+    that follow before worker 0's next step hold the same moment, so that nobody is asked again. Worker 0 writes its
+    file before it goes on, as Lightning does; the others copy their side and write it in the background.
+
+    Args:
+        strategy: whose worker it is.
+        delete: deletes a Lightning file.
+    """
+
+    def __init__(self, strategy: AsyncLocalSGDStrategy, delete: Callable[[str], None]) -> None:
+        self._strategy = strategy
+        self._delete = delete
+        self._tensors: dict[str, Tensor] = {}  # the global ones in the checkpoint that is being made
+        self._moment: dict[str, Any] | None = None
+        self._background = BackgroundWriter()
+        self._saving_side = False
+        self._ending = False
+
+    @cached_property
+    def files(self) -> CheckpointFiles:
+        """Worker 0's books of what is written."""
+        return CheckpointFiles(self._delete, self._strategy.workers, self._tell_replaced)
+
+    @cached_property
+    def _sides(self) -> SideFiles:
+        return SideFiles(self._strategy.worker_rank)
+
+    # ---- worker 0 ---------------------------------------------------------------------------------------------------
+
+    def put_global(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Put the global parameters in the place of the worker's own in a module's ``state_dict``."""
+        if isinstance(self._worker, Worker) and not self._saving_side:
+            if self._moment is None or not self._tensors:
+                self._tensors = self._worker.global_tensors()
+            for shared, aliases in _aliases(self._module).items():
+                if shared in self._tensors:
+                    state.update({name: self._tensors[shared] for name in aliases if name in state})
+        return state
+
+    def save(self, checkpoint: dict[str, Any], path: str) -> None:
+        """Write a checkpoint of the whole job. All ranks of worker 0 call this at the same step."""
+        if isinstance(self._worker, FollowingRank):
+            if self._moment is None:
+                self._worker.follow()
+                self._moment = {}
+            return
+        checkpoint_id = self.files.begin(path)
+        checkpoint[KEY] |= self._take_moment({"id": checkpoint_id, "path": path}) | {"id": checkpoint_id}
+        self._io.save_checkpoint(checkpoint, path)
+
+    @cached_property
+    def _io(self) -> CheckpointIO:
+        """Writes worker 0's file as the user's plugin does, in the background if that does."""
+        io = self._strategy.checkpoint_io
+        if isinstance(io, AsyncCheckpointIO) and io.checkpoint_io is not None:
+            return AsyncCheckpointIO(_LeaderFile(io.checkpoint_io, self.files, self._background))
+        return _LeaderFile(io, self.files, self._background)
+
+    def _take_moment(self, where: Message) -> dict[str, Any]:
+        """This library's entry in a checkpoint of now, or of the moment that the others have saved already."""
+        assert isinstance(self._worker, Worker)
+        if self._moment is not None:
+            self._worker.send({"also": [self._moment["where"], where]})
+            entry: dict[str, Any] = self._moment["entry"]
+            return entry
+        fetches = self._fetches()  # the other ranks of worker 0 follow until the cut
+        with self._worker.cut(where):
+            entry = {
+                "job_steps": self._strategy.job_steps,
+                "steps_before_fit": self._strategy.steps_before_fit(self._module.trainer),
+                # An update may have come since they were put into the checkpoint.
+                "state": self._worker.global_state_dict(self._tensors),
+                "settings": self._strategy.settings.credentials(),
+                "worker": self._worker.local_state_dict(),
+                "scheduler_steps": self._strategy.scheduler_steps,
+                "fetches": fetches,
+            }
+        self._moment = {"where": where, "entry": entry}
+        return entry
+
+    def forget_moment(self) -> None:
+        """A checkpoint that is written from now on is of another moment than the last one."""
+        self._moment = None
+        self._tensors = {}
+
+    def hear_saved(self, worker: int, message: Message) -> None:
+        """Worker 0 is told that a worker has written its side."""
+        record = FileRecord(*message["record"])
+        self._background.submit(self.files.part_written, message["saved"], worker, record)
+
+    def _tell_replaced(self, path: str, checkpoint_id: str | None) -> None:
+        if not self._strategy._out_of_step:
+            return  # the learning-rate finder removes its own before the workers start
+        if isinstance(self._strategy.worker, Worker) and self._strategy.workers > 1:
+            self._strategy.worker.send({"replaced": [path, checkpoint_id]})
+
+    # ---- the other workers ------------------------------------------------------------------------------------------
+
+    def save_part(self, what: Message) -> None:
+        """Save this worker's side of the checkpoint that worker 0 writes."""
+        assert isinstance(self._worker, Worker)
+        part = {
+            "worker": self._worker.local_state_dict(),
+            "scheduler_steps": self._strategy.scheduler_steps,
+            "fetches": self._fetches(),
+        }
+        trainer = self._module.trainer
+        with self._saving():
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        precision = type(trainer.precision_plugin).__qualname__
+        own = {key: checkpoint[key] for key in (*_OWN, precision) if key in checkpoint}
+        side = apply_to_collection(part | {"checkpoint": own}, Tensor, _copied)  # training goes on meanwhile
+        self._background.submit(self._write_part, what, side)
+        if self._ending:  # what is told after this worker's last header is not heard
+            self._background.wait()
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        self._saving_side = True
+        try:
+            yield
+        finally:
+            self._saving_side = False
+
+    def _write_part(self, what: Message, side: dict[str, Any]) -> None:
+        try:
+            record = self._sides.write(what["path"], what["id"], side)
+        except OSError as error:
+            raise OSError(
+                f"Worker {self._strategy.worker_rank} could not write its side of the checkpoint {what['path']}: "
+                f"{error}. Go on from the one before it, which is still there."
+            ) from error
+        self._tell_saved(what["id"], record)
+
+    def save_part_again(self, before: Message, again: Message) -> None:
+        """Make this worker's side of one checkpoint that of another one as well, which worker 0 has just written."""
+        if isinstance(self._worker, Worker):
+            self._background.submit(self._link_part, before, again)
+
+    def _link_part(self, before: Message, again: Message) -> None:
+        self._tell_saved(again["id"], self._sides.link(before["path"], before["id"], again["path"], again["id"]))
+
+    def _tell_saved(self, checkpoint_id: str, record: FileRecord) -> None:
+        worker = self._strategy.worker
+        if isinstance(worker, Worker):
+            worker.send({"saved": checkpoint_id, "record": list(record)})
+
+    def forget_replaced(self, path: str, checkpoint_id: str | None) -> None:
+        """Worker 0 has told that a checkpoint is whole, or that all of a name are gone: older sides go, here too."""
+        if not isinstance(self._worker, Worker):
+            return
+        if checkpoint_id is None:
+            self._background.submit(self._sides.forget, path)
+        else:
+            self._background.submit(self._sides.forget_older, path, checkpoint_id)
+
+    # ---- all --------------------------------------------------------------------------------------------------------
+
+    def _fetches(self) -> list[Any]:
+        """Where each process of the worker is in its data: this one's, and the others' as files of ``torch.save``."""
+        assert isinstance(self._worker, Worker)
+        return [self._strategy.fetches_state(), *self._worker.gather_from_devices()]
+
+    def pack_fetches(self) -> bytes:
+        """What another process than the first of its worker gives to :meth:`_fetches`."""
+        buffer = io.BytesIO()
+        torch.save(self._strategy.fetches_state(), buffer)
+        return buffer.getvalue()
+
+    def check(self) -> None:
+        """Raise what has failed in the background.
+
+        Raises:
+            Exception: as it was there.
+        """
+        self._background.check()
+
+    def prepare_to_end(self) -> None:
+        """This worker is about to make its last exchange: have the others hear of what it has written."""
+        self._ending = True
+        self._background.wait()
+
+    def wait_until_written(self) -> None:
+        """Wait for what is being written in the background.
+
+        Raises:
+            Exception: what it has failed of.
+        """
+        if "_io" in vars(self):
+            self._io.teardown()
+        self._background.wait()
+
+    @property
+    def _worker(self) -> Worker | FollowingRank:
+        worker = self._strategy.worker
+        assert worker is not None
+        return worker
+
+    @property
+    def _module(self) -> pl.LightningModule:
+        module = self._strategy.lightning_module
+        assert module is not None
+        return module
+
+
+class _LeaderFile(_WrappingCheckpointIO):
+    """Writes a Lightning file to where worker 0's side belongs, and enters it in the books.
+
+    Args:
+        checkpoint_io: how it is written.
+        files: the books.
+        background: where it waits until the file is on the disk.
+    """
+
+    def __init__(self, checkpoint_io: CheckpointIO, files: CheckpointFiles, background: BackgroundWriter) -> None:
+        super().__init__(checkpoint_io)
+        self._files = files
+        self._background = background
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        checkpoint_id = checkpoint[KEY]["id"]
+        with self._files.write(path, checkpoint_id) as leader:
+            record = save_with(self.checkpoint_io, checkpoint, Path(leader))
+        self._background.submit(self._files.leader_written, checkpoint_id, record)
+
+    @override
+    def teardown(self) -> None:
+        """The user's plugin ends with the strategy."""
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _aliases(module: nn.Module) -> dict[str, list[str]]:
+    """The first name of each parameter and buffer, and all names it goes by.
+
+    Tied weights have several, and so have parameters that are views of the same memory.
+    """
+    names: dict[Any, list[str]] = {}
+    for name, tensor in chain(
+        module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    ):
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else id(tensor)
+        names.setdefault(place, []).append(name)
+    return {aliases[0]: aliases for aliases in names.values()}

@@ -1,0 +1,223 @@
+"""Epochs that all workers share, in Lightning's loop, and what the job has made of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_async_localsgd.data.leases import Leases
+from lightning_async_localsgd.data.loader import WorkerLoader
+from lightning_async_localsgd.trainer.fetches import Fetches, OpenEnded
+from lightning_async_localsgd.trainer.fit_loops import LoopControl
+
+if TYPE_CHECKING:
+    from lightning_async_localsgd.trainer.strategy import AsyncLocalSGDStrategy
+
+__all__ = ["JobEpochs"]
+
+
+class JobEpochs:
+    """Has Lightning's loop go through epochs that all workers share, where the loaders lease their batches.
+
+    It also counts the batches that the job has made, which validation and progress bars go by: this worker's own, and
+    those of the others by their steps as of the latest exchange and their pace since.
+
+    Args:
+        strategy: whose workers.
+        trainer: whose loop.
+        control: what that loop is to do.
+    """
+
+    def __init__(self, strategy: AsyncLocalSGDStrategy, trainer: pl.Trainer, control: LoopControl) -> None:
+        self._strategy = strategy
+        self._trainer = trainer
+        self._control = control
+        self._loop = trainer.fit_loop
+        self._fetches: Fetches | None = None
+        self._before = 0.0  # batches per worker of earlier epochs
+        self._resumed = 0.0  # batches per worker of this epoch before `_own` was counted from 0
+        self._made = 0.0  # batches per worker of this epoch
+        self._own = 0
+        self._steps_before: Sequence[int] = ()  # steps of each worker before this epoch
+
+    @property
+    def expected_steps(self) -> int | None:
+        """Steps of the job in all epochs, as schedules are planned with; None where that is not known."""
+        try:
+            steps = self._trainer.estimated_stepping_batches
+        except MisconfigurationException:  # accumulation that changes on the way
+            return None
+        return int(steps) if 0 < steps < sys.maxsize and self._leased else None
+
+    def prepare(self, fetches: Fetches) -> None:
+        """Begin with the first epoch, or go on in the one of the checkpoint; the workers have not started yet.
+
+        Args:
+            fetches: watches the loop's fetches.
+        """
+        self._fetches = fetches
+        if not self._open_end():
+            return
+        if self._trainer.current_epoch == 0 or self._loop.restarting or self._loop.is_resuming:  # else it does so later
+            assert self._loop._combined_loader is not None and self._loop._data_fetcher is not None
+            for loader in self._loop._combined_loader.flattened:
+                _set_sampler_epoch(loader, self._epoch)
+            iter(self._loop._data_fetcher)
+
+    def begin_training(self) -> None:
+        """Count from here on; the workers have started."""
+        progress = self._loop.epoch_loop.batch_progress
+        if self._control.epochs_shared:
+            self._before = self._batches_of_epoch * self._trainer.current_epoch
+            trained = max(loader.division.trained_before(self._epoch) for loader in self._leased)  # type: ignore[attr-defined]
+            self._begin_counting(trained / self._strategy.workers)
+        else:
+            made = self._strategy.job_steps * self._trainer.accumulate_grad_batches
+            in_epoch = made if self._trainer.current_epoch == 0 else min(made, progress.current.ready)
+            self._before = made - in_epoch
+            self._begin_counting(in_epoch)
+        if self._counts_validation:  # a checkpoint may have been written before a validation, or within one that failed
+            restarted = self._loop.epoch_loop.val_loop.restarted_mid_evaluation
+            self._control.validation_due = progress.is_last_batch or restarted
+
+    def begin_epoch(self) -> None:
+        """Begin with an epoch; its loaders may be new."""
+        self._open_end()
+        self._before += self._made
+        if self._control.epochs_shared:
+            self._before = self._batches_of_epoch * self._trainer.current_epoch
+        self._begin_counting(0.0)
+
+    def _begin_counting(self, made: float) -> None:
+        self._resumed = self._made = made
+        self._own = 0
+        self._steps_before = self._steps_made
+
+    def _open_end(self) -> bool:
+        """Have an epoch end with its leases, if that is not so yet; returns whether there are leases."""
+        loaders, fetcher = self._loop._combined_loader, self._loop._data_fetcher
+        assert loaders is not None and fetcher is not None
+        leased = self._leased
+        if not leased or isinstance(fetcher._combined_loader, OpenEnded):
+            return bool(leased)
+        if len(leased) < len(loaders.flattened):
+            raise MisconfigurationException(
+                "With `max_epochs` the batches of map-style training loaders are shared out to all workers, and beside "
+                "them there is a loader that is each worker's own (an iterable one, or with a sampler of yours). Train "
+                "by `max_steps`, with `max_epochs=-1`; or pass `Trainer(use_distributed_sampler=False)` and divide the "
+                "data by `trainer.global_rank` yourself."
+            )
+        assert self._fetches is not None
+        fetcher.setup(OpenEnded(loaders, self._fetches))  # type: ignore[arg-type]
+        if self._loop.max_batches == float("inf"):  # a batch sampler without a length
+            return True
+        limit = self._trainer.limit_train_batches
+        for loader in leased:
+            assert isinstance(loader.division, Leases)
+            if isinstance(limit, int) or limit < 1.0:
+                loader.division.limit = int(self._loop.max_batches) * loader.division.workers
+        self._control.epochs_shared = True
+        return True
+
+    @property
+    def _leased(self) -> list[WorkerLoader]:
+        loaders = self._loop._combined_loader
+        assert loaders is not None
+        return [
+            loader
+            for loader in loaders.flattened
+            if isinstance(loader, WorkerLoader) and isinstance(loader.division, Leases)
+        ]
+
+    @property
+    def _epoch(self) -> int:
+        return self._loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether there is no epoch after this one."""
+        epochs = self._trainer.max_epochs
+        return epochs not in (None, -1) and self._trainer.current_epoch + 1 >= epochs
+
+    @property
+    def at_the_end(self) -> bool:
+        """Whether this was the last batch of the last epoch."""
+        return self.is_last and self._loop.epoch_loop._num_ready_batches_reached()
+
+    # ---- what the job has made --------------------------------------------------------------------------------------
+
+    @property
+    def batches_made(self) -> int:
+        """Batches per worker that the job has made in this epoch."""
+        return int(self._before + self._made) - int(self._before)
+
+    @property
+    def batches_left(self) -> int | float:
+        """Batches per worker that were left of ``max_steps`` when this epoch began."""
+        if self._trainer.max_steps == -1 or self._trainer.max_epochs != -1:
+            return float("inf")
+        return max(0, self._trainer.max_steps * self._trainer.accumulate_grad_batches - int(self._before))
+
+    def count_batch(self) -> None:
+        """This worker has made a batch, and its step has been counted: is validation due?
+
+        It is if the job has made ``val_check_interval`` since the last time. This worker's own batches would tell
+        little: of a shared epoch it may make few, or most.
+        """
+        before = self._validation_count
+        if self._own == 0:
+            self._hear_who_began_before()
+        self._own += 1
+        made = self._resumed + (self._own + self._made_by_others()) / self._strategy.workers
+        if self._control.epochs_shared:  # an epoch is over with this worker's last batch, and not before
+            last = self._loop.epoch_loop.batch_progress.is_last_batch
+            made = self._batches_of_epoch if last else min(made, self._batches_of_epoch - 0.5)
+        self._made = max(self._made, made)
+        if self._counts_validation and self._control.validates:
+            interval = self._trainer.val_check_batch
+            assert interval is not None
+            assert self._strategy.worker is not None
+            due = self._validation_count // interval > before // interval
+            self._control.validation_due = self._strategy.worker.agree(due)
+
+    def _hear_who_began_before(self) -> None:
+        """Who has begun with this epoch before this worker tells how many steps it had made then."""
+        lockstep = self._strategy.settings.lockstep(self._strategy.workers)
+        if self._control.epochs_shared and not lockstep:
+            begun = self._leased[0].division.begun  # type: ignore[attr-defined]
+            self._steps_before = [
+                steps if epoch >= self._epoch else before
+                for before, (epoch, steps) in zip(self._steps_before, begun, strict=False)
+            ] or self._steps_before
+
+    def _made_by_others(self) -> int:
+        """Batches of this epoch that the other workers have made."""
+        steps = zip(self._steps_made, self._steps_before, strict=True)
+        made = [max(0, now - before) for now, before in steps]
+        del made[self._strategy.worker_rank : self._strategy.worker_rank + 1]
+        return sum(made) * self._trainer.accumulate_grad_batches
+
+    @property
+    def _steps_made(self) -> Sequence[int]:
+        return self._strategy.worker.steps_made if self._strategy.worker is not None else ()
+
+    @property
+    def _batches_of_epoch(self) -> int:
+        return int(self._loop.max_batches)
+
+    @property
+    def _counts_validation(self) -> bool:
+        """Whether validation goes by the batches of the job. A pass that is this worker's own ends with its own."""
+        across_passes = self._loop.max_batches == float("inf") or self._trainer.check_val_every_n_epoch is None
+        by_batches = isinstance(self._trainer.val_check_batch, int)
+        return by_batches and (self._control.epochs_shared or across_passes)
+
+    @property
+    def _validation_count(self) -> float:
+        """Batches per worker that validation counts: of this epoch, or of all."""
+        return self._made + (self._before if self._trainer.check_val_every_n_epoch is None else 0)

@@ -1,0 +1,72 @@
+"""What workers other than worker 0 have of validation and of callbacks that decide by it, while worker 0 decides."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_async_localsgd.protocol.header import MESSAGE_BYTES, Message
+
+__all__ = ["FollowedMetrics", "Inactive", "metric_messages"]
+
+
+def _do_nothing(self: pl.Callback, *args: Any, **kwargs: Any) -> None:
+    """Worker 0's callback does it, for all."""
+
+
+def _no_state(self: pl.Callback) -> dict[str, Any]:
+    """Worker 0's callback has it."""
+    return {}
+
+
+_HOOKS = {name: _do_nothing for name in dir(pl.Callback) if name.startswith("on_")}
+
+Inactive: type = type("Inactive", (), {**_HOOKS, "state_dict": _no_state, "__doc__": "A callback without its hooks."})
+
+
+class FollowedMetrics(dict[str, Tensor]):
+    """``trainer.callback_metrics`` of workers that are out of step: a metric that is not known yet is NaN.
+
+    Under DDP a metric of a validation is there on every rank after as many batches. Here a fast worker makes them
+    before the job has, and the others train on while worker 0 validates.
+    """
+
+    def __missing__(self, name: str) -> Tensor:
+        warnings.warn(
+            f"`trainer.callback_metrics[{name!r}]` is NaN on this worker so far: worker 0 validates for all, when the "
+            "job has made its batches, and tells the others afterwards. Use `trainer.callback_metrics.get(...)`; or "
+            "decide in hooks of the validation, which run on worker 0, or by `EarlyStopping`.",
+            stacklevel=2,
+        )
+        return torch.tensor(float("nan"))
+
+
+def metric_messages(metrics: Mapping[str, float]) -> Iterator[Message]:
+    """Metrics as messages for the other workers, as many in each as it holds.
+
+    Raises:
+        ValueError: if a name is too long for any message.
+    """
+    part: dict[str, float] = {}
+    for name, value in metrics.items():
+        if not _fits({name: value}):
+            raise ValueError(
+                f"The metric {name[:60]!r}... has a name of {len(name)} characters, and worker 0 could not tell it to "
+                f"the others in a message of {MESSAGE_BYTES} bytes. Log it under a shorter name."
+            )
+        if not _fits(part | {name: value}):
+            yield {"metrics": part}
+            part = {}
+        part[name] = value
+    if part:
+        yield {"metrics": part}
+
+
+def _fits(metrics: Mapping[str, float]) -> bool:
+    return len(json.dumps({"metrics": dict(metrics)}, ensure_ascii=False).encode()) <= MESSAGE_BYTES

@@ -1,0 +1,53 @@
+"""While a checkpoint is made the module holds the global parameters: hooks that save weights see them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+
+if TYPE_CHECKING:
+    from lightning_async_localsgd.trainer.strategy import AsyncLocalSGDStrategy
+
+__all__ = ["GlobalCheckpoints"]
+
+
+class GlobalCheckpoints:
+    """Has ``trainer.save_checkpoint`` find the global parameters in the module, as validation does.
+
+    Callbacks and modules that write weights of their choice (adapters, an average) in ``on_save_checkpoint`` read them
+    from the module, and may give references to its parameters: so it holds the global ones until the file is written.
+
+    Args:
+        trainer: the trainer, until :meth:`detach`.
+        strategy: its strategy.
+    """
+
+    def __init__(self, trainer: pl.Trainer, strategy: AsyncLocalSGDStrategy) -> None:
+        self._trainer = trainer
+        self._strategy = strategy
+        self._save = trainer.save_checkpoint
+        trainer.save_checkpoint = self._save_global  # type: ignore[method-assign]
+
+    def detach(self) -> None:
+        """Leave the trainer as it was."""
+        vars(self._trainer).pop("save_checkpoint", None)
+
+    def _save_global(self, *args: Any, **kwargs: Any) -> None:
+        with self._lent():
+            self._save(*args, **kwargs)
+
+    @contextmanager
+    def _lent(self) -> Iterator[None]:
+        worker = self._strategy.worker
+        if worker is None or not self._strategy.own_in_module or worker.has_lent:
+            yield
+            return
+        with worker.paused():
+            worker.lend_global(for_cut=True)
+            try:
+                yield
+            finally:
+                worker.take_back_own()

@@ -1,0 +1,72 @@
+"""Where all processes of a fit meet: before the first step, to find that all have data, and after the last update."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_async_localsgd.data.loader import WorkerLoader
+from lightning_async_localsgd.errors import AsyncLocalSGDError
+from lightning_async_localsgd.membership import StaticJob
+
+if TYPE_CHECKING:
+    from lightning_async_localsgd.trainer.callback import WorkerCallback
+
+__all__ = ["check_pass", "learn_decisions", "meet_before_training"]
+
+
+def meet_before_training(job: StaticJob, trains: bool) -> None:
+    """Wait for the other processes, some of which may validate first; all must train, or none.
+
+    Args:
+        job: the processes.
+        trains: whether Lightning trains on this process. It does not, and says little, where there is no data.
+
+    Raises:
+        MisconfigurationException: on every process, if some have data and others none.
+        AsyncLocalSGDError: what has become of a process that does not come.
+    """
+    train = job.gather(trains)
+    empty = sorted({rank // job.worker_size for rank, trains in enumerate(train) if not trains})
+    if empty and any(train):
+        raise MisconfigurationException(
+            f"The training data of worker {', '.join(map(str, empty))} is empty: its loader has no batch, while others "
+            "have some. Look at how the data is divided (`drop_last`, a filter, a part of the files for each rank)."
+        )
+
+
+def check_pass(trainer: pl.Trainer, rank: int, batches: int) -> None:
+    """Make sure that a pass over the worker's own data had batches, where more passes are to come until the job ends.
+
+    Raises:
+        MisconfigurationException: if it had none: then no other one will have any.
+    """
+    if batches > 0 or trainer.fit_loop._combined_loader is None:
+        return
+    if any(isinstance(loader, WorkerLoader) for loader in trainer.fit_loop._combined_loader.flattened):
+        return  # the others have taken all batches of this epoch
+    message = (
+        f"The training data of worker {rank} gave no batch in epoch {trainer.current_epoch}: it is empty, or it can be "
+        "read only once (a generator?). Return a fresh iterator from `__iter__` at each call."
+    )
+    if trainer.max_epochs in (None, -1):
+        raise MisconfigurationException(message)
+    warnings.warn(message, stacklevel=2)
+
+
+def learn_decisions(job: StaticJob, callback: WorkerCallback) -> None:
+    """Take over what worker 0 has decided.
+
+    The run is complete: that a process is lost from now on is warned of, and fails no other one.
+    """
+    try:
+        callback.share_decisions(job)
+    except AsyncLocalSGDError as error:
+        warnings.warn(
+            "The run is complete, but this process could not learn what worker 0 has validated and decided "
+            f"(`callback_metrics`, the best checkpoint). {error}",
+            stacklevel=2,
+        )

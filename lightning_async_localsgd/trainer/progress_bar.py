@@ -1,0 +1,59 @@
+"""A progress bar that counts the batches of the job, and checkpoint names that tell the job's steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
+from torch import Tensor
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    from lightning_async_localsgd.trainer.epochs import JobEpochs
+    from lightning_async_localsgd.trainer.strategy import AsyncLocalSGDStrategy
+
+__all__ = ["JobBar", "NamedByJob"]
+
+
+class JobBar(ProgressBar):
+    """Mixed into worker 0's bar: it counts batches per worker that the job has made, and shows the job's steps.
+
+    Worker 0's own batches would run past the total if it is fast, and end before it if it is slow.
+    """
+
+    strategy: AsyncLocalSGDStrategy
+    epochs: JobEpochs
+
+    @property
+    @override
+    def total_train_batches(self) -> int | float:
+        return min(self.trainer.num_training_batches, self.epochs.batches_left)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        made, total = self.epochs.batches_made, self.total_train_batches
+        if isinstance(self, TQDMProgressBar) and made < total and self.refresh_rate > 0:
+            made -= made % self.refresh_rate  # it is drawn at multiples only, which the count may jump over
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, int(min(made, total)) - 1)
+
+    @override
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        of = f"/{trainer.max_steps}" if trainer.max_steps != -1 else ""
+        return {**super().get_metrics(trainer, pl_module), "job_steps": f"{self.strategy.job_steps}{of}"}
+
+
+class NamedByJob(ModelCheckpoint):
+    """Mixed into worker 0's checkpoint callback: ``{step}`` in a file's name is the job's, as under DDP."""
+
+    strategy: AsyncLocalSGDStrategy
+
+    @override
+    def _monitor_candidates(self, trainer: pl.Trainer) -> dict[str, Tensor]:
+        candidates = super()._monitor_candidates(trainer)
+        if not isinstance(trainer.callback_metrics.get("step"), Tensor):  # the user's own comes first
+            candidates["step"] = torch.tensor(self.strategy.job_steps)
+        return candidates

@@ -1,0 +1,379 @@
+"""A worker of several devices: its first rank takes part in the exchange, the others follow it step by step.
+
+Within a worker the ranks train as under DDP: one averaged gradient, so equal parameters after every step. What the
+exchange changes, it changes on the first rank, which gives it to the others at the end of the same step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroup, Store
+from torch.optim import Optimizer
+
+from lightning_async_localsgd.errors import PeerAbortedError, PeerLostError, error_by_name
+from lightning_async_localsgd.exchange import Adoption
+from lightning_async_localsgd.membership.address import make_gloo_group
+from lightning_async_localsgd.outer.layout import Layout
+from lightning_async_localsgd.protocol.header import Message
+from lightning_async_localsgd.protocol.progress import OuterUpdate
+from lightning_async_localsgd.settings import Settings
+from lightning_async_localsgd.worker.weight_copies import WeightCopies
+from lightning_async_localsgd.worker.worker import RunSummary, Worker, forget_non_finite_state, unversioned
+
+__all__ = ["Crew", "FollowingRank", "LeadingWorker"]
+
+_A_DAY = timedelta(days=1)
+
+
+class Crew:
+    """How the first rank of a worker tells the others what to do, and gives them tensors.
+
+    Args:
+        store: a part of the job's store, this worker's own.
+        rank: rank of this process within the worker.
+        size: processes of the worker.
+        devices: the process group of the worker in which its devices exchange tensors.
+        address: where this process is to listen for the others; None: what gloo chooses.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int, devices: ProcessGroup, address: str | None = None) -> None:
+        self.rank = rank
+        self.size = size
+        # The others wait as long as the first rank waits for other workers, who watch it. That it dies is noticed.
+        self._control: Any = make_gloo_group(PrefixStore("crew", store), rank, size, _A_DAY, address)
+        self._devices = devices
+
+    def tell(self, word: Mapping[str, Any]) -> None:
+        """The first rank's part of :meth:`hear`."""
+        text = torch.frombuffer(bytearray(json.dumps(word).encode()), dtype=torch.uint8)
+        self._broadcast(self._control, torch.tensor([len(text)]))
+        self._broadcast(self._control, text)
+
+    def hear(self) -> dict[str, Any]:
+        """What the first rank tells.
+
+        Raises:
+            AsyncLocalSGDError: what has become of it.
+        """
+        length = torch.zeros(1, dtype=torch.int64)
+        self._broadcast(self._control, length)
+        text = torch.empty(int(length), dtype=torch.uint8)
+        self._broadcast(self._control, text)
+        word: dict[str, Any] = json.loads(bytes(text.numpy()))
+        if "error" in word:
+            kind, reason = word["error"]
+            if (told := error_by_name(kind, reason)) is not None:
+                raise told
+            raise PeerAbortedError(f"The first rank of this worker stopped: {kind}: {reason}")
+        return word
+
+    @torch.no_grad()
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """Give the first rank's values to all."""
+        for tensor in tensors:
+            self._broadcast(self._devices, tensor.detach())
+
+    def gather(self, own: bytes = b"") -> list[Tensor]:
+        """Give the first rank the bytes of each of the others, by rank."""
+        gathered = []
+        for root in range(1, self.size):
+            data = torch.frombuffer(bytearray(own), dtype=torch.uint8) if own and root == self.rank else None
+            length = torch.tensor([0 if data is None else data.numel()])
+            self._broadcast(self._control, length, root)
+            data = torch.empty(int(length), dtype=torch.uint8) if data is None else data
+            self._broadcast(self._control, data, root)
+            gathered.append(data)
+        return gathered
+
+    def _broadcast(self, group: Any, tensor: Tensor, root: int = 0) -> None:
+        options = BroadcastOptions()
+        options.rootRank = root
+        wire = tensor.contiguous()
+        try:
+            group.broadcast([torch.view_as_real(wire) if wire.is_complex() else wire], options).wait()
+        except RuntimeError as error:
+            raise PeerLostError(
+                "A process of this worker has died. Look for the cause in the logs of its ranks, then start the job "
+                "again."
+            ) from error
+        if wire is not tensor:
+            tensor.copy_(wire)
+
+    def close(self) -> None:
+        """Give up the connections."""
+        self._control = None
+
+
+class LeadingWorker(Worker):
+    """The first rank of a worker: a :class:`Worker` whose crew follows.
+
+    Args:
+        crew: the crew.
+        *args: as for :class:`Worker`.
+        **kwargs: as for :class:`Worker`.
+    """
+
+    def __init__(self, crew: Crew, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._crew = crew
+        self._changed = self._restarted = False
+        self._updates: list[OuterUpdate] = []
+        self._messages: list[tuple[int, Message]] = []
+        self._untold: dict[str, list[Any]] = {"updates": [], "messages": []}  # what the others have not heard of yet
+
+    def start(self, max_steps: int | None = None, open_end: bool = False) -> None:
+        """See :meth:`Worker.start`."""
+        with self._leading():
+            super().start(max_steps, open_end)
+            self._changed = True
+        self._crew.share(list(self._layout.others(self._module).values()))
+
+    def step(self, samples: int = 0) -> bool:
+        """See :meth:`Worker.step`."""
+        with self._leading() as word:
+            word["running"] = running = super().step(samples)
+        return running
+
+    def finish(self, stop: bool = False) -> RunSummary:
+        """See :meth:`Worker.finish`."""
+        with self._leading() as word:
+            summary = super().finish(stop)
+            word["digest"] = summary.digest
+            self._changed = True
+        self._crew.share(list(self._layout.others(self._module).values()))
+        return summary
+
+    def abort(self, error: BaseException) -> None:
+        """See :meth:`Worker.abort`."""
+        super().abort(error)
+        self._crew.close()
+
+    def lend_global(self, for_cut: bool = False) -> None:
+        """See :meth:`Worker.lend_global`."""
+        super().lend_global(for_cut)
+        self._crew.share(unversioned(self._layout.tensors(self._module)))
+
+    @contextmanager
+    def cut(self, what: Message) -> Iterator[None]:
+        """See :meth:`Worker.cut`; the other ranks call :meth:`FollowingRank.follow`."""
+        with ExitStack() as stack:
+            with self._leading():
+                stack.enter_context(super().cut(what))
+            yield
+
+    def gather_from_devices(self) -> list[Tensor]:
+        """See :meth:`Worker.gather_from_devices`."""
+        self._crew.tell({"gather": True})
+        return self._crew.gather()
+
+    def agree(self, decision: bool) -> bool:
+        """See :meth:`Worker.agree`."""
+        self._crew.tell({"decision": decision})
+        return decision
+
+    def take_updates(self) -> list[OuterUpdate]:
+        """See :meth:`Worker.take_updates`."""
+        self._collect()
+        updates, self._updates = self._updates, []
+        return updates
+
+    def take_messages(self) -> list[tuple[int, Message]]:
+        """See :meth:`Worker.take_messages`."""
+        self._collect()
+        messages, self._messages = self._messages, []
+        return messages
+
+    def _collect(self) -> None:
+        """Take what has come: for this rank, and for the others."""
+        updates, messages = super().take_updates(), super().take_messages()
+        self._updates += updates
+        self._messages += messages
+        self._untold["updates"] += updates
+        self._untold["messages"] += messages
+
+    def _adopt(self, adoption: Adoption) -> None:
+        super()._adopt(adoption)
+        self._changed = True
+        self._restarted |= adoption.restart
+
+    @contextmanager
+    def _leading(self) -> Iterator[dict[str, Any]]:
+        """Have the others do what the body has done, or fail as it has failed; it may add to what they are told."""
+        word: dict[str, Any] = {}
+        try:
+            yield word
+        except BaseException as error:
+            with suppress(PeerLostError):
+                self._crew.tell({"error": [type(error).__name__, str(error)]})
+            raise
+        self._collect()
+        self._crew.tell(
+            word
+            | self._untold
+            | {
+                "changed": self._changed,
+                "restarted": self._restarted,
+                "weight_copies": sorted(self._copies.names),
+                "job_steps": self.job_steps,
+                "local_steps": self.local_steps,
+                "budget_spent": self.budget_spent,
+                "stop_requested": self.stop_requested,
+                "shard": self.shard,
+                "share": self.share,
+                "speeds": self.speeds,
+                "summary": asdict(self.summary()),
+            }
+        )
+        self._untold = {"updates": [], "messages": []}
+        if self._changed:
+            self._crew.share([*self._own_tensors, *self._copies.tensors()])
+        self._changed = self._restarted = False
+
+
+class FollowingRank:
+    """Another rank of a worker: has the face of a :class:`Worker`, and does what the first rank does.
+
+    Args:
+        crew: the crew.
+        module: the module to train, on its device.
+        optimizers: its inner optimizers.
+        rank: the worker.
+        settings: settings of the run.
+    """
+
+    def __init__(
+        self, crew: Crew, module: nn.Module, optimizers: Sequence[Optimizer], rank: int, settings: Settings
+    ) -> None:
+        self.rank = rank
+        self.shard = rank
+        self.share = 1.0
+        self.job_steps = 0
+        self.local_steps = 0
+        self.steps_made: tuple[int, ...] = ()
+        self.budget_spent = False
+        self.stop_requested = False
+        self.speeds: tuple[float, ...] = ()
+        self.on_gather: Callable[[], bytes] = bytes
+        """Gives what this process has to save of its own in a checkpoint."""
+        self._crew = crew
+        self._module = module
+        self._optimizers = optimizers
+        self._copies = WeightCopies(module, optimizers)
+        self._layout = Layout(module, bool(settings.exchange_frozen), settings.local_buffers)
+        self._summary: RunSummary | None = None
+        self._updates: list[OuterUpdate] = []
+        self._messages: list[tuple[int, Message]] = []
+        self._own: list[Tensor] | None = None
+
+    def start(self, max_steps: int | None = None, open_end: bool = False) -> None:
+        """See :meth:`Worker.start`."""
+        self.follow()
+        self._crew.share(list(self._layout.others(self._module).values()))
+
+    def step(self, samples: int = 0) -> bool:
+        """See :meth:`Worker.step`."""
+        running: bool = self.follow()["running"]
+        return running
+
+    def finish(self, stop: bool = False) -> RunSummary:
+        """See :meth:`Worker.finish`."""
+        digest = self.follow()["digest"]
+        self._crew.share(list(self._layout.others(self._module).values()))
+        return replace(self.summary(), digest=digest)
+
+    def follow(self) -> dict[str, Any]:
+        """Do what the first rank has done; returns what it has told.
+
+        Raises:
+            AsyncLocalSGDError: if it has failed.
+        """
+        word = self._crew.hear()
+        while "gather" in word:
+            self._crew.gather(self.on_gather())
+            word = self._crew.hear()
+        for name in ("shard", "share", "job_steps", "local_steps", "budget_spent", "stop_requested"):
+            setattr(self, name, word[name])
+        self.speeds = tuple(word["speeds"])
+        summary: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in word["summary"].items()}
+        self._summary = RunSummary(**summary)
+        self._updates += [OuterUpdate(*update) for update in word["updates"]]
+        self._messages += [(sender, message) for sender, message in word["messages"]]
+        if word["restarted"]:
+            forget_non_finite_state(self._optimizers)
+        if word["changed"]:
+            own = self._own if self._own is not None else self._layout.tensors(self._module)
+            self._copies.names = set(word["weight_copies"])
+            self._crew.share([*own, *self._copies.tensors()])
+        return word
+
+    def watch(self, optimizers: Sequence[Optimizer]) -> None:
+        """See :meth:`Worker.watch`."""
+        self._optimizers = list(optimizers)
+        self._copies.watch(optimizers)
+
+    def abort(self, error: BaseException) -> None:
+        """Leave; the first rank notices."""
+        self._crew.close()
+
+    def lend_global(self, for_cut: bool = False) -> None:
+        """See :meth:`Worker.lend_global`."""
+        tensors = unversioned(self._layout.tensors(self._module))
+        self._own = [tensor.clone() for tensor in tensors]
+        self._crew.share(tensors)
+
+    @torch.no_grad()
+    def take_back_own(self) -> None:
+        """See :meth:`Worker.take_back_own`."""
+        assert self._own is not None
+        torch._foreach_copy_(unversioned(self._layout.tensors(self._module)), self._own)
+        self._own = None
+
+    @property
+    def has_lent(self) -> bool:
+        """See :meth:`Worker.has_lent`."""
+        return self._own is not None
+
+    def summary(self) -> RunSummary:
+        """See :meth:`Worker.summary`."""
+        assert self._summary is not None
+        return self._summary
+
+    def take_updates(self) -> list[OuterUpdate]:
+        """See :meth:`Worker.take_updates`."""
+        updates, self._updates = self._updates, []
+        return updates
+
+    def take_messages(self) -> list[tuple[int, Message]]:
+        """See :meth:`Worker.take_messages`."""
+        messages, self._messages = self._messages, []
+        return messages
+
+    def agree(self, decision: bool) -> bool:
+        """See :meth:`Worker.agree`."""
+        agreed: bool = self._crew.hear()["decision"]
+        return agreed
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The first rank's speed counts."""
+        yield
+
+    def pause(self) -> None:
+        """The first rank's speed counts."""
+
+    def resume(self) -> None:
+        """The first rank's speed counts."""
+
+    def send(self, message: Message) -> None:
+        """The first rank sends it."""
+
+    def measure_updates(self) -> None:
+        """The first rank asks for it."""

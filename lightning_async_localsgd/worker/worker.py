@@ -1,0 +1,803 @@
+"""A worker: counts its local steps, pushes a delta at the end of each round, adopts new global parameters."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import Store
+from torch.optim import Optimizer
+from torch.profiler import record_function
+
+from lightning_async_localsgd.errors import PeerLostError
+from lightning_async_localsgd.exchange import Adoption, ExchangeThread, GlooTransport, Mailbox, Push
+from lightning_async_localsgd.exchange.accelerator import can_pin, copied
+from lightning_async_localsgd.exchange.causes import Causes
+from lightning_async_localsgd.exchange.share import share
+from lightning_async_localsgd.membership import Roster
+from lightning_async_localsgd.outer import Adopter, GlobalState
+from lightning_async_localsgd.outer.layout import Layout
+from lightning_async_localsgd.protocol.budget import Budget
+from lightning_async_localsgd.protocol.header import PROTOCOL, Flag, Message
+from lightning_async_localsgd.protocol.progress import Beat, OuterUpdate, Progress
+from lightning_async_localsgd.protocol.round_length import AUTO
+from lightning_async_localsgd.protocol.rounds import Rounds
+from lightning_async_localsgd.protocol.speed_meter import Stopwatch
+from lightning_async_localsgd.settings import Settings
+from lightning_async_localsgd.worker.adoption_check import AdoptionCheck
+from lightning_async_localsgd.worker.dropped_deltas import Drops
+from lightning_async_localsgd.worker.weight_copies import WeightCopies
+
+__all__ = ["RunSummary", "Worker", "forget_non_finite_state", "unversioned"]
+
+_SAVED_PROGRESS = (
+    "steps",
+    "round_steps",
+    "local_steps",
+    "shard_samples",
+    "updates",
+    "total_staleness",
+    "max_staleness",
+    "dropped",
+)
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run in numbers. All but ``bytes_*`` and ``blocked_seconds`` are alike on every worker after ``fit``.
+
+    Those two are of this process; what was counted before a checkpoint that the run was resumed from is in all others.
+    """
+
+    version: int
+    """Outer updates applied."""
+    total_local_steps: int
+    """Local steps of all workers together."""
+    local_steps: tuple[int, ...]
+    """Local steps of each worker."""
+    mean_staleness: float
+    """Mean over all deltas of the versions that passed between the start of a round and its application."""
+    max_staleness: int
+    round_length: int
+    """H, local steps per round of the fastest worker: as given or, with ``"auto"``, what it has come to."""
+    dropped: tuple[int, ...]
+    """Non-finite deltas of each worker, which were not applied."""
+    bytes_sent: int
+    """Bytes this worker has sent to its peers, headers included."""
+    bytes_received: int
+    blocked_seconds: float
+    """Time this worker's training thread has spent on the exchange instead of training: copies and waits, up to its
+    last local step (not the wait for the others after it)."""
+    digest: str
+    """Hash (hex) of the final global parameters and outer state; empty while the run goes on."""
+
+
+class Worker:
+    """One replica of a module in an asynchronous Local-SGD run. Needs neither Lightning nor a default process group.
+
+    The training thread owns the module and this object. Between :meth:`start` and :meth:`finish` it calls
+    :meth:`step` after every local step, until that returns False::
+
+        worker = Worker(module, [optimizer], store, rank, size, Settings(local_steps=50))
+        worker.start(max_steps=1000)
+        running = True
+        while running:
+            loss(module, next(batches)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            running = worker.step(samples=32)
+        summary = worker.finish()
+
+    Args:
+        module: the module to train, on its device. Its trainable parameters and float buffers are overwritten with
+            those of worker 0.
+        optimizers: its inner optimizers. Their state stays on this worker.
+        store: a store of ``torch.distributed`` that all workers share, used by this run alone.
+        rank: this worker.
+        size: number of workers.
+        settings: settings of the run.
+        credentials: further JSON values, by name, that must be equal on all workers.
+
+    Raises:
+        ValueError: if the settings are impossible for ``size`` workers, or nothing in the module is trainable.
+        WorkerMismatchError: if the workers were started with different models, settings or library versions.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        store: Store,
+        rank: int,
+        size: int,
+        settings: Settings,
+        credentials: Mapping[str, Any] | None = None,
+    ) -> None:
+        settings.check_workers(size)
+        self._module = module
+        self._optimizers = list(optimizers)
+        self._store = store
+        self._settings = settings
+        self.rank = rank
+        self.size = size
+        self._rounds = Rounds(rank, size, settings)
+        self._layout = Layout(module, bool(settings.exchange_frozen), settings.local_buffers)
+        self._adopter = Adopter(self._layout)
+        self._state = GlobalState(
+            self._layout,
+            settings.outer_optimizer,
+            size,
+            settings.quorum,
+            torch.device(settings.outer_device),
+            settings.transforms,
+            settings.constraint,
+        )
+        self._roster = Roster.introduce(
+            store,
+            rank,
+            size,
+            {"protocol": PROTOCOL, "torch": torch.__version__.split("+")[0]}
+            | settings.credentials()
+            | dict(credentials or {})
+            | {"model": list(self._layout.describe())},
+            settings.timeout,
+        )
+        self._copies = WeightCopies(module, self._optimizers, settings.weight_copies)
+        self._drops = Drops(self._roster.name(rank), self._layout)
+        self._check = AdoptionCheck()
+        self._transport = GlooTransport(store, self._roster, settings.timeout)
+        self._share_initial_parameters()
+
+        self.steps_made: tuple[int, ...] = ()
+        """Local steps of each worker, as far as this one knew with its latest step."""
+        self.version = 0
+        """Version of the global parameters that this worker has adopted."""
+        self.blocked_seconds = 0.0
+        self._round_started = 0.0
+        self._step_ended = 0.0
+        self._start_version = 0  # of the global parameters that this round has begun from
+        self._adopted: Callable[[], object] = self._synchronize
+        self._pauses = 0
+        self._own: list[Tensor] | None = None  # what `lend_global` has put aside
+        self._lent_for_cut = False
+        self._progress = Progress.at_start(size, settings.round_length(None).first())
+        self._resumed_progress = False
+        self._resumed_round: Mapping[str, Any] | None = None
+        self._has_others_copies = False  # inner optimizers were loaded from another worker's
+        self.on_cut: Callable[[Message], None] | None = None
+        """Called on the training thread when the exchange stands still for a checkpoint; see :meth:`cut`."""
+        self.on_progress: Callable[[], None] | None = None
+        """Called on the training thread after each turn that it waits for: there may be messages to heed."""
+        self._measure_updates = False
+        self._exchange: ExchangeThread | None = None
+        self._stopwatch = Stopwatch(settings.round_length(None).longest)
+
+    def _share(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give all workers worker 0's values. Who waits for a worker that waits for a lost one names the lost one."""
+        try:
+            share(self._transport, tensors, self.rank, self.size)
+        except PeerLostError as error:
+            raise Causes(self._store, self._roster, self._settings.timeout).first(error) from None
+
+    def _share_initial_parameters(self) -> None:
+        """Take worker 0's tensors, and begin from them."""
+        with self._copies.following():
+            self._share(self._named_tensors() | self._layout.others(self._module))
+        odd = self._state.begin(self._layout.tensors(self._module))
+        if odd:
+            warnings.warn(
+                f"{', '.join(map(repr, odd))} have elements that are not finite. These stay as they are and are not "
+                "exchanged; if they are no mask, look at how the parameters are initialized.",
+                stacklevel=3,
+            )
+
+    def _named_tensors(self) -> dict[str, Tensor]:
+        """The module's tensors that are exchanged."""
+        names = [slot.name for slot in self._layout.slots]
+        return dict(zip(names, self._layout.tensors(self._module), strict=True))
+
+    # ---- the run ----------------------------------------------------------------------------------------------------
+
+    def start(self, max_steps: int | None = None, open_end: bool = False) -> None:
+        """Start the exchange thread and the first round.
+
+        Args:
+            max_steps: local steps per worker; with ``budget="shared"`` all workers together make ``max_steps * size``,
+                the fast ones more of it. None: until :meth:`step` is no longer called.
+            open_end: ``max_steps`` is only what is expected, of epochs for instance: :meth:`step` does not end the run.
+        """
+        budget = Budget(max_steps, self.size, self._settings.shares_budget(self.size), open_end)
+        if not self._resumed_progress:  # only now the length of the run is known
+            length = self._settings.round_length(max_steps)
+            self._progress = replace(Progress.at_start(self.size, length.first()), version=self._progress.version)
+        steps, round_steps = self._progress.steps, self._progress.round_steps
+        progress = replace(
+            self._progress,
+            caps=budget.caps(steps, round_steps),
+            exhausted=budget.exhausted(steps),
+            stop=False,
+            over=False,
+        )
+        self._rounds.start(progress, max_steps, open_end)
+        self._mailbox = Mailbox(progress)
+        self._mailbox.measure_updates = self._measure_updates
+        pinned = can_pin(self._device, self._outer_device)
+        self._base: Tensor | None = self._layout.empty(self._settings.outer_device, pinned)
+        self._base.copy_(self._state.flat)
+        self._adopter.hold(self._layout.tensors(self._module), self._base)
+        self._snapshot: Tensor | None = self._layout.empty(self._settings.outer_device, pinned)
+        self._exchange = ExchangeThread(
+            self._mailbox, self._state, self._transport, self._store, self._roster, self._settings, budget
+        )
+        self._copies.find()
+        if self._has_others_copies:
+            self._copies.reset(self._layout.by_name(self._state.flat))
+        if self._resumed_round is not None:
+            self._resume_round(self._resumed_round)
+        self._report()  # a turn may open before this worker's first step has ended
+        self.steps_made = self._rounds.steps_made(self._mailbox.progress)
+        if not self.budget_spent:
+            self._mailbox.begin_step()
+        self._synchronize()  # from here on the other thread moves the global state
+        self._exchange.start()
+        if not self._settings.overlap:
+            self._wait_for_adoption()
+        self._round_started = self._step_ended = time.monotonic()
+        self._stopwatch.resume()
+
+    def step(self, samples: int = 0) -> bool:
+        """Count one local step; push, adopt or wait where it is time to. Call it after each step of the optimizer.
+
+        Args:
+            samples: samples this worker learned in this step: a whole number from 0 to 2^32.
+
+        Returns:
+            Whether to go on training. Once False, call :meth:`finish`.
+
+        Raises:
+            TypeError: if ``samples`` is not a number.
+            ValueError: if it is not a whole one, or outside its range.
+            AsyncLocalSGDError: if the exchange has failed, on this worker or another.
+        """
+        self._stopwatch.step()
+        self._step_ended = time.monotonic()
+        self._rounds.count(samples)
+        if self._rounds.round_steps == 1:
+            self._copies.find()
+        if self._check.pending:
+            self._check.stepped(self._own_tensors, self._optimizers)
+        self._adopt_if_ready()
+        self._cut_if_asked()
+        self._report()
+        if self._in_flight:
+            self._extend_push()
+        elif self._rounds.push_is_due(self._mailbox.progress, self._mailbox.push_wanted):
+            self._push()
+            if not self._settings.overlap:
+                self._wait_for_adoption()
+        running = self._go_on()
+        self.steps_made = self._rounds.steps_made(self._mailbox.progress)
+        if self._rounds.round_steps == 0:  # what came between two rounds was waiting
+            self._round_started = time.monotonic()
+        if running:
+            self._mailbox.begin_step()
+        seconds = self._stopwatch.resume()
+        if running:  # else it was the end of the run that this worker waited for, not its next step
+            self.blocked_seconds += seconds
+        return running
+
+    def _report(self) -> None:
+        """Tell the exchange thread how this worker stands."""
+        progress = self._mailbox.progress
+        speed = self._stopwatch.speed(progress.round_steps[self.rank])
+        self._mailbox.report(self.local_steps, speed, self._rounds.patience(progress, speed))
+
+    def _go_on(self) -> bool:
+        """Whether this worker is to make another step."""
+        progress = self._mailbox.progress
+        if self._rounds.over(progress):
+            return False
+        if self._rounds.has_step(progress):
+            return True
+        return self._rounds.may_get_more and self._wait_for_more()
+
+    @property
+    def budget_spent(self) -> bool:
+        """Whether no step is left for this worker, as of the latest exchange: in a run that goes on, at its start."""
+        return self._rounds.budget_spent(self._mailbox.progress)
+
+    def _wait_for_more(self) -> bool:
+        """At its share of the budget: wait until the others have made theirs, or leave some of it to this worker."""
+        self._mailbox.flag(Flag.IDLE)
+        self._mailbox.announce()
+        progress = self._mailbox.progress
+        while not self._rounds.over(progress):
+            if self._rounds.has_step(progress):
+                self._mailbox.unflag(Flag.IDLE)
+                return True
+            progress = self._wait_for_progress(progress)
+        return False
+
+    def _wait_for_adoption(self) -> None:
+        while self._in_flight:
+            adoption = self._mailbox.wait_for_adoption()
+            if adoption is not None:
+                self._adopt(adoption)
+            self._cut_if_asked()
+
+    def _wait_for_progress(self, than: Progress) -> Progress:
+        progress = self._mailbox.wait_for_progress(than)
+        self._adopt_if_ready()
+        self._cut_if_asked()
+        if self.on_progress is not None:
+            self.on_progress()
+        return progress
+
+    def finish(self, stop: bool = False) -> RunSummary:
+        """End this worker's part: push what it has not pushed, wait for the others, take the final global parameters.
+
+        Args:
+            stop: ask all other workers to end their training as well.
+
+        Returns:
+            The run in numbers.
+
+        Raises:
+            AsyncLocalSGDError: if the exchange fails before the end.
+        """
+        assert self._exchange is not None
+        flags = Flag.FINAL | Flag.STOP if stop else Flag.FINAL
+        if stop:
+            self._mailbox.flag(Flag.STOP)
+        self._wait_for_adoption()
+        if self._rounds.round_steps > 0:
+            self._push(flags)
+        else:
+            self._mailbox.flag(flags)
+            self._mailbox.announce()
+        progress = self._mailbox.progress
+        while not progress.over:
+            progress = self._wait_for_progress(progress)
+        self._exchange.join(self._settings.timeout.total_seconds())
+        with self._copies.following():
+            self._copy_to_module(self._state.flat)
+        self._share(self._layout.others(self._module))
+        self._transport.close()
+        self._rounds.final_job_steps(progress)
+        self.steps_made = progress.steps
+        return self.summary(digest=self._state.digest())
+
+    def abort(self, error: BaseException) -> None:
+        """Leave because of ``error``; the other workers are told and stop too."""
+        if self._exchange is not None:
+            self._exchange.abort(error)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do something other than training (validation, a checkpoint) that is not to count in this worker's speed."""
+        self.pause()
+        try:
+            yield
+        finally:
+            self.resume()
+
+    def pause(self) -> None:
+        """Begin a pause; see :meth:`paused`. There can be one within another."""
+        self._pauses += 1
+        self._mailbox.flag(Flag.PAUSED)
+        self._stopwatch.pause()
+
+    def resume(self) -> None:
+        """End a pause."""
+        self._pauses -= 1
+        if self._pauses == 0:
+            self._mailbox.unflag(Flag.PAUSED)
+            self._stopwatch.resume()
+
+    def watch(self, optimizers: Sequence[Optimizer]) -> None:
+        """From now on these are the inner optimizers."""
+        self._optimizers = list(optimizers)
+        self._copies.watch(optimizers)
+
+    # ---- what the run looks like ------------------------------------------------------------------------------------
+
+    @property
+    def local_steps(self) -> int:
+        """Local steps this worker has made in this run."""
+        return self._rounds.local_steps
+
+    @property
+    def round(self) -> int:
+        """Rounds this worker has pushed."""
+        return self._rounds.round
+
+    @property
+    def shard(self) -> int:
+        """The data shard of this worker's current round: its own at first, then drawn by progress (Eq. 2)."""
+        return self._rounds.shard
+
+    @property
+    def job_steps(self) -> int:
+        """Steps of the job: local steps of all workers over their number, rounded down. Never goes back.
+
+        Between two exchanges the others are taken to advance at their pace. Learning-rate schedules count these.
+        """
+        return self._rounds.job_steps(self._mailbox.progress)
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether some worker has asked all to end their training."""
+        return self._mailbox.progress.stop
+
+    @property
+    def speeds(self) -> tuple[float, ...]:
+        """Local steps per second of each worker, as of the latest exchange; 0 while unknown."""
+        return self._mailbox.progress.speeds
+
+    @property
+    def alignment(self) -> float:
+        """Cosine between worker 0's latest delta and the outer momentum, about; known on worker 0 alone, else NaN."""
+        return self._mailbox.alignment
+
+    @property
+    def exchanged_at(self) -> float:
+        """When the latest exchange was, which :meth:`summary` is as of, in seconds of the monotonic clock."""
+        return self._mailbox.published_at
+
+    @property
+    def share(self) -> float:
+        """This worker's share of the pace of all, as of the latest exchange."""
+        round_steps = self._mailbox.progress.round_steps if self._exchange is not None else self._progress.round_steps
+        return round_steps[self.rank] / sum(round_steps)
+
+    def agree(self, decision: bool) -> bool:
+        """A decision that all processes of the worker are to make alike: that of its first."""
+        return decision
+
+    def measure_updates(self) -> None:
+        """Compute every outer update's ``norm`` and ``alignment`` from now on, on the exchange thread."""
+        self._measure_updates = True
+        if self._exchange is not None:
+            self._mailbox.measure_updates = True
+
+    def take_updates(self) -> list[OuterUpdate]:
+        """The outer updates since the last call, oldest first (at most 4096: older ones are forgotten)."""
+        return self._mailbox.take_updates()
+
+    def send(self, message: Message) -> None:
+        """Send a JSON object to all workers, this one included. It comes with the next exchange, which begins now.
+
+        Raises:
+            ValueError: if it is longer than a header has room for, about 4 KB.
+        """
+        self._mailbox.send(message)
+
+    def take_messages(self) -> list[tuple[int, Message]]:
+        """Messages since the last call, as pairs of sender and message, in the same order on every worker."""
+        return self._mailbox.take_messages()
+
+    def summary(self, digest: str = "") -> RunSummary:
+        """The run in numbers, as of the latest exchange."""
+        progress = self._mailbox.progress
+        return RunSummary(
+            version=progress.version,
+            total_local_steps=sum(progress.steps),
+            local_steps=progress.steps,
+            mean_staleness=progress.total_staleness / max(1, progress.updates),
+            max_staleness=progress.max_staleness,
+            round_length=progress.local_steps,
+            dropped=progress.dropped,
+            bytes_sent=progress.bytes_sent,
+            bytes_received=progress.bytes_received,
+            blocked_seconds=self.blocked_seconds,
+            digest=digest,
+        )
+
+    def global_tensors(self) -> dict[str, Tensor]:
+        """Copies of the global parameters and buffers of now, by name, on the CPU."""
+        with self._mailbox.global_state():
+            return self._state.tensors()
+
+    @torch.no_grad()
+    def lend_global(self, for_cut: bool = False) -> None:
+        """Put the global parameters and buffers of now into the module, until :meth:`take_back_own`.
+
+        Args:
+            for_cut: they become those of the next :meth:`cut`.
+        """
+        self._lent_for_cut = for_cut
+        self._own = [tensor.clone() for tensor in self._layout.tensors(self._module)]
+        self._lend_of_now()
+
+    @torch.no_grad()
+    def _lend_of_now(self) -> None:
+        with self._mailbox.global_state():
+            torch._foreach_copy_(unversioned(self._layout.tensors(self._module)), self._layout.views(self._state.flat))
+            self._synchronize()
+
+    @torch.no_grad()
+    def take_back_own(self) -> None:
+        """Put this worker's own parameters back, bit for bit."""
+        assert self._own is not None
+        torch._foreach_copy_(unversioned(self._layout.tensors(self._module)), self._own)
+        self._own = None
+
+    @property
+    def has_lent(self) -> bool:
+        """Whether the module holds the global parameters, and this worker its own."""
+        return self._own is not None
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def cut(self, what: Message) -> Iterator[None]:
+        """Have the exchange stand still between two turns, on all workers, so that all can save the same moment.
+
+        On the other workers ``on_cut(what)`` is called at the end of their current step; here the body of the ``with``
+        runs at once. Each worker's exchange goes on when its own is done; their training does not wait for it.
+
+        Args:
+            what: what the others are to do, as a JSON object of at most about 4 KB.
+        """
+        try:
+            self._mailbox.ask_for_cut(what)
+            self._mailbox.wait_for_cut()
+            self._adopt_if_ready()
+            if self.has_lent and self._lent_for_cut:  # an update may have come since
+                self._lend_of_now()
+            yield
+        finally:
+            self._mailbox.release()
+
+    def _cut_if_asked(self) -> None:
+        what = self._mailbox.cut
+        if what is None:
+            return
+        try:
+            self._adopt_if_ready()  # it comes with the turn that carried the cut
+            if self.on_cut is not None:
+                with self.paused():
+                    self.on_cut(what)
+        finally:
+            self._mailbox.release()
+
+    def global_state_dict(self, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        """The global state and the run's shared progress: equal on all workers during a cut.
+
+        Args:
+            tensors: where to copy the global parameters and buffers, by name, and what the state then holds; None: new
+                tensors.
+        """
+        progress = self._mailbox.progress
+        with self._mailbox.global_state():
+            state = self._state.state_dict(tensors)
+            self._synchronize()
+        counts = {name: getattr(progress, name) for name in _SAVED_PROGRESS}
+        return {"global": state, "progress": counts | {"beat": tuple(progress.beat)}}
+
+    def local_state_dict(self) -> dict[str, Any]:
+        """What this worker alone knows: its own parameters and where in its round it is. To be called during a cut.
+
+        Progress that is not applied yet, pushed or not, is the difference between ``tensors`` and ``base``. The former
+        are the module's own, and what this worker holds between two pushes is not copied either: it is to be saved or
+        copied before the next step.
+        """
+        steps, samples, shard = self._rounds.round_steps, self._rounds.round_samples, self.shard
+        base, version = self._base, self._start_version
+        assert self._exchange is not None
+        push = self._mailbox.untaken_push() or self._exchange.pending
+        if push is not None:
+            steps, samples, shard = steps + push.steps, samples + push.samples, push.shard
+            base, version = push.base, push.start_version
+        same = version == self._state.version and not self._adopter.rounds
+        if push is not None and not same:  # the exchange thread makes it the delta, or has done so
+            base = push.base + push.snapshot if push is self._exchange.pending else push.base.to("cpu", copy=True)
+        assert base is not None
+        return {
+            "tensors": [t.detach() for t in self._own_tensors],
+            # Without updates since the round began, the base is the global state itself (if the module can hold it).
+            "base": None if same else base,
+            "round": self.round - (push is not None),
+            "start_version": version,
+            "round_steps": steps,
+            "round_samples": samples,
+            "shard": shard,
+            "next_shard": None if push is None else self.shard,  # it has been drawn already
+            "local_steps": self.local_steps,
+            "shard_generator": self._rounds.shard_generator.get_state(),
+        }
+
+    def gather_from_devices(self) -> list[Tensor]:
+        """What the other processes of this worker, if there are any, have to save of their own: bytes of each."""
+        return []
+
+    def load_global_state_dict(
+        self, state_dict: Mapping[str, Any], same_workers: bool, settings: Mapping[str, Any] | None = None
+    ) -> None:
+        """Go on from a saved global state, with the settings of now. To be called before :meth:`start`.
+
+        Args:
+            state_dict: what :meth:`global_state_dict` gave.
+            same_workers: whether the workers are as many as they were; else their counts begin anew.
+            settings: the settings of then, as ``Settings.credentials`` gave them; None: they are not known.
+
+        Raises:
+            ValueError: if it belongs to another model, or to an outer optimizer that cannot be this one.
+        """
+        differences = self._state.load_state_dict(state_dict["global"]) + self._settings.differences(settings or {})
+        if differences and self.rank == 0:
+            warnings.warn(
+                "Training goes on with the settings of now, which differ from those of the checkpoint: "
+                f"{'; '.join(differences)}.",
+                stacklevel=2,
+            )
+        if not same_workers:
+            self._state.begin_rounds(range(self.size))
+        self._copy_to_module(self._state.flat)
+        self._has_others_copies = not same_workers
+        self.version = self._start_version = self._state.version
+        self._progress = replace(self._progress, version=self.version)
+        if same_workers:
+            saved: dict[str, Any] = state_dict["progress"] | {"beat": Beat(*state_dict["progress"]["beat"])}
+            saved.setdefault("local_steps", max(saved["round_steps"]))  # of a version that did not tell
+            if self._settings.local_steps not in (AUTO, saved["local_steps"]):  # it was another number
+                saved |= {"round_steps": self._progress.round_steps, "local_steps": self._progress.local_steps}
+            self._resumed_progress = True
+            self._rounds.beat = saved["beat"]
+            self._progress = replace(self._progress, **saved)
+
+    def load_local_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from where this worker was. To be called after :meth:`load_global_state_dict`, before :meth:`start`."""
+        self._rounds.round = state_dict["round"]
+        self._rounds.shard = state_dict["shard"]
+        self._rounds.local_steps = state_dict["local_steps"]
+        self._rounds.shard_generator.set_state(state_dict["shard_generator"])
+        self._resumed_round = state_dict
+
+    @torch.no_grad()
+    def _resume_round(self, saved: Mapping[str, Any]) -> None:
+        self._rounds.round_steps = saved["round_steps"]
+        self._rounds.round_samples = saved["round_samples"]
+        tensors = self._layout.tensors(self._module)
+        torch._foreach_copy_(tensors, saved["tensors"])
+        self._start_version = saved.get("start_version", self.version)  # the round stays as stale as it was
+        assert self._base is not None
+        if saved["base"] is not None:
+            if self._start_version == self._state.version:
+                self._base.copy_(saved["base"])
+            else:  # learned on top of older global parameters: rebase it, as an adoption would
+                self._base.copy_(self._state.flat)
+                correction = self._state.flat - saved["base"].to(self._state.flat.device)
+                self._state.clear_holes(correction)
+                correction = correction.to(self._device)
+                self._adopter.advance(tensors, self._base, correction, ())
+                self._copies.move(self._layout.by_name(correction))
+        self._resumed_round = None
+        next_shard = saved.get("next_shard")
+        if next_shard is not None or self._rounds.push_is_due(self._mailbox.progress, wanted=False):
+            self._push(shard=None if next_shard is None else saved["shard"])
+        if next_shard is not None:
+            self._rounds.shard = next_shard
+
+    # ---- rounds -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _device(self) -> torch.device:
+        return self._layout.tensors(self._module)[0].device
+
+    @property
+    def _outer_device(self) -> torch.device:
+        return self._state.flat.device
+
+    @property
+    def _in_flight(self) -> bool:
+        return self._snapshot is None
+
+    @torch.no_grad()
+    def _push(self, flags: Flag = Flag.NONE, shard: int | None = None) -> None:
+        """Hand the local parameters of now to the exchange thread; training may go on at once.
+
+        Args:
+            flags: to raise with it.
+            shard: that of the round, if the next round has drawn its own already; None: that of now.
+        """
+        assert self._base is not None and self._snapshot is not None
+        tensors = self._layout.tensors(self._module)
+        self._layout.check_trainable(self._module)
+        with record_function("async_localsgd::push"):
+            self._adopted()  # the user may have gone on on another stream
+            torch._foreach_copy_(self._layout.views(self._snapshot), tensors, True)
+            self._check.pushed(self._rounds.round_steps)
+            push = Push(
+                base=self._base,
+                snapshot=self._snapshot,
+                ready=self._transfers(),
+                round=self.round,
+                steps=self._rounds.round_steps,
+                samples=self._rounds.round_samples,
+                seconds=self._step_ended - self._round_started,
+                shard=self.shard if shard is None else shard,
+                start_version=self._start_version,
+            )
+            self._base = self._snapshot = None
+            self._rounds.begin(self._mailbox.progress, draw=shard is None)
+            self._report()
+            self._mailbox.push(push, flags)
+
+    def _extend_push(self) -> None:
+        """Add the steps made since the push to the round it ended, while its turn is held open for others."""
+        push = self._mailbox.take_back(self._rounds.most_to_extend(self._mailbox.progress))
+        if push is None:
+            return
+        self._base, self._snapshot = push.base, push.snapshot
+        self._rounds.reopen(push.steps, push.samples)
+        self._round_started -= push.seconds
+        self._push(shard=push.shard)  # samples of the next one may be on their way already
+
+    def _synchronize(self) -> None:
+        """Wait for copies to or from an accelerator, before what they read changes."""
+        self._transfers()()
+
+    def _transfers(self) -> Callable[[], object]:
+        """What waits, on any thread, until copies to or from an accelerator that this one began have arrived."""
+        return copied(self._device if self._outer_device.type == "cpu" else self._outer_device)
+
+    def _adopt_if_ready(self) -> None:
+        adoption = self._mailbox.collect()
+        if adoption is not None:
+            self._adopt(adoption)
+
+    @torch.no_grad()
+    def _adopt(self, adoption: Adoption) -> None:
+        """Take over new global parameters, keeping what was learned since the push: the next delta counts it."""
+        with record_function("async_localsgd::adopt"):
+            self._drops.look(adoption.unsendable)
+            if adoption.restart:
+                self._adopter.replace(self._own_tensors, adoption.base)
+                forget_non_finite_state(self._optimizers)
+                self._copies.reset(self._layout.by_name(adoption.base))
+                self._rounds.restart()
+            elif self._rounds.round_steps == 0:
+                self._adopter.replace(self._own_tensors, adoption.base, adoption.correction)
+                self._copies.move(self._layout.by_name(adoption.correction))
+            else:
+                correction = adoption.correction.to(self._device, non_blocking=True)
+                self._adopter.advance(self._own_tensors, adoption.base, correction, adoption.unsendable.buffers)
+                self._copies.move(self._layout.by_name(correction))
+            self._adopted = self._transfers()
+            if self._settings.constraint is not None:
+                own = zip(self._layout.parameter_slots, self._own_tensors, strict=False)
+                self._settings.constraint({slot.name: tensor for slot, tensor in own})
+            if not adoption.restart:
+                count = self._layout.parameter_count
+                self._check.adopted(self._own_tensors[:count], self._layout.views(adoption.correction)[:count])
+            self._base, self._snapshot = adoption.base, adoption.correction
+            self.version = self._start_version = adoption.version
+
+    @property
+    def _own_tensors(self) -> list[Tensor]:
+        """This worker's own parameters and buffers: the module's, but while it holds the global ones."""
+        return self._layout.tensors(self._module) if self._own is None else self._own
+
+    @torch.no_grad()
+    def _copy_to_module(self, flat: Tensor) -> None:
+        torch._foreach_copy_(self._layout.tensors(self._module), self._layout.views(flat), True)
+
+
+def forget_non_finite_state(optimizers: Iterable[Optimizer]) -> None:
+    """Inner optimizers that have seen a non-finite gradient would turn fresh parameters non-finite at once."""
+    for optimizer in optimizers:
+        for parameter, state in list(optimizer.state.items()):
+            if not all(bool(torch.isfinite(v).all()) for v in state.values() if isinstance(v, Tensor)):
+                del optimizer.state[parameter]
+
+
+def unversioned(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The same memory, but writes to it leave no version: who lends tensors, and a backward pass, get back the same."""
+    return [tensor.data for tensor in tensors]
