@@ -12,7 +12,7 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from lightning_async_localsgd.arguments import check_names, names_of
+from lightning_async_localsgd.settings.arguments import check_names, names_of
 
 __all__ = ["AsyncLocalSGDFabricStrategy"]
 

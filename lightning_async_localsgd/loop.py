@@ -14,13 +14,13 @@ from torch.distributed import Store
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from lightning_async_localsgd.advice import warn_of_useless_settings
-from lightning_async_localsgd.arguments import check_names, names_of
 from lightning_async_localsgd.data.random_state import RandomState, set_random_state
 from lightning_async_localsgd.membership import StaticJob, join_job
 from lightning_async_localsgd.protocol.header import Message
 from lightning_async_localsgd.protocol.rounds import whole_samples
 from lightning_async_localsgd.settings import Settings
+from lightning_async_localsgd.settings.advice import warn_of_useless_settings
+from lightning_async_localsgd.settings.arguments import check_names, names_of
 from lightning_async_localsgd.version import __version__
 from lightning_async_localsgd.worker.step_watch import ParameterChanges, StepListener
 from lightning_async_localsgd.worker.worker import RunSummary, Worker

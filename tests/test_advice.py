@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lightning_async_localsgd import METHODS, AsyncLocalSGD, AsyncLocalSGDStrategy, Settings, make_method
-from lightning_async_localsgd.advice import SettingsWarning, useless_settings
 from lightning_async_localsgd.outer import AsyncBuffer, DelayedNesterov
+from lightning_async_localsgd.settings.advice import SettingsWarning, useless_settings
 from tests.modules import FEATURES, Regression, make_net, make_trainer, stream
 from tests.processes import results, run_processes
 

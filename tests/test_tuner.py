@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
+from lightning_async_localsgd.trainer.fit import Phase
 from tests.modules import Regression, make_net, make_trainer, regression_data
 from tests.processes import results, run_processes
 
@@ -31,7 +32,7 @@ class Watched(Regression):
         self.start_lr = 0.0
 
     def on_train_batch_start(self, *args: Any) -> None:
-        if self.trainer.strategy._out_of_step and not self.start:
+        if self.trainer.strategy._fit.phase is Phase.TRAINING and not self.start:
             self.start = parameters(self)
             self.start_lr = self.trainer.optimizers[0].param_groups[0]["lr"]
 

@@ -122,8 +122,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _warn(settings: dict[str, Any], workers: int, max_steps: int) -> None:
     """Settings that cannot do anything useful, in a line each."""
-    from lightning_async_localsgd.advice import SettingsWarning, useless_settings
     from lightning_async_localsgd.settings import Settings
+    from lightning_async_localsgd.settings.advice import SettingsWarning, useless_settings
 
     for sentence in useless_settings(Settings(**settings), workers, max_steps):
         print(f"async-localsgd: warning: {sentence}", file=sys.stderr)

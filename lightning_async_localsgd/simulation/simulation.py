@@ -20,12 +20,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from lightning_async_localsgd.advice import warn_of_useless_settings
 from lightning_async_localsgd.codecs import make_codec
 from lightning_async_localsgd.outer import GlobalState
 from lightning_async_localsgd.outer.layout import Layout
 from lightning_async_localsgd.protocol.progress import OuterUpdate
 from lightning_async_localsgd.settings import Settings
+from lightning_async_localsgd.settings.advice import warn_of_useless_settings
 from lightning_async_localsgd.simulation.batches import VirtualLoaders
 from lightning_async_localsgd.simulation.devices import Device, VirtualWorker, make_workers
 from lightning_async_localsgd.simulation.network import Network

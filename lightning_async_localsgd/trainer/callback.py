@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -11,25 +11,23 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_async_localsgd.advice import SettingsWarning
 from lightning_async_localsgd.membership import StaticJob, as_json
+from lightning_async_localsgd.protocol.progress import OuterUpdate
+from lightning_async_localsgd.settings.advice import SettingsWarning
+from lightning_async_localsgd.trainer.checkpoints.saving import JobCheckpoints
 from lightning_async_localsgd.trainer.epochs import JobEpochs
-from lightning_async_localsgd.trainer.fetches import Fetches
+from lightning_async_localsgd.trainer.fetches import Fetches, samples_in_training
+from lightning_async_localsgd.trainer.fit import Fit
 from lightning_async_localsgd.trainer.fit_loops import LoopControl, release_loops, take_over_loops
 from lightning_async_localsgd.trainer.followers import FollowedMetrics, Inactive, metric_messages
 from lightning_async_localsgd.trainer.guard import Guard, MeanLoss
-from lightning_async_localsgd.trainer.loaders import samples_in_training
 from lightning_async_localsgd.trainer.meetings import check_pass, learn_decisions
 from lightning_async_localsgd.trainer.mixing import mix_in, mix_out
 from lightning_async_localsgd.trainer.progress_bar import JobBar, NamedByJob
 from lightning_async_localsgd.trainer.same_data import SameData
 from lightning_async_localsgd.trainer.schedulers import JobSchedulers
+from lightning_async_localsgd.worker.device_group import FollowingRank
 from lightning_async_localsgd.worker.worker import Worker
-
-if TYPE_CHECKING:
-    from lightning_async_localsgd.protocol.progress import OuterUpdate
-    from lightning_async_localsgd.trainer.strategy import AsyncLocalSGDStrategy
-    from lightning_async_localsgd.worker.device_group import FollowingRank
 
 __all__ = ["WorkerCallback"]
 
@@ -50,17 +48,18 @@ class WorkerCallback(pl.Callback):
     nothing until :meth:`detach`; they are told the metrics, and what worker 0 decides.
 
     Args:
-        strategy: the strategy that attaches it.
-        trainer: the trainer to attach it to, until :meth:`detach`.
-        scheduler_steps: steps of the job that the learning-rate schedulers have made already, in a run that goes on.
+        fit: the ``fit`` to whose trainer it is attached, until :meth:`detach`.
+        checkpoints: saves this worker's part of checkpoints.
     """
 
-    def __init__(self, strategy: AsyncLocalSGDStrategy, trainer: pl.Trainer, scheduler_steps: int = 0) -> None:
-        self._strategy = strategy
+    def __init__(self, fit: Fit, checkpoints: JobCheckpoints) -> None:
+        trainer = fit.trainer
+        self._fit = fit
+        self._checkpoints = checkpoints
         self._trainer = trainer
         self._schedulers: JobSchedulers | None = None
         self._fetches: Fetches | None = None
-        self._scheduler_steps = scheduler_steps
+        self._scheduler_steps = 0 if fit.resumed is None else fit.resumed.scheduler_steps
         self._same_data: SameData | None = None
         self._samples = 0
         self._batches = 0  # of this pass over the data
@@ -71,23 +70,28 @@ class WorkerCallback(pl.Callback):
         self._validated_once = False
         self._sanity_val_steps = trainer.num_sanity_val_steps
         self._control = LoopControl(trainer, self)
-        self._epochs = JobEpochs(strategy, trainer, self._control)
+        self._epochs = JobEpochs(fit, trainer, self._control)
         self._mixed = list(self._callbacks)
         self._mix_in()
         self._callbacks.insert(0, self)
+        fit.position = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a pickle, takes no part in the job."""
+        return vars(self) | {"_checkpoints": None, "_same_data": None}
 
     def _mix_in(self) -> None:
         """Have the trainer's loops and callbacks go by the job, or leave to worker 0 what it does for all."""
         take_over_loops(self._trainer, self._control)
-        self._control.validates = not self._follows
+        self._control.validates = not self._fit.follows
         self._control.after_validation = self._heed_metrics
-        if self._follows:
+        if self._fit.follows:
             self._trainer.num_sanity_val_steps = 0
         for callback in self._mixed:
-            if isinstance(callback, ModelCheckpoint) and not self._follows:
-                mix_in(callback, NamedByJob, strategy=self._strategy)
+            if isinstance(callback, ModelCheckpoint) and not self._fit.follows:
+                mix_in(callback, NamedByJob, fit=self._fit)
             elif isinstance(callback, pl.callbacks.ProgressBar):
-                mix_in(callback, JobBar, strategy=self._strategy, epochs=self._epochs)
+                mix_in(callback, JobBar, fit=self._fit, epochs=self._epochs)
 
     def detach(self) -> None:
         """Leave the trainer as it was."""
@@ -106,7 +110,7 @@ class WorkerCallback(pl.Callback):
     def take_part(self) -> None:
         """Run a worker's side without a step of training."""
         module = self._trainer.lightning_module
-        self._strategy.leave_step()
+        self._fit.together.leave_step()
         self.begin_training()
         self.on_train_end(self._trainer, module)
 
@@ -127,7 +131,7 @@ class WorkerCallback(pl.Callback):
         deciding = self._deciding
         states = [_sendable_state(c) for c in deciding] if self._trainer.is_global_zero else None
         metrics, states = job.broadcast([self._validated, states])
-        if self._leads:
+        if self._fit.leads:
             return
         self._trainer.callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})
         for callback, state in zip(deciding, states, strict=False):
@@ -136,17 +140,12 @@ class WorkerCallback(pl.Callback):
                 callback.load_state_dict(state)
 
     @property
-    def _follows(self) -> bool:
-        """Whether this worker leaves validation, and what is decided by it, to worker 0."""
-        return self._strategy.validate_global and self._strategy.worker_rank > 0
-
-    @property
     def _callbacks(self) -> list[pl.Callback]:
         return self._trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, where mypy does not look
 
     @property
     def _worker(self) -> Worker | FollowingRank:
-        worker = self._strategy.worker
+        worker = self._fit.worker
         assert worker is not None
         return worker
 
@@ -158,25 +157,27 @@ class WorkerCallback(pl.Callback):
     def begin_training(self) -> None:
         """Start the worker; from here on worker 0 decides for all."""
         trainer = self._trainer
-        for callback in self._deciding if self._follows else []:
+        for callback in self._deciding if self._fit.follows else []:
             mix_in(callback, Inactive)
-        self._fetches = Fetches(trainer, self._strategy.root_device, self._strategy.saved_fetches)
+        self._fetches = Fetches(
+            trainer, self._fit.device, None if self._fit.resumed is None else self._fit.resumed.fetches
+        )
         self._fetches.load_places()
         self._epochs.prepare(self._fetches)
         self._fetches.watch()
         open_end = trainer.max_steps == -1
         total = self._epochs.expected_steps if open_end else trainer.max_steps
-        before = self._strategy.steps_before_fit(trainer)
+        before = self._fit.steps_before_fit()
         budget = None if total is None else max(0, total - before)
-        self._strategy.begin_training(budget, open_end)
+        self._fit.begin_training(budget, open_end)
         self._epochs.begin_training()
         self._control.run_over = self._worker.budget_spent
-        self._same_data = SameData.where_possible(self._strategy, trainer)
-        if trainer.is_global_zero and self._strategy.workers > 1:
-            self._guard = Guard(self._strategy.settings, budget)
-        self._schedulers = JobSchedulers(trainer, self._scheduler_steps, self._follows, self._steps_made, budget)
+        self._same_data = SameData.where_possible(self._fit, trainer)
+        if trainer.is_global_zero and self._fit.place.workers > 1:
+            self._guard = Guard(self._fit.settings, budget)
+        self._schedulers = JobSchedulers(trainer, self._scheduler_steps, self._fit.follows, self._steps_made, budget)
         self._schedulers.advance(self._worker.job_steps)
-        if self._strategy.validate_global and self._strategy.workers > 1:
+        if self._fit.validate_global and self._fit.place.workers > 1:
             connector = trainer._logger_connector
             connector._callback_metrics = FollowedMetrics(connector._callback_metrics)
 
@@ -206,15 +207,22 @@ class WorkerCallback(pl.Callback):
         if self._guard is not None:
             self._loss.see(outputs)
         accumulating = pl_module.automatic_optimization and trainer.fit_loop.epoch_loop._should_accumulate()
-        if self._strategy.take_local_step(accumulating):
+        if self._took_step(accumulating):
             self._count_step(trainer, pl_module)
-            self._strategy.settle_parameters()
+            self._fit.settle_parameters()
         self._epochs.count_batch()
-        if self._epochs.at_the_end and self._strategy.summary is None:
+        if self._epochs.at_the_end and self._fit.summary is None:
             self._finish(trainer, pl_module)  # before worker 0 validates what has come of it
 
+    def _took_step(self, accumulating: bool) -> bool:
+        assert self._fit.steps is not None
+        made = self._fit.steps.take(accumulating)
+        if made:
+            self._checkpoints.forget_moment()
+        return made
+
     def _count_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        running = self._worker.step(self._samples * self._strategy.worker_size)
+        running = self._worker.step(self._samples * self._fit.place.worker_size)
         self._samples = 0
         self._announce_updates(trainer, pl_module)
         assert self._schedulers is not None
@@ -229,25 +237,25 @@ class WorkerCallback(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finish before the last epoch's checkpoint is written, so that it holds the final global parameters."""
         check_pass(trainer, self._worker.rank, self._batches)
-        if self._running(trainer) and self._leads:
+        if self._running(trainer) and self._fit.leads:
             self._send_plateaus(trainer)
         stopped = trainer.should_stop and trainer.fit_loop._can_stop_early
-        if (self._epochs.is_last or stopped) and self._strategy.summary is None:
+        if (self._epochs.is_last or stopped) and self._fit.summary is None:
             self._finish(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """All are in step again, and go through the other hooks of this name with what worker 0 has decided."""
-        if self._strategy.summary is None:
+        if self._fit.summary is None:
             self._finish(trainer, pl_module)
         self._give_decisions_back()
-        if self._strategy.validate_global:
-            learn_decisions(self._strategy.job, self)
-        self._strategy.meet_again(run_complete=True)
+        if self._fit.validate_global:
+            learn_decisions(self._fit.job, self.share_decisions)
+        self._fit.together.meet_again(run_complete=True)
 
     def _give_decisions_back(self) -> None:
         """Have all callbacks run on this worker again."""
-        for callback in self._deciding if self._follows else []:
+        for callback in self._deciding if self._fit.follows else []:
             mix_out(callback)
 
     @property
@@ -256,15 +264,15 @@ class WorkerCallback(pl.Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._strategy.stop_asking()
+        self._fit.failed = True
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._metrics_before = dict(trainer.callback_metrics)
         if self._running(trainer):
             self._worker.pause()
-            self._strategy.checkpoints.forget_moment()
-            if self._leads:
+            self._checkpoints.forget_moment()
+            if self._fit.leads:
                 self._worker.lend_global()
 
     @override
@@ -278,21 +286,17 @@ class WorkerCallback(pl.Callback):
             k: float(v) for k, v in trainer.callback_metrics.items() if k not in before or not torch.equal(v, before[k])
         }
         self._validated.update(new)
-        if self._running(trainer) and self._leads:
+        if self._running(trainer) and self._fit.leads:
             for message in metric_messages(new):
                 self._worker.send(message)
 
     def after_validation(self) -> None:
         """After all ``on_validation_end``: others may have put weights of their own into the module until then."""
         if self._running(self._trainer):
-            if self._leads:
+            if self._fit.leads:
                 self._worker.take_back_own()
-            self._strategy.settle_parameters()
+            self._fit.settle_parameters()
             self._worker.resume()
-
-    @property
-    def _leads(self) -> bool:
-        return self._strategy.validate_global and self._strategy.worker_rank == 0
 
     def _heed_metrics(self) -> None:
         """After each batch, and its validation."""
@@ -313,28 +317,28 @@ class WorkerCallback(pl.Callback):
 
     def heed(self) -> None:
         """Do what worker 0's messages say."""
-        self._strategy.checkpoints.check()
+        self._checkpoints.check()
         for sender, message in self._worker.take_messages():
             if "saved" in message and self._trainer.is_global_zero:
-                self._strategy.checkpoints.hear_saved(sender, message)
+                self._checkpoints.hear_saved(sender, message)
             if sender == self._worker.rank:
                 continue
             if "also" in message:
-                self._strategy.checkpoints.save_part_again(*message["also"])
+                self._checkpoints.save_part_again(*message["also"])
             if "replaced" in message:
-                self._strategy.checkpoints.forget_replaced(*message["replaced"])
+                self._checkpoints.forget_replaced(*message["replaced"])
             metrics = message.get("metrics", {})
             self._trainer.callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})
             assert self._schedulers is not None
             self._schedulers.step_plateaus(message.get("plateaus", []))
 
     def _running(self, trainer: pl.Trainer) -> bool:
-        return self._schedulers is not None and not trainer.sanity_checking and self._strategy.summary is None
+        return self._schedulers is not None and not trainer.sanity_checking and self._fit.summary is None
 
     def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         with self._worker.paused():
-            self._strategy.checkpoints.prepare_to_end()
-        self._strategy.summary = self._worker.finish(stop=trainer.should_stop)
+            self._checkpoints.prepare_to_end()
+        self._fit.finish(self._worker.finish(stop=trainer.should_stop))
         self._control.run_over = trainer.max_steps != -1 or self._worker.stop_requested
         self._announce_updates(trainer, pl_module)
         assert self._schedulers is not None
@@ -355,7 +359,7 @@ class WorkerCallback(pl.Callback):
 
     def _let_guard_see(self, guard: Guard, updates: list[OuterUpdate]) -> None:
         if any(update.worker == 0 for update in updates):
-            worker = self._strategy.worker
+            worker = self._fit.worker
             assert isinstance(worker, Worker)  # on worker 0's first process
             for sentence in guard.see_round(self._loss.take(), worker.alignment, worker.summary().round_length):
                 rank_zero_warn(sentence, category=SettingsWarning)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.data import _set_sampler_epoch
@@ -13,10 +12,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_async_localsgd.data.leases import Leases
 from lightning_async_localsgd.data.loader import WorkerLoader
 from lightning_async_localsgd.trainer.fetches import Fetches, OpenEnded
+from lightning_async_localsgd.trainer.fit import Fit
 from lightning_async_localsgd.trainer.fit_loops import LoopControl
-
-if TYPE_CHECKING:
-    from lightning_async_localsgd.trainer.strategy import AsyncLocalSGDStrategy
 
 __all__ = ["JobEpochs"]
 
@@ -28,13 +25,13 @@ class JobEpochs:
     those of the others by their steps as of the latest exchange and their pace since.
 
     Args:
-        strategy: whose workers.
+        fit: the ``fit`` that they belong to.
         trainer: whose loop.
         control: what that loop is to do.
     """
 
-    def __init__(self, strategy: AsyncLocalSGDStrategy, trainer: pl.Trainer, control: LoopControl) -> None:
-        self._strategy = strategy
+    def __init__(self, fit: Fit, trainer: pl.Trainer, control: LoopControl) -> None:
+        self._fit = fit
         self._trainer = trainer
         self._control = control
         self._loop = trainer.fit_loop
@@ -75,9 +72,9 @@ class JobEpochs:
         if self._control.epochs_shared:
             self._before = self._batches_of_epoch * self._trainer.current_epoch
             trained = max(loader.division.trained_before(self._epoch) for loader in self._leased)  # type: ignore[attr-defined]
-            self._begin_counting(trained / self._strategy.workers)
+            self._begin_counting(trained / self._fit.place.workers)
         else:
-            made = self._strategy.job_steps * self._trainer.accumulate_grad_batches
+            made = self._fit.job_steps * self._trainer.accumulate_grad_batches
             in_epoch = made if self._trainer.current_epoch == 0 else min(made, progress.current.ready)
             self._before = made - in_epoch
             self._begin_counting(in_epoch)
@@ -173,7 +170,7 @@ class JobEpochs:
         if self._own == 0:
             self._hear_who_began_before()
         self._own += 1
-        made = self._resumed + (self._own + self._made_by_others()) / self._strategy.workers
+        made = self._resumed + (self._own + self._made_by_others()) / self._fit.place.workers
         if self._control.epochs_shared:  # an epoch is over with this worker's last batch, and not before
             last = self._loop.epoch_loop.batch_progress.is_last_batch
             made = self._batches_of_epoch if last else min(made, self._batches_of_epoch - 0.5)
@@ -181,13 +178,13 @@ class JobEpochs:
         if self._counts_validation and self._control.validates:
             interval = self._trainer.val_check_batch
             assert interval is not None
-            assert self._strategy.worker is not None
+            assert self._fit.worker is not None
             due = self._validation_count // interval > before // interval
-            self._control.validation_due = self._strategy.worker.agree(due)
+            self._control.validation_due = self._fit.worker.agree(due)
 
     def _hear_who_began_before(self) -> None:
         """Who has begun with this epoch before this worker tells how many steps it had made then."""
-        lockstep = self._strategy.settings.lockstep(self._strategy.workers)
+        lockstep = self._fit.settings.lockstep(self._fit.place.workers)
         if self._control.epochs_shared and not lockstep:
             begun = self._leased[0].division.begun  # type: ignore[attr-defined]
             self._steps_before = [
@@ -199,12 +196,12 @@ class JobEpochs:
         """Batches of this epoch that the other workers have made."""
         steps = zip(self._steps_made, self._steps_before, strict=True)
         made = [max(0, now - before) for now, before in steps]
-        del made[self._strategy.worker_rank : self._strategy.worker_rank + 1]
+        del made[self._fit.place.worker_rank : self._fit.place.worker_rank + 1]
         return sum(made) * self._trainer.accumulate_grad_batches
 
     @property
     def _steps_made(self) -> Sequence[int]:
-        return self._strategy.worker.steps_made if self._strategy.worker is not None else ()
+        return self._fit.worker.steps_made if self._fit.worker is not None else ()
 
     @property
     def _batches_of_epoch(self) -> int:

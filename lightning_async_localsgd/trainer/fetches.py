@@ -17,11 +17,10 @@ import torch
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
-from lightning_async_localsgd.data.loader import UnderWay, WorkerLoader, generators_of
+from lightning_async_localsgd.data.loader import UnderWay, WorkerLoader, count_samples, generators_of
 from lightning_async_localsgd.data.random_state import RandomState, set_random_state
-from lightning_async_localsgd.trainer.loaders import fetched_ahead
 
-__all__ = ["Fetches", "OpenEnded", "SavedFetches", "Watched"]
+__all__ = ["Fetches", "OpenEnded", "SavedFetches", "Watched", "fetched", "fetched_ahead", "samples_in_training"]
 
 
 @dataclass(frozen=True)
@@ -208,3 +207,27 @@ class Watched(OpenEnded):
 
     def __len__(self) -> int:
         return len(self.loaders)
+
+
+def fetched_ahead(trainer: pl.Trainer) -> int:
+    """Batches that Lightning's loop holds and has not trained yet; also one whose step is under way, or has raised."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return len(getattr(trainer.fit_loop._data_fetcher, "batches", ())) + (progress.ready > progress.processed)
+
+
+def fetched(trainer: pl.Trainer) -> tuple[int, int]:
+    """Batches that Lightning's loop has fetched in this epoch, and those of them that it has not trained yet."""
+    return getattr(trainer.fit_loop._data_fetcher, "fetched", 0), fetched_ahead(trainer)
+
+
+def samples_in_training(trainer: pl.Trainer, batch: Any) -> int:
+    """Samples of the batch that has just been trained.
+
+    A loader's sampler knows best: in a batch of graphs, the first tensor has an entry for each node.
+    """
+    loaders = trainer.fit_loop._combined_loader
+    if loaders is not None and len(loaders.flattened) == 1 and isinstance(loaders.flattened[0], WorkerLoader):
+        samples = loaders.flattened[0].samples
+        if samples is not None:
+            return samples
+    return count_samples(batch)

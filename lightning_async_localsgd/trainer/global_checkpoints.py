@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 
-if TYPE_CHECKING:
-    from lightning_async_localsgd.trainer.strategy import AsyncLocalSGDStrategy
+from lightning_async_localsgd.trainer.fit import Fit
 
 __all__ = ["GlobalCheckpoints"]
 
@@ -22,12 +21,12 @@ class GlobalCheckpoints:
 
     Args:
         trainer: the trainer, until :meth:`detach`.
-        strategy: its strategy.
+        fit: its ``fit``.
     """
 
-    def __init__(self, trainer: pl.Trainer, strategy: AsyncLocalSGDStrategy) -> None:
+    def __init__(self, trainer: pl.Trainer, fit: Fit) -> None:
         self._trainer = trainer
-        self._strategy = strategy
+        self._fit = fit
         self._save = trainer.save_checkpoint
         trainer.save_checkpoint = self._save_global  # type: ignore[method-assign]
 
@@ -41,8 +40,8 @@ class GlobalCheckpoints:
 
     @contextmanager
     def _lent(self) -> Iterator[None]:
-        worker = self._strategy.worker
-        if worker is None or not self._strategy.own_in_module or worker.has_lent:
+        worker = self._fit.worker
+        if worker is None or not self._fit.own_in_module or worker.has_lent:
             yield
             return
         with worker.paused():

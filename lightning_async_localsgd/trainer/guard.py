@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_async_localsgd.advice import FEW_ROUNDS
 from lightning_async_localsgd.protocol.round_length import AUTO
 from lightning_async_localsgd.settings import Settings
+from lightning_async_localsgd.settings.advice import FEW_ROUNDS
 
 __all__ = ["Guard", "MeanLoss"]
 

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import torch
@@ -17,9 +17,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_async_localsgd.worker.worker import RunSummary
-
-if TYPE_CHECKING:
-    from lightning_async_localsgd.trainer.strategy import AsyncLocalSGDStrategy
 
 __all__ = ["ForkingLauncher", "ScriptLauncher", "check_start_method"]
 
@@ -69,6 +66,16 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         return super().launch(function, *args, trainer=trainer, **kwargs)
 
 
+class _Summarized(Protocol):
+    """The part of the strategy that its launcher needs."""
+
+    summary: RunSummary | None
+
+    @property
+    def root_device(self) -> torch.device:
+        """The device of this process."""
+
+
 class ForkingLauncher(_MultiProcessingLauncher):
     """Lightning's launcher of processes from this one, which also brings the summary of worker 0 back to it."""
 
@@ -99,5 +106,5 @@ class ForkingLauncher(_MultiProcessingLauncher):
         self._async_strategy.summary = extra["summary"] and RunSummary(**extra["summary"])
 
     @property
-    def _async_strategy(self) -> AsyncLocalSGDStrategy:
+    def _async_strategy(self) -> _Summarized:
         return self._strategy  # type: ignore[return-value]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -11,9 +11,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_async_localsgd.data.loader import WorkerLoader
 from lightning_async_localsgd.errors import AsyncLocalSGDError
 from lightning_async_localsgd.membership import StaticJob
-
-if TYPE_CHECKING:
-    from lightning_async_localsgd.trainer.callback import WorkerCallback
 
 __all__ = ["check_pass", "learn_decisions", "meet_before_training"]
 
@@ -57,13 +54,17 @@ def check_pass(trainer: pl.Trainer, rank: int, batches: int) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def learn_decisions(job: StaticJob, callback: WorkerCallback) -> None:
+def learn_decisions(job: StaticJob, share: Callable[[StaticJob], None]) -> None:
     """Take over what worker 0 has decided.
 
     The run is complete: that a process is lost from now on is warned of, and fails no other one.
+
+    Args:
+        job: the processes.
+        share: gives all processes the decisions of worker 0; all call it.
     """
     try:
-        callback.share_decisions(job)
+        share(job)
     except AsyncLocalSGDError as error:
         warnings.warn(
             "The run is complete, but this process could not learn what worker 0 has validated and decided "

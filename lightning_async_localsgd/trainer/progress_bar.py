@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -10,9 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgre
 from torch import Tensor
 from typing_extensions import override
 
-if TYPE_CHECKING:
-    from lightning_async_localsgd.trainer.epochs import JobEpochs
-    from lightning_async_localsgd.trainer.strategy import AsyncLocalSGDStrategy
+from lightning_async_localsgd.trainer.epochs import JobEpochs
+from lightning_async_localsgd.trainer.fit import Fit
 
 __all__ = ["JobBar", "NamedByJob"]
 
@@ -23,7 +22,7 @@ class JobBar(ProgressBar):
     Worker 0's own batches would run past the total if it is fast, and end before it if it is slow.
     """
 
-    strategy: AsyncLocalSGDStrategy
+    fit: Fit
     epochs: JobEpochs
 
     @property
@@ -43,17 +42,17 @@ class JobBar(ProgressBar):
     @override
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         of = f"/{trainer.max_steps}" if trainer.max_steps != -1 else ""
-        return {**super().get_metrics(trainer, pl_module), "job_steps": f"{self.strategy.job_steps}{of}"}
+        return {**super().get_metrics(trainer, pl_module), "job_steps": f"{self.fit.job_steps}{of}"}
 
 
 class NamedByJob(ModelCheckpoint):
     """Mixed into worker 0's checkpoint callback: ``{step}`` in a file's name is the job's, as under DDP."""
 
-    strategy: AsyncLocalSGDStrategy
+    fit: Fit
 
     @override
     def _monitor_candidates(self, trainer: pl.Trainer) -> dict[str, Tensor]:
         candidates = super()._monitor_candidates(trainer)
         if not isinstance(trainer.callback_metrics.get("step"), Tensor):  # the user's own comes first
-            candidates["step"] = torch.tensor(self.strategy.job_steps)
+            candidates["step"] = torch.tensor(self.fit.job_steps)
         return candidates

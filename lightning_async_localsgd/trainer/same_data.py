@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -14,9 +14,7 @@ from torch.distributed import PrefixStore, Store
 from torch.utils._pytree import tree_leaves
 
 from lightning_async_localsgd.data.loader import WorkerLoader
-
-if TYPE_CHECKING:
-    from lightning_async_localsgd.trainer.strategy import AsyncLocalSGDStrategy
+from lightning_async_localsgd.trainer.fit import Fit
 
 __all__ = ["SameData"]
 
@@ -40,14 +38,14 @@ class SameData:
         self._checksums: list[int] = []
 
     @classmethod
-    def where_possible(cls, strategy: AsyncLocalSGDStrategy, trainer: pl.Trainer) -> SameData | None:
+    def where_possible(cls, fit: Fit, trainer: pl.Trainer) -> SameData | None:
         """The comparison of a ``fit``; None where batches are shared out, or the same ones are meant."""
         loaders = trainer.fit_loop._combined_loader
         shared_out = loaders is not None and all(isinstance(loader, WorkerLoader) for loader in loaders.flattened)
-        meant = strategy.same_data or trainer.overfit_batches > 0  # type: ignore[attr-defined]
-        if shared_out or meant or strategy.world_size == 1:
+        meant = fit.same_data or trainer.overfit_batches > 0  # type: ignore[attr-defined]
+        if shared_out or meant or fit.place.world_size == 1:
             return None
-        return cls(PrefixStore("first_batches", strategy.job.store), strategy.global_rank)
+        return cls(PrefixStore("first_batches", fit.job.store), fit.place.global_rank)
 
     def see(self, batch: Any) -> None:
         """Take note of a batch that was trained."""

@@ -27,22 +27,22 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
-from lightning_async_localsgd.advice import warn_of_useless_settings
 from lightning_async_localsgd.aliasing import hint_of_other_lightning
-from lightning_async_localsgd.arguments import check_names, names_of
 from lightning_async_localsgd.codecs import Codec
 from lightning_async_localsgd.membership import join_job
 from lightning_async_localsgd.membership.address import listening_at
 from lightning_async_localsgd.outer import Constraint, OuterOptimizerFactory, Transform
 from lightning_async_localsgd.protocol.pace import Pace
 from lightning_async_localsgd.settings import Settings
+from lightning_async_localsgd.settings.arguments import check_names, names_of
 from lightning_async_localsgd.trainer.callback import WorkerCallback
-from lightning_async_localsgd.trainer.checkpoints.restoring import Restoring, Resumed
+from lightning_async_localsgd.trainer.checkpoints.files import CheckpointFiles
+from lightning_async_localsgd.trainer.checkpoints.restoring import Restoring
 from lightning_async_localsgd.trainer.checkpoints.saving import KEY, JobCheckpoints
 from lightning_async_localsgd.trainer.checkpoints.writing import StreamingCheckpointIO
 from lightning_async_localsgd.trainer.collectives import CollectiveStrategy, explain_missing_group
-from lightning_async_localsgd.trainer.fetches import SavedFetches
 from lightning_async_localsgd.trainer.final_module import FinalModule
+from lightning_async_localsgd.trainer.fit import Fit, Phase, Place
 from lightning_async_localsgd.trainer.global_checkpoints import GlobalCheckpoints
 from lightning_async_localsgd.trainer.launching import ForkingLauncher, ScriptLauncher, check_start_method
 from lightning_async_localsgd.trainer.loaders import TrainingLoaders
@@ -169,22 +169,15 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
         )
         self.validate_global = validate_global
         self.same_data = same_data
-        self.checkpoints = JobCheckpoints(self, super().remove_checkpoint)
-        self.worker: Worker | FollowingRank | None = None
-        """This process' worker, during ``fit``."""
-        self.summary: RunSummary | None = None
-        """The last finished run in numbers."""
+        self._fit: Fit | None = None
+        # Parts of a `fit`, in the order in which they come.
+        self._loaders: TrainingLoaders | None = None
+        self._checkpoints: JobCheckpoints | None = None
         self._callback: WorkerCallback | None = None
         self._global_checkpoints: GlobalCheckpoints | None = None
-        self._steps: StepWatch | None = None
-        self._steps_before_fit: int | None = None
-        self._failed = False
-        self._goes_on = False  # this fit has begun from a checkpoint
-        self._resumed: Resumed | None = None  # what `fit` is to go on from
-        self.saved_fetches: SavedFetches | None = None
-        """Where this process goes on in its data."""
-        self._out_of_step = False  # workers train, each at its own pace
-        self._loaders = TrainingLoaders(self)
+        # Of the last one that is over.
+        self._summary: RunSummary | None = None
+        self._steps_made: int | None = None  # by the job
 
     def __repr__(self) -> str:
         """The `Trainer` of another Lightning refuses this object with its `repr` alone, which then tells the way."""
@@ -203,36 +196,42 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or a pickle, takes no part in the job."""
-        state = (
-            super().__getstate__()
-            | {"worker": None, "_job": None, "_callback": None, "_steps": None}
-            | {
-                "_groups": None,
-                "_reading": None,
-            }
-        )
-        del state["checkpoints"]
-        return state
+        parts = ("_fit", "_loaders", "_checkpoints", "_callback", "_global_checkpoints", "_job", "_groups", "_reading")
+        return super().__getstate__() | dict.fromkeys(parts)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Has no checkpoint under way."""
-        super().__setstate__(state)
-        self.checkpoints = JobCheckpoints(self, super().remove_checkpoint)
+    @property
+    def place(self) -> Place:
+        """The place of this process among those of the job."""
+        return Place(self.global_rank, self.world_size, self.worker_size)
 
     @property
     def workers(self) -> int:
         """Number of workers."""
-        return self.world_size // self.worker_size
+        return self.place.workers
 
     @property
     def worker_rank(self) -> int:
         """The worker that this process belongs to."""
-        return self.global_rank // self.worker_size
+        return self.place.worker_rank
 
     @property
     def device_rank(self) -> int:
         """Rank of this process within its worker."""
-        return self.global_rank % self.worker_size
+        return self.place.device_rank
+
+    @property
+    def worker(self) -> Worker | FollowingRank | None:
+        """This process' worker, during ``fit``."""
+        return self._fit.worker if self._fit is not None else None
+
+    @property
+    def summary(self) -> RunSummary | None:
+        """The last finished run in numbers."""
+        return self._fit.summary if self._fit is not None else self._summary
+
+    @summary.setter
+    def summary(self, summary: RunSummary | None) -> None:
+        self._summary = summary
 
     @override
     def setup_distributed(self) -> None:
@@ -265,9 +264,21 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
             self._init_process_group(store, self.global_rank, self.world_size)
             return
         if self.worker_size > 1:
-            own_store = PrefixStore(f"worker{self.worker_rank}", store)
-            self._init_process_group(own_store, self.device_rank, self.worker_size)
+            own_store = PrefixStore(f"worker{self.place.worker_rank}", store)
+            self._init_process_group(own_store, self.place.device_rank, self.worker_size)
         assert self.lightning_module is not None
+        self._fit = Fit(
+            self.lightning_module.trainer,
+            self.place,
+            self.settings,
+            self._job,
+            self.root_device,
+            self,
+            self.validate_global,
+            self.same_data,
+            self._steps_made,
+        )
+        self._loaders = TrainingLoaders(self._fit, lambda: self._reading is not None and self._reading.by_loop)
         self.begin_groups(dist.group.WORLD)
 
     def _init_process_group(self, store: Store, rank: int, size: int) -> None:
@@ -284,11 +295,6 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
             )
 
     @property
-    def reads_training_data(self) -> bool:
-        """Whether it is the training loop that iterates over a loader now."""
-        return self._reading is not None and self._reading.by_loop
-
-    @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """In ``fit`` the devices of a worker share validation data; :meth:`process_dataloader` divides the rest."""
@@ -297,7 +303,7 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
         assert self.lightning_module is not None
         if self.lightning_module.trainer.training:
             return {"num_replicas": 1, "rank": 0}
-        return {"num_replicas": self.worker_size, "rank": self.device_rank}
+        return {"num_replicas": self.worker_size, "rank": self.place.device_rank}
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -314,7 +320,7 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
         # Lightning has just put a sampler over all of the data under a copy of it, unless the user asked for their own.
         if not isinstance(sampler, DistributedSampler) or sampler.num_replicas != 1:
             return dataloader
-        assert self._job is not None
+        assert self._job is not None and self._loaders is not None
         return self._loaders.divide(dataloader, sampler.seed, trainer, self._job.store)
 
     # ---- fit --------------------------------------------------------------------------------------------------------
@@ -324,56 +330,46 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        assert self._job is not None and self.lightning_module is not None
+        assert self._fit is not None and self.lightning_module is not None
         _check_callbacks(trainer, self.lightning_module)
-        self.summary = None
-        self._job.barrier()  # who comes later has more to prepare; from here on `timeout` counts
+        self._fit.job.barrier()  # who comes later has more to prepare; from here on `timeout` counts
         if any(isinstance(optimizer, ZeroRedundancyOptimizer) for optimizer in self.optimizers):
             raise MisconfigurationException(
                 "`ZeroRedundancyOptimizer` gathers its state in a collective call, which checkpoints of workers that "
                 "are out of step cannot make. Use the optimizer that it wraps."
             )
-        # Books of this run: what an earlier one that failed has left unfinished holds up nothing.
-        self.checkpoints = JobCheckpoints(self, super().remove_checkpoint)
-        self.worker = self._make_worker(trainer)
-        scheduler_steps = 0
-        self._goes_on = False
-        self.saved_fetches = None
-        if self._resumed is not None:
-            scheduler_steps = self._resumed.scheduler_steps
-            self.saved_fetches = self._resumed.fetches
-            self._goes_on = self._resumed.state is not None
-            if isinstance(self.worker, Worker):
-                self._resumed.load_into(self.worker)
-        self._resumed = None
-        self._steps = StepWatch(self.lightning_module, self.optimizers)
-        self._callback = WorkerCallback(self, trainer, scheduler_steps)
-        self._global_checkpoints = GlobalCheckpoints(trainer, self)
+        self._checkpoints = JobCheckpoints(self._fit, lambda: self.checkpoint_io, super().remove_checkpoint)
+        self._fit.worker = self._make_worker(self._fit, self._checkpoints)
+        if self._fit.resumed is not None and isinstance(self._fit.worker, Worker):
+            self._fit.resumed.load_into(self._fit.worker)
+        self._fit.steps = StepWatch(self.lightning_module, self.optimizers)
+        self._callback = WorkerCallback(self._fit, self._checkpoints)
+        self._global_checkpoints = GlobalCheckpoints(trainer, self._fit)
 
-    def _make_worker(self, trainer: pl.Trainer) -> Worker | FollowingRank:
-        assert self._job is not None and self.lightning_module is not None
-        frozen = self._unfreezes(trainer)
+    def _make_worker(self, fit: Fit, checkpoints: JobCheckpoints) -> Worker | FollowingRank:
+        assert self.lightning_module is not None
+        trainer, place = fit.trainer, fit.place
+        settings = replace(self.settings, exchange_frozen=self._unfreezes(trainer))
         crew = None
         if self.worker_size > 1:
-            store = PrefixStore(f"worker{self.worker_rank}", self._job.store)
+            store = PrefixStore(f"worker{place.worker_rank}", fit.job.store)
             assert self._groups is not None and self._groups.worker is not None
-            crew = Crew(store, self.device_rank, self.worker_size, self._groups.worker, self._job.address)
-            if self.device_rank > 0:
-                settings = replace(self.settings, exchange_frozen=frozen)
-                follower = FollowingRank(crew, self.lightning_module, self.optimizers, self.worker_rank, settings)
-                follower.on_gather = self.checkpoints.pack_fetches
+            crew = Crew(store, place.device_rank, self.worker_size, self._groups.worker, fit.job.address)
+            if place.device_rank > 0:
+                follower = FollowingRank(crew, self.lightning_module, self.optimizers, place.worker_rank, settings)
+                follower.on_gather = checkpoints.pack_fetches
                 return follower
         worker = (partial(LeadingWorker, crew) if crew is not None else Worker)(
             self.lightning_module,
             self.optimizers,
-            self._job.store,
-            self.worker_rank,
-            self.workers,
-            replace(self.settings, exchange_frozen=frozen),
+            fit.job.store,
+            place.worker_rank,
+            place.workers,
+            settings,
             {"lightning_async_localsgd": __version__, "max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs}
             | {"worker_size": self.worker_size},
         )
-        worker.on_cut = self.checkpoints.save_part
+        worker.on_cut = checkpoints.save_part
         worker.on_progress = self._heed
         return worker
 
@@ -414,20 +410,12 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
     @optimizers.setter
     def optimizers(self, optimizers: list[Optimizer]) -> None:
         DDPStrategy.optimizers.fset(self, optimizers)  # type: ignore[attr-defined]
-        if self._steps is not None:
-            self._steps.watch(optimizers)
-        if self.worker is not None:
-            self.worker.watch(optimizers)
-
-    def begin_training(self, max_steps: int | None, open_end: bool) -> None:
-        """Start the worker."""
-        assert self.worker is not None and self._job is not None and self._steps is not None
-        meet_before_training(self._job, trains=True)
-        self._out_of_step = True
-        if self.is_global_zero:
-            warn_of_useless_settings(self.settings, self.workers, max_steps)
-        self.worker.start(max_steps, open_end)
-        self._steps.restart()  # the learning-rate finder has made steps of its own
+        if self._fit is None:
+            return
+        if self._fit.steps is not None:
+            self._fit.steps.watch(optimizers)
+        if self._fit.worker is not None:
+            self._fit.worker.watch(optimizers)
 
     @override
     def on_validation_end(self) -> None:
@@ -436,42 +424,10 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
         if self._callback is not None:
             self._callback.after_validation()
 
-    def steps_before_fit(self, trainer: pl.Trainer) -> int:
-        """Steps of the job before this ``fit``: in an earlier one, or as the checkpoint says.
-
-        A checkpoint of another strategy has no such count; there ``global_step`` is the same on every worker.
-        """
-        if self._steps_before_fit is None:
-            self._steps_before_fit = trainer.global_step
-        return self._steps_before_fit
-
-    @property
-    def scheduler_steps(self) -> int:
-        """Steps of the job that the learning-rate schedulers have made in this ``fit``."""
-        return self._callback.scheduler_steps if self._callback is not None else 0
-
     @property
     def job_steps(self) -> int:
         """Steps of the job so far: local steps of all workers over their number."""
-        in_this_fit = self.worker.job_steps if self.worker is not None and self._out_of_step else 0
-        return (self._steps_before_fit or 0) + in_this_fit
-
-    def take_local_step(self, accumulating: bool) -> bool:
-        """Whether a local step was made since the last call.
-
-        Args:
-            accumulating: Lightning accumulates gradients over this batch and the next one.
-        """
-        assert self._steps is not None
-        made = self._steps.take(accumulating)
-        if made:
-            self.checkpoints.forget_moment()
-        return made
-
-    def settle_parameters(self) -> None:
-        """What has changed the parameters since the last local step was no training."""
-        if self._steps is not None:
-            self._steps.settle()
+        return self._fit.job_steps if self._fit is not None else self._steps_made or 0
 
     @property
     @override
@@ -486,22 +442,13 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
     def checkpoint_io(self, io: CheckpointIO | None) -> None:
         self._checkpoint_io = io
 
-    def fetches_state(self) -> dict[str, Any]:
-        """Where this process is in its data, for a checkpoint."""
-        return self._callback.fetches_state() if self._callback is not None else {}
-
-    @property
-    def own_in_module(self) -> bool:
-        """Whether the module is this worker's own: from the first training step to the last one."""
-        return self._out_of_step and self.summary is None
-
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What checkpoints hold: during ``fit`` the global parameters, not this worker's own."""
         state = super().lightning_module_state_dict()
-        if not self.own_in_module:
+        if self._checkpoints is None or self._fit is None or not self._fit.own_in_module:
             return state  # after the last step the module's own: the global ones, or what callbacks have made of them
-        return self.checkpoints.put_global(state)
+        return self._checkpoints.put_global(state)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -510,95 +457,98 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
         The checkpoint's ``global_step`` is worker 0's own; the job's count of steps is beside it.
         """
         checkpoint[KEY] = {"job_steps": self.job_steps, "workers": self.workers}
-        if self.worker is None or not self._out_of_step or self.worker_rank > 0:
+        fit, checkpoints = self._fit, self._checkpoints
+        if fit is None or fit.worker is None or fit.phase is Phase.MEETING or fit.place.worker_rank > 0:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
-        alone = self.summary is not None or self._failed  # at the end of the run, or of a worker, nobody is left to ask
+        assert checkpoints is not None
+        # At the end of the run, or of a worker, nobody is left to ask.
+        alone = fit.phase is Phase.FINISHED or fit.failed
         resumable, local = "optimizer_states" in checkpoint, _is_local(filepath)
-        with self.worker.paused():
+        with fit.worker.paused():
             if resumable and local and not alone:
-                self.checkpoints.save(checkpoint, os.path.abspath(filepath))
+                checkpoints.save(checkpoint, os.path.abspath(filepath))
                 return
-            self.checkpoints.wait_until_written()  # it may be of the same name
-            if resumable and isinstance(self.worker, Worker):
-                checkpoint[KEY] |= {"state": self.worker.global_state_dict(), "fetches": [self.fetches_state()]}
+            checkpoints.wait_until_written()  # it may be of the same name
+            if resumable and isinstance(fit.worker, Worker):
+                checkpoint[KEY] |= {"state": fit.worker.global_state_dict(), "fetches": [fit.fetches_state()]}
             super().save_checkpoint(checkpoint, filepath, storage_options)
             if local and self.is_global_zero:
-                self.checkpoints.files.forget(os.path.abspath(filepath))
+                checkpoints.files.forget(os.path.abspath(filepath))
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
         """Delete a checkpoint with all workers' sides of it, once those that replace it are whole."""
-        if self.is_global_zero and _is_local(filepath):
-            self.checkpoints.files.remove(os.path.abspath(filepath))
-        else:
+        if not (self.is_global_zero and _is_local(filepath)):
             super().remove_checkpoint(filepath)
+            return
+        delete = super().remove_checkpoint
+        files = self._checkpoints.files if self._checkpoints is not None else CheckpointFiles(delete)
+        files.remove(os.path.abspath(filepath))
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        if self._out_of_step:
+        if self._fit is not None and self._fit.phase is not Phase.MEETING:
             raise MisconfigurationException(
                 "A checkpoint cannot be loaded while workers train. The learning-rate finder does so: run it at the "
                 "start of `fit` alone, in `on_fit_start`, or with `Tuner(trainer).lr_find(model)` before."
             )
-        if not self._fitting:
-            return self.read_checkpoint(checkpoint_path, weights_only)
-        checkpoint, self._resumed = Restoring(self, weights_only).restore(str(checkpoint_path))
-        self._steps_before_fit = self._resumed.steps_before_fit
+        if not self._fitting or self._fit is None:
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        restoring = Restoring(self.place, super().load_checkpoint, self.broadcast, weights_only)
+        checkpoint, resumed = restoring.restore(str(checkpoint_path))
+        self._fit.go_on_from(resumed)
         return checkpoint
-
-    def read_checkpoint(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
-        """A Lightning file as it is."""
-        return super().load_checkpoint(path, weights_only)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        self._failed = True
         explain_missing_group(exception)
-        if self.worker is not None:
-            self.worker.abort(exception)
+        if self._fit is not None:
+            self._fit.failed = True
+            if self._fit.worker is not None:
+                self._fit.worker.abort(exception)
         if self._job is not None:
             self._job.fail(exception)
 
-    def stop_asking(self) -> None:
-        """The run has failed: a checkpoint that is written now is worker 0's alone."""
-        self._failed = True
-
-    def _end(self, callback: WorkerCallback) -> None:
-        if self._goes_on and not self._out_of_step and not self._failed:
+    @staticmethod
+    def _end(fit: Fit, callback: WorkerCallback) -> None:
+        if fit.goes_on and fit.phase is Phase.MEETING and not fit.failed:
             # Its epochs were over in the checkpoint, so that Lightning did not train at all: the others need it still.
             callback.take_part()
-        assert self._job is not None and self.lightning_module is not None
-        if self._failed:
+        if fit.failed:
             return
-        if not self._out_of_step:
-            meet_before_training(self._job, trains=False)
-        elif self.summary is not None:
-            FinalModule(self._job).attach(self.lightning_module.trainer)
+        if fit.phase is Phase.MEETING:
+            meet_before_training(fit.job, trains=False)
+        elif fit.phase is Phase.FINISHED:
+            FinalModule(fit.job).attach(fit.trainer)
 
     @override
     def teardown(self) -> None:
-        if self._callback is not None:
+        fit, checkpoints = self._fit, self._checkpoints
+        if fit is not None:
             try:
-                self._end(self._callback)
+                if self._callback is not None:
+                    self._detach(fit, self._callback)
             finally:
-                self._callback.detach()
-                assert self._global_checkpoints is not None
-                self._global_checkpoints.detach()
-                self._callback = None
-        if self._out_of_step:
-            self._steps_before_fit = self.job_steps
-        if self._steps is not None:
-            self._steps.close()
-            self._steps = None
-        self.worker = None
-        self._out_of_step = False
-        self.checkpoints.forget_moment()
-        self._loaders.close()
-        self._failed = False
+                self._summary, self._steps_made = fit.summary, fit.steps_after_fit
+                self._fit = self._checkpoints = None
+        if self._loaders is not None:
+            self._loaders.close()
+            self._loaders = None
         self.end_groups()
         super().teardown()
-        self.checkpoints.wait_until_written()
+        if checkpoints is not None:
+            checkpoints.wait_until_written()
+
+    def _detach(self, fit: Fit, callback: WorkerCallback) -> None:
+        try:
+            self._end(fit, callback)
+        finally:
+            callback.detach()
+            assert self._global_checkpoints is not None and fit.steps is not None
+            self._global_checkpoints.detach()
+            fit.steps.close()
+            self._callback = self._global_checkpoints = None
 
 
 _KNOWN_ARGUMENTS = names_of(AsyncLocalSGDStrategy, DDPStrategy, DistributedDataParallel) - {

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -16,52 +15,34 @@ from torch import Tensor
 
 from lightning_async_localsgd.data.division import merge_positions
 from lightning_async_localsgd.trainer.checkpoints.files import Whole, find_wholes, not_seen, read_part
+from lightning_async_localsgd.trainer.checkpoints.resumed import Resumed
 from lightning_async_localsgd.trainer.checkpoints.saving import KEY
 from lightning_async_localsgd.trainer.fetches import SavedFetches
-from lightning_async_localsgd.worker.worker import Worker
+from lightning_async_localsgd.trainer.fit import Place
 
-if TYPE_CHECKING:
-    from lightning_async_localsgd.trainer.strategy import AsyncLocalSGDStrategy
-
-__all__ = ["Restoring", "Resumed"]
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """What a ``fit`` goes on from."""
-
-    state: Mapping[str, Any] | None
-    """The global state and shared progress, as ``Worker.global_state_dict`` gave it; None: another strategy's file."""
-    steps_before_fit: int | None
-    """Steps of the job that the counts in ``state`` do not hold; None: the trainer's ``global_step``."""
-    worker: Mapping[str, Any] | None = None
-    """This worker's own state, as ``Worker.local_state_dict`` gave it; None: workers start from the global one."""
-    scheduler_steps: int = 0
-    """Steps of the job that the learning-rate schedulers have made."""
-    fetches: SavedFetches | None = None
-    """Where this process was in its data."""
-    settings: Mapping[str, Any] | None = None
-    """The settings of then, as ``Settings.credentials`` gave them."""
-
-    def load_into(self, worker: Worker) -> None:
-        """Have a worker that has not started go on from here."""
-        if self.state is None:
-            return
-        worker.load_global_state_dict(self.state, same_workers=self.worker is not None, settings=self.settings)
-        if self.worker is not None:
-            worker.load_local_state_dict(self.worker)
+__all__ = ["Restoring"]
 
 
 class Restoring:
     """Finds the last whole checkpoint and puts each worker's side of it together. All processes go through it alike.
 
     Args:
-        strategy: whose worker it is.
+        place: the place of this process.
+        read_file: reads a Lightning file, given its path and ``weights_only``.
+        broadcast: gives all processes the value of one, given the value and, as ``src``, its rank.
         weights_only: whether to unpickle nothing but tensors and plain values; None: so.
     """
 
-    def __init__(self, strategy: AsyncLocalSGDStrategy, weights_only: bool | None) -> None:
-        self._strategy = strategy
+    def __init__(
+        self,
+        place: Place,
+        read_file: Callable[[str, bool | None], dict[str, Any]],
+        broadcast: Callable[..., Any],
+        weights_only: bool | None,
+    ) -> None:
+        self._place = place
+        self._read_file = read_file
+        self._broadcast = broadcast
         self._weights_only = weights_only
 
     def restore(self, path: str) -> tuple[dict[str, Any], Resumed]:
@@ -78,8 +59,8 @@ class Restoring:
         if "state" not in entry:
             fetches = SavedFetches(_take_positions(checkpoint), stateful_only=True)
             return checkpoint, Resumed(None, entry.get("job_steps"), fetches=fetches)
-        workers = self._strategy.workers
-        sides = _Sides(checkpoint, whole, self._strategy, self._weights_only)
+        workers = self._place.workers
+        sides = _Sides(checkpoint, whole, self._place, self._weights_only)
         if whole is not None:
             sides.merge_positions()
         if "id" not in entry:
@@ -121,11 +102,11 @@ class Restoring:
                 )
             problem = self._problem(whole)
             if not problem:
-                return checkpoint if own and checkpoint is not None else self._strategy.read_checkpoint(
+                return checkpoint if own and checkpoint is not None else self._read_file(
                     whole.path, self._weights_only
                 ), whole
         if checkpoint is None:
-            return self._strategy.read_checkpoint(path, self._weights_only), None  # which says why it cannot be read
+            return self._read_file(path, self._weights_only), None  # which says why it cannot be read
         if problem:
             rank_zero_warn(f"The checkpoint {path} is not whole: {problem}.")
         return checkpoint, None
@@ -133,35 +114,32 @@ class Restoring:
     def _read(self, path: str) -> tuple[dict[str, Any] | None, str]:
         """The Lightning file, or why it cannot be read; worker 0 says so for all."""
         checkpoint, problem = None, ""
-        if self._strategy.global_rank == 0:
+        if self._place.global_rank == 0:
             try:
-                checkpoint = self._strategy.read_checkpoint(path, self._weights_only)
+                checkpoint = self._read_file(path, self._weights_only)
             except Exception as error:
                 problem = f"{path} cannot be read ({type(error).__name__}: {error})"
-        problem = self._strategy.broadcast(problem)
+        problem = self._broadcast(problem)
         if checkpoint is None and not problem:
-            checkpoint = self._strategy.read_checkpoint(path, self._weights_only)
+            checkpoint = self._read_file(path, self._weights_only)
         return checkpoint, problem
 
     def _wholes(self, path: str, checkpoint_id: str | None) -> list[Whole]:
         """What worker 0 sees: others may see a shared folder later, or not at all."""
         seen = []
-        if self._strategy.global_rank == 0 and "://" not in path:
+        if self._place.global_rank == 0 and "://" not in path:
             seen = [[whole.path, whole.folder, whole.files] for whole in find_wholes(path, checkpoint_id)]
         return [
             Whole(
                 leader, folder, {name: None if record is None else (record[0], record[1]) for name, record in f.items()}
             )
-            for leader, folder, f in self._strategy.broadcast(seen)
+            for leader, folder, f in self._broadcast(seen)
         ]
 
     def _problem(self, whole: Whole) -> str:
         """What keeps some worker from going on from there, as all tell each other."""
-        own = whole.problem(self._strategy.worker_rank) if self._strategy.device_rank == 0 else ""
-        problems = [
-            self._strategy.broadcast(own, src=worker * self._strategy.worker_size)
-            for worker in range(self._strategy.workers)
-        ]
+        own = whole.problem(self._place.worker_rank) if self._place.device_rank == 0 else ""
+        problems = [self._broadcast(own, src=worker * self._place.worker_size) for worker in range(self._place.workers)]
         for worker, problem in enumerate(problems):
             if worker > 0 and not problems[0] and problem.endswith("is missing"):
                 raise FileNotFoundError(not_seen(problem.removesuffix(" is missing")))
@@ -174,7 +152,7 @@ class _Sides:
     Args:
         checkpoint: the Lightning file, which is changed.
         whole: where the other sides are.
-        strategy: whose worker it is.
+        place: the place of this process.
         weights_only: as for :class:`Restoring`.
     """
 
@@ -182,12 +160,12 @@ class _Sides:
         self,
         checkpoint: dict[str, Any],
         whole: Whole | None,
-        strategy: AsyncLocalSGDStrategy,
+        place: Place,
         weights_only: bool | None,
     ) -> None:
         self._checkpoint = checkpoint
         self._folder = Path(whole.folder if whole is not None else "")
-        self._strategy = strategy
+        self._place = place
         self._weights_only = weights_only
         self._saved_by: int = checkpoint[KEY]["workers"]
         self._places = _places(checkpoint, checkpoint[KEY])  # of worker 0's loaders, or what has been merged
@@ -196,10 +174,10 @@ class _Sides:
     def take_own(self) -> Mapping[str, Any]:
         """Put this worker's own into the checkpoint, and return what is not Lightning's."""
         checkpoint = self._checkpoint
-        if self._strategy.worker_rank == 0:
+        if self._place.worker_rank == 0:
             entry: dict[str, Any] = checkpoint[KEY]
             return entry
-        part = read_part(self._folder, self._strategy.worker_rank, self._weights_only)
+        part = read_part(self._folder, self._place.worker_rank, self._weights_only)
         own = part.pop("checkpoint")
         # What watches worker 0's metrics goes on as on worker 0.
         own["lr_schedulers"] = [
@@ -219,7 +197,7 @@ class _Sides:
             own: what :meth:`take_own` gave.
         """
         devices = own.get("fetches", ())
-        device = self._strategy.device_rank
+        device = self._place.device_rank
         if device >= len(devices):
             return SavedFetches(self._places)
         fetches = devices[device]
@@ -238,8 +216,8 @@ class _Sides:
     def merge_positions(self) -> None:
         """Have the training loaders leave out what any worker has trained on."""
         shared = any("trained" in place.get("division", ()) for place in self._places)
-        if not shared and self._saved_by == self._strategy.workers:
-            own = self._strategy.worker_rank
+        if not shared and self._saved_by == self._place.workers:
+            own = self._place.worker_rank
             if own > 0:  # places of the worker's own, also in checkpoints that hold them as Lightning does
                 part = read_part(self._folder, own, self._weights_only, mmap=True)
                 self._places = _places(part["checkpoint"], part)
@@ -247,8 +225,8 @@ class _Sides:
         parts = [read_part(self._folder, other, self._weights_only, mmap=True) for other in range(1, self._saved_by)]
         sides = [self._checkpoint, *(part["checkpoint"] for part in parts)]
         of_all = [self._places, *(_places(part["checkpoint"], part) for part in parts)]
-        own = self._strategy.worker_rank
-        if self._saved_by != self._strategy.workers:
+        own = self._place.worker_rank
+        if self._saved_by != self._place.workers:
             # All go on as the one that was furthest behind, so that nobody has left an epoch too early.
             own = min(range(self._saved_by), key=lambda worker: _epochs_over(sides[worker]["loops"], of_all[worker]))
             self._checkpoint |= {key: sides[own][key] for key in ("loops", "lr_schedulers")}

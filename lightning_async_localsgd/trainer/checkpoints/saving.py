@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
@@ -21,13 +21,9 @@ from typing_extensions import override
 from lightning_async_localsgd.protocol.header import Message
 from lightning_async_localsgd.trainer.checkpoints.files import CheckpointFiles, SideFiles
 from lightning_async_localsgd.trainer.checkpoints.writing import BackgroundWriter, FileRecord, save_with
+from lightning_async_localsgd.trainer.fit import Fit, Phase
 from lightning_async_localsgd.worker.device_group import FollowingRank
 from lightning_async_localsgd.worker.worker import Worker
-
-if TYPE_CHECKING:
-    import lightning.pytorch as pl
-
-    from lightning_async_localsgd.trainer.strategy import AsyncLocalSGDStrategy
 
 __all__ = ["KEY", "JobCheckpoints"]
 
@@ -45,12 +41,14 @@ class JobCheckpoints:
     file before it goes on, as Lightning does; the others copy their side and write it in the background.
 
     Args:
-        strategy: whose worker it is.
+        fit: the ``fit`` of this process.
+        checkpoint_io: tells the plugin that writes Lightning files.
         delete: deletes a Lightning file.
     """
 
-    def __init__(self, strategy: AsyncLocalSGDStrategy, delete: Callable[[str], None]) -> None:
-        self._strategy = strategy
+    def __init__(self, fit: Fit, checkpoint_io: Callable[[], CheckpointIO], delete: Callable[[str], None]) -> None:
+        self._fit = fit
+        self._checkpoint_io = checkpoint_io
         self._delete = delete
         self._tensors: dict[str, Tensor] = {}  # the global ones in the checkpoint that is being made
         self._moment: dict[str, Any] | None = None
@@ -61,11 +59,11 @@ class JobCheckpoints:
     @cached_property
     def files(self) -> CheckpointFiles:
         """Worker 0's books of what is written."""
-        return CheckpointFiles(self._delete, self._strategy.workers, self._tell_replaced)
+        return CheckpointFiles(self._delete, self._fit.place.workers, self._tell_replaced)
 
     @cached_property
     def _sides(self) -> SideFiles:
-        return SideFiles(self._strategy.worker_rank)
+        return SideFiles(self._fit.place.worker_rank)
 
     # ---- worker 0 ---------------------------------------------------------------------------------------------------
 
@@ -74,7 +72,7 @@ class JobCheckpoints:
         if isinstance(self._worker, Worker) and not self._saving_side:
             if self._moment is None or not self._tensors:
                 self._tensors = self._worker.global_tensors()
-            for shared, aliases in _aliases(self._module).items():
+            for shared, aliases in _aliases(self._fit.trainer.lightning_module).items():
                 if shared in self._tensors:
                     state.update({name: self._tensors[shared] for name in aliases if name in state})
         return state
@@ -93,7 +91,7 @@ class JobCheckpoints:
     @cached_property
     def _io(self) -> CheckpointIO:
         """Writes worker 0's file as the user's plugin does, in the background if that does."""
-        io = self._strategy.checkpoint_io
+        io = self._checkpoint_io()
         if isinstance(io, AsyncCheckpointIO) and io.checkpoint_io is not None:
             return AsyncCheckpointIO(_LeaderFile(io.checkpoint_io, self.files, self._background))
         return _LeaderFile(io, self.files, self._background)
@@ -108,13 +106,13 @@ class JobCheckpoints:
         fetches = self._fetches()  # the other ranks of worker 0 follow until the cut
         with self._worker.cut(where):
             entry = {
-                "job_steps": self._strategy.job_steps,
-                "steps_before_fit": self._strategy.steps_before_fit(self._module.trainer),
+                "job_steps": self._fit.job_steps,
+                "steps_before_fit": self._fit.steps_before_fit(),
                 # An update may have come since they were put into the checkpoint.
                 "state": self._worker.global_state_dict(self._tensors),
-                "settings": self._strategy.settings.credentials(),
+                "settings": self._fit.settings.credentials(),
                 "worker": self._worker.local_state_dict(),
-                "scheduler_steps": self._strategy.scheduler_steps,
+                "scheduler_steps": self._fit.scheduler_steps,
                 "fetches": fetches,
             }
         self._moment = {"where": where, "entry": entry}
@@ -131,10 +129,10 @@ class JobCheckpoints:
         self._background.submit(self.files.part_written, message["saved"], worker, record)
 
     def _tell_replaced(self, path: str, checkpoint_id: str | None) -> None:
-        if not self._strategy._out_of_step:
+        if self._fit.phase is Phase.MEETING:
             return  # the learning-rate finder removes its own before the workers start
-        if isinstance(self._strategy.worker, Worker) and self._strategy.workers > 1:
-            self._strategy.worker.send({"replaced": [path, checkpoint_id]})
+        if isinstance(self._fit.worker, Worker) and self._fit.place.workers > 1:
+            self._fit.worker.send({"replaced": [path, checkpoint_id]})
 
     # ---- the other workers ------------------------------------------------------------------------------------------
 
@@ -143,10 +141,10 @@ class JobCheckpoints:
         assert isinstance(self._worker, Worker)
         part = {
             "worker": self._worker.local_state_dict(),
-            "scheduler_steps": self._strategy.scheduler_steps,
+            "scheduler_steps": self._fit.scheduler_steps,
             "fetches": self._fetches(),
         }
-        trainer = self._module.trainer
+        trainer = self._fit.trainer
         with self._saving():
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         precision = type(trainer.precision_plugin).__qualname__
@@ -169,7 +167,7 @@ class JobCheckpoints:
             record = self._sides.write(what["path"], what["id"], side)
         except OSError as error:
             raise OSError(
-                f"Worker {self._strategy.worker_rank} could not write its side of the checkpoint {what['path']}: "
+                f"Worker {self._fit.place.worker_rank} could not write its side of the checkpoint {what['path']}: "
                 f"{error}. Go on from the one before it, which is still there."
             ) from error
         self._tell_saved(what["id"], record)
@@ -183,7 +181,7 @@ class JobCheckpoints:
         self._tell_saved(again["id"], self._sides.link(before["path"], before["id"], again["path"], again["id"]))
 
     def _tell_saved(self, checkpoint_id: str, record: FileRecord) -> None:
-        worker = self._strategy.worker
+        worker = self._fit.worker
         if isinstance(worker, Worker):
             worker.send({"saved": checkpoint_id, "record": list(record)})
 
@@ -201,12 +199,12 @@ class JobCheckpoints:
     def _fetches(self) -> list[Any]:
         """Where each process of the worker is in its data: this one's, and the others' as files of ``torch.save``."""
         assert isinstance(self._worker, Worker)
-        return [self._strategy.fetches_state(), *self._worker.gather_from_devices()]
+        return [self._fit.fetches_state(), *self._worker.gather_from_devices()]
 
     def pack_fetches(self) -> bytes:
         """What another process than the first of its worker gives to :meth:`_fetches`."""
         buffer = io.BytesIO()
-        torch.save(self._strategy.fetches_state(), buffer)
+        torch.save(self._fit.fetches_state(), buffer)
         return buffer.getvalue()
 
     def check(self) -> None:
@@ -234,15 +232,9 @@ class JobCheckpoints:
 
     @property
     def _worker(self) -> Worker | FollowingRank:
-        worker = self._strategy.worker
+        worker = self._fit.worker
         assert worker is not None
         return worker
-
-    @property
-    def _module(self) -> pl.LightningModule:
-        module = self._strategy.lightning_module
-        assert module is not None
-        return module
 
 
 class _LeaderFile(_WrappingCheckpointIO):

@@ -1,0 +1,203 @@
+"""One ``fit`` of a trainer: the processes that take part, the worker that trains, and how far all of it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_async_localsgd.membership import StaticJob
+from lightning_async_localsgd.settings import Settings
+from lightning_async_localsgd.settings.advice import warn_of_useless_settings
+from lightning_async_localsgd.trainer.checkpoints.resumed import Resumed
+from lightning_async_localsgd.trainer.meetings import meet_before_training
+from lightning_async_localsgd.worker import RunSummary, Worker
+from lightning_async_localsgd.worker.device_group import FollowingRank
+from lightning_async_localsgd.worker.step_watch import StepWatch
+
+__all__ = ["Fit", "Phase", "Place", "Position", "Together"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of a process among those of its job."""
+
+    global_rank: int
+    world_size: int
+    worker_size: int
+    """Processes of each worker."""
+
+    @property
+    def workers(self) -> int:
+        """Number of workers."""
+        return self.world_size // self.worker_size
+
+    @property
+    def worker_rank(self) -> int:
+        """The worker that the process belongs to."""
+        return self.global_rank // self.worker_size
+
+    @property
+    def device_rank(self) -> int:
+        """Rank of the process within its worker."""
+        return self.global_rank % self.worker_size
+
+
+class Phase(Enum):
+    """How far a ``fit`` is."""
+
+    MEETING = "all processes go through the same hooks; no worker trains yet"
+    TRAINING = "each worker trains at its own pace, and its module is its own"
+    FINISHED = "the last outer update is made, and the module is the global one"
+
+
+class Position(Protocol):
+    """The position of a process in its training, as a checkpoint holds it."""
+
+    @property
+    def scheduler_steps(self) -> int:
+        """Steps of the job that the learning-rate schedulers have made in this ``fit``."""
+
+    def fetches_state(self) -> dict[str, Any]:
+        """The position in the training data."""
+
+
+class Together(Protocol):
+    """The collectives of a strategy, which are of the job while all processes go through the same hooks."""
+
+    def leave_step(self) -> None:
+        """From here on each worker trains at its own pace."""
+
+    def meet_again(self, run_complete: bool = False) -> None:
+        """From here on all processes go through the same hooks."""
+
+
+class Fit:
+    """One ``fit``, from the first meeting of its processes to the strategy's teardown.
+
+    Args:
+        trainer: the trainer.
+        place: the place of this process.
+        settings: settings of the run.
+        job: the processes.
+        device: the device of this process.
+        together: tells the strategy's collectives when workers leave step and meet again.
+        validate_global: whether worker 0 validates the global model for all.
+        same_data: whether workers are meant to train on the same data.
+        steps_before: steps of the job in earlier fits of the same strategy; None: not known yet.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        place: Place,
+        settings: Settings,
+        job: StaticJob,
+        device: torch.device,
+        together: Together,
+        validate_global: bool = True,
+        same_data: bool = False,
+        steps_before: int | None = None,
+    ) -> None:
+        self.trainer = trainer
+        self.place = place
+        self.settings = settings
+        self.job = job
+        self.device = device
+        self.together = together
+        self.validate_global = validate_global
+        self.same_data = same_data
+        self.phase = Phase.MEETING
+        self.failed = False
+        """This process has met an error; the phase stays the one in which it did."""
+        self.worker: Worker | FollowingRank | None = None
+        self.steps: StepWatch | None = None
+        self.position: Position | None = None
+        self.resumed: Resumed | None = None
+        """The checkpoint that this ``fit`` goes on from."""
+        self.summary: RunSummary | None = None
+        """The run in numbers, once it is finished."""
+        self._steps_before = steps_before
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a pickle, takes no part in the job."""
+        return vars(self) | dict.fromkeys(("job", "together", "worker", "steps", "position"))
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is a process of worker 0, which validates the global model for all."""
+        return self.validate_global and self.place.worker_rank == 0
+
+    @property
+    def follows(self) -> bool:
+        """Whether this worker leaves validation, and what is decided by it, to worker 0."""
+        return self.validate_global and self.place.worker_rank > 0
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether this ``fit`` has begun from a checkpoint of this strategy."""
+        return self.resumed is not None and self.resumed.state is not None
+
+    @property
+    def own_in_module(self) -> bool:
+        """Whether the module holds this worker's own parameters: from the first training step to the last one."""
+        return self.phase is Phase.TRAINING
+
+    def go_on_from(self, resumed: Resumed) -> None:
+        """Go on from a checkpoint. To be called before the worker is made."""
+        self.resumed = resumed
+        self._steps_before = resumed.steps_before_fit
+
+    def begin_training(self, max_steps: int | None, open_end: bool) -> None:
+        """Wait for the other processes and start the worker."""
+        assert self.worker is not None and self.steps is not None
+        meet_before_training(self.job, trains=True)
+        self.phase = Phase.TRAINING
+        if self.place.global_rank == 0:
+            warn_of_useless_settings(self.settings, self.place.workers, max_steps)
+        self.worker.start(max_steps, open_end)
+        self.steps.restart()  # the learning-rate finder has made steps of its own
+
+    def finish(self, summary: RunSummary) -> None:
+        """The last outer update is made."""
+        self.summary = summary
+        self.phase = Phase.FINISHED
+
+    # ---- steps ------------------------------------------------------------------------------------------------------
+
+    def steps_before_fit(self) -> int:
+        """Steps of the job before this ``fit``: in an earlier one, or as the checkpoint says.
+
+        A checkpoint of another strategy has no such count; there ``global_step`` is the same on every worker.
+        """
+        if self._steps_before is None:
+            self._steps_before = self.trainer.global_step
+        return self._steps_before
+
+    @property
+    def job_steps(self) -> int:
+        """Steps of the job so far: local steps of all workers over their number."""
+        trained = self.worker is not None and self.phase is not Phase.MEETING
+        return (self._steps_before or 0) + (self.worker.job_steps if trained and self.worker is not None else 0)
+
+    @property
+    def steps_after_fit(self) -> int | None:
+        """Steps of the job that the next ``fit`` comes after; None: not known."""
+        return self._steps_before if self.phase is Phase.MEETING else self.job_steps
+
+    @property
+    def scheduler_steps(self) -> int:
+        """Steps of the job that the learning-rate schedulers have made in this ``fit``."""
+        return self.position.scheduler_steps if self.position is not None else 0
+
+    def fetches_state(self) -> dict[str, Any]:
+        """The position of this process in its training data, for a checkpoint."""
+        return self.position.fetches_state() if self.position is not None else {}
+
+    def settle_parameters(self) -> None:
+        """Changes of the parameters since the last local step were no training."""
+        if self.steps is not None:
+            self.steps.settle()
