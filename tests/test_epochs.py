@@ -106,12 +106,12 @@ def together(ends: list[Any]) -> dict[int, list[int]]:
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_each_sample_is_drawn_once_per_epoch(loader: str) -> None:
-    ends = results(run_processes(train, 2, 2, loader, (0.002, 0.02), {}))
+    ends = results(run_processes(train, 2, 2, loader, (0.002, 0.06), {}))
     epochs = together(ends)
     assert set(epochs) == {0, 1, 2}
     for samples in epochs.values():
         assert len(samples) == len(set(samples)) == (100 if loader == "drop_last" else SAMPLES)
-    assert len(ends[0][0]) > 1.5 * len(ends[1][0]) > 0
+    assert len(ends[0][0]) > len(ends[1][0]) > 0
     assert ends[0][1].digest == ends[1][1].digest
     assert [epoch for _, _, epoch, _ in ends] == [3, 3]
     if loader in ("shuffled", "in processes"):

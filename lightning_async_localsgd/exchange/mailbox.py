@@ -18,6 +18,7 @@ from lightning_async_localsgd.exchange.causes import LOOK_UP
 from lightning_async_localsgd.outer import Unsendable
 from lightning_async_localsgd.protocol.header import Flag, Message, encode_message
 from lightning_async_localsgd.protocol.progress import OuterUpdate, Progress
+from lightning_async_localsgd.protocol.turn import PushedRound, may_push
 
 __all__ = ["Adoption", "Live", "Mailbox", "Push"]
 
@@ -36,12 +37,7 @@ class Push:
     """Local parameters at the end of the round."""
     ready: Callable[[], object]
     """Waits until ``snapshot`` is filled (a copy from an accelerator may still run)."""
-    round: int
-    steps: int
-    samples: int
-    seconds: float
-    shard: int
-    start_version: int
+    round: PushedRound
 
 
 @dataclass(frozen=True)
@@ -225,7 +221,7 @@ class Mailbox:
             max_steps: only if the push has at most that many steps.
         """
         push = self._push  # the exchange thread may take it at any moment
-        if push is None or push.steps > max_steps:
+        if push is None or push.round.steps > max_steps:
             return None
         with self._condition:
             push, self._push = self._push, None
@@ -319,12 +315,11 @@ class Mailbox:
 
     def wait_for_push(self) -> None:
         """Hold the turn open for a push, as long as the training thread said it is worth."""
-        none_to_come = Flag.IDLE | Flag.FINAL | Flag.ABORT | Flag.PAUSED
         with self._condition:
             self._push_wanted = True
             self._condition.wait_for(
                 lambda: (
-                    self._push is not None or self._extending or self._flags & none_to_come or self._failure is not None
+                    self._extending or not may_push(self._flags, self._push is not None) or self._failure is not None
                 ),
                 timeout=self._counts[2],
             )

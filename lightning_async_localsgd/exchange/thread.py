@@ -22,7 +22,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from datetime import timedelta
 from statistics import median
 from typing import NamedTuple
@@ -45,6 +44,7 @@ from lightning_async_localsgd.protocol.budget import Budget
 from lightning_async_localsgd.protocol.header import HEADER_BYTES, Flag, Header, Message
 from lightning_async_localsgd.protocol.ledger import Ledger
 from lightning_async_localsgd.protocol.progress import OuterUpdate
+from lightning_async_localsgd.protocol.turn import add_round
 from lightning_async_localsgd.settings import Settings
 
 __all__ = ["ExchangeThread"]
@@ -253,18 +253,8 @@ class ExchangeThread:
             exchange_cost=median(exchange.cost for exchange in self._exchanges) if self._exchanges else 0.0,
             message=live.message,
         )
-        if self._pending is None:
-            return header
-        return replace(
-            header,
-            flags=live.flags | (Flag.DROPPED if self._unsendable.parameters else Flag.DELTA),
-            round=self._pending.round,
-            round_steps=self._pending.steps,
-            round_samples=self._pending.samples,
-            round_seconds=self._pending.seconds,
-            shard=self._pending.shard,
-            start_version=self._pending.start_version,
-        )
+        pushed = None if self._pending is None else self._pending.round
+        return add_round(header, pushed, finite=not self._unsendable.parameters)
 
     def _checksum(self) -> int:
         if self._checked != self._state.version:

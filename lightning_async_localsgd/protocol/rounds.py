@@ -12,6 +12,7 @@ from lightning_async_localsgd.protocol.pace import make_pace
 from lightning_async_localsgd.protocol.progress import NO_BEAT, Progress
 from lightning_async_localsgd.protocol.rules import Rules
 from lightning_async_localsgd.protocol.sampling import draw_shard
+from lightning_async_localsgd.protocol.turn import PushedRound
 
 __all__ = ["Rounds", "whole_samples"]
 
@@ -87,13 +88,23 @@ class Rounds:
         self.round_steps += 1
         self.round_samples += samples
 
-    def begin(self, progress: Progress, draw: bool = True) -> None:
-        """Begin the next round.
+    def end_round(
+        self, progress: Progress, seconds: float, start_version: int, shard: int | None = None
+    ) -> PushedRound:
+        """End the current round and begin the next one.
 
         Args:
             progress: shared progress.
-            draw: whether to draw its shard; else that of now stays.
+            seconds: duration of the round from its first step to its last.
+            start_version: version of the global parameters that it began from.
+            shard: the round's shard, if that of the next one has been drawn already; None: the current one.
         """
+        own = self.shard if shard is None else shard
+        pushed = PushedRound(self.round, self.round_steps, self.round_samples, seconds, own, start_version)
+        self._begin(progress, draw=shard is None)
+        return pushed
+
+    def _begin(self, progress: Progress, draw: bool) -> None:
         self.round += 1
         self._pushed_steps = self.round_steps
         self.round_steps = self.round_samples = 0
@@ -107,11 +118,11 @@ class Rounds:
         self._ahead += self._pushed_steps + self.round_steps
         self.round_steps = self.round_samples = 0
 
-    def reopen(self, steps: int, samples: int) -> None:
-        """Take the round before up again, which had that many steps and samples: this one belongs to it."""
+    def reopen(self, pushed: PushedRound) -> None:
+        """Take the round before up again: the steps since then belong to it."""
         self.round -= 1
-        self.round_steps += steps
-        self.round_samples += samples
+        self.round_steps += pushed.steps
+        self.round_samples += pushed.samples
 
     def push_is_due(self, progress: Progress, wanted: bool) -> bool:
         """Whether this step ends the round.

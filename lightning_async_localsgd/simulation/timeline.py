@@ -12,16 +12,18 @@ import random
 from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum, IntEnum
+from enum import IntEnum
 from itertools import count
 from typing import Any, NamedTuple, Protocol
 
 from lightning_async_localsgd.protocol.budget import Budget
 from lightning_async_localsgd.protocol.header import HEADER_BYTES, Flag, Header
 from lightning_async_localsgd.protocol.ledger import Ledger, LedgerState
+from lightning_async_localsgd.protocol.machine import Action, Done, Extend, Machine, Push, Reason, Train, Wait
 from lightning_async_localsgd.protocol.progress import OuterUpdate, Progress
 from lightning_async_localsgd.protocol.rounds import Rounds
 from lightning_async_localsgd.protocol.speed_meter import Stopwatch
+from lightning_async_localsgd.protocol.turn import PushedRound, add_round, may_push
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.simulation.devices import VirtualWorker
 from lightning_async_localsgd.simulation.network import Network
@@ -97,25 +99,12 @@ class _Phase(IntEnum):
     EXCHANGE = 1
 
 
-class _Wait(Enum):
-    """What a worker that makes no step waits for."""
-
-    ADOPTION = "the exchange of its round"
-    LAST_ADOPTION = "the exchange of its round, before it ends"
-    BUDGET = "a share of what others leave of the budget"
-    END = "the others"
-
-
 @dataclass(frozen=True)
 class _Push:
     """A finished round on its way."""
 
-    round: int
-    steps: int
-    samples: int
+    round: PushedRound
     loss: float
-    shard: int
-    start_version: int
     begin: float
     end: float
     all_steps: int
@@ -147,6 +136,7 @@ class Lane:
         self.rank = rank
         self.worker = worker
         self.rounds = Rounds(rank, size, settings)
+        self.machine = Machine(self.rounds, settings.overlap)
         self.busy_seconds = 0.0
         """Virtual time it has trained."""
         self.waits: list[tuple[float, float]] = []
@@ -169,7 +159,7 @@ class Lane:
         self.push: _Push | None = None  # not taken by the exchange yet
         self.pending: _Push | None = None  # taken, not applied yet
         self.adoption: _Adoption | None = None
-        self.wait: _Wait | None = None
+        self.wait: Reason | None = None
         self.waits_since = 0.0
 
     @property
@@ -293,7 +283,7 @@ class Timeline:
         self._replicas.join(lane.rank)
         self._state.begin_rounds([lane.rank])
         self._report(lane)
-        self._go_on(lane)
+        self._execute(lane, lane.machine.begin(self.progress))
 
     def _leave(self, lane: Lane) -> None:
         lane.present = False
@@ -329,38 +319,37 @@ class Timeline:
         lane.rounds.count(samples=0)  # samples are counted when the step is really made, at the latest by the push
         self._adopt_if_ready(lane)
         self._report(lane)
-        if lane.in_flight:
-            self._extend_push(lane)
-        elif lane.rounds.push_is_due(self.progress, wanted=lane.rank in self._held_by):
-            self._push(lane)
-            if not self._settings.overlap:
-                self._wait(lane, _Wait.ADOPTION)
-                return
-        self._go_on(lane)
+        wanted = lane.rank in self._held_by
+        self._execute(lane, lane.machine.after_step(self.progress, lane.in_flight, wanted))
 
     def _report(self, lane: Lane) -> None:
         lane.steps = lane.rounds.local_steps
         lane.speed = lane.stopwatch.speed(self.progress.round_steps[lane.rank])
         lane.patience = lane.rounds.patience(self.progress, lane.speed)
 
-    def _go_on(self, lane: Lane) -> None:
-        if lane.rounds.over(self.progress):
-            self._finish(lane)
-        elif lane.rounds.has_step(self.progress):
+    def _execute(self, lane: Lane, action: Action) -> None:
+        """Execute the machine's actions until one takes time."""
+        while not isinstance(action, (Train, Wait, Done)):
+            if isinstance(action, Push):
+                self._push_last(lane) if action.last else self._push(lane)
+                action = lane.machine.after_push(self.progress)
+            elif isinstance(action, Extend):
+                self._extend_push(lane, action.most)
+                action = lane.machine.after_extension(self.progress)
+            else:
+                action = lane.machine.finish(lane.in_flight)
+        if isinstance(action, Train):
             lane.flags &= ~Flag.IDLE
             self._begin_step(lane)
-        elif lane.rounds.may_get_more:
-            lane.flags |= Flag.IDLE
-            self._wait(lane, _Wait.BUDGET)
-            self._tell(lane)
-        else:
-            self._finish(lane)
+        elif isinstance(action, Wait):
+            idle = action.reason is Reason.BUDGET and lane.wait is not Reason.BUDGET
+            self._wait(lane, action.reason)
+            if idle:
+                lane.flags |= Flag.IDLE
+                self._tell(lane)
 
-    def _finish(self, lane: Lane) -> None:
-        if lane.in_flight:
-            self._wait(lane, _Wait.LAST_ADOPTION)
-            return
-        self._wait(lane, _Wait.END)
+    def _push_last(self, lane: Lane) -> None:
+        self._wait(lane, Reason.END)
         if lane.rounds.round_steps > 0:
             self._push(lane, Flag.FINAL)
         else:
@@ -368,31 +357,27 @@ class Timeline:
             self._tell(lane)
 
     def _push(self, lane: Lane, flags: Flag = Flag.NONE, extended: _Push | None = None) -> None:
-        rounds = lane.rounds
         learned = self._replicas.push(lane.rank)
-        rounds.round_samples += learned.samples
+        lane.rounds.round_samples += learned.samples
+        begin = lane.began if extended is None else extended.begin
+        shard = None if extended is None else extended.round.shard
         lane.push = _Push(
-            round=rounds.round,
-            steps=rounds.round_steps,
-            samples=rounds.round_samples,
+            round=lane.rounds.end_round(self.progress, lane.ended - begin, lane.version, shard),
             loss=learned.loss + (extended.loss if extended is not None else 0.0),
-            shard=rounds.shard if extended is None else extended.shard,
-            start_version=lane.version,
-            begin=lane.began if extended is None else extended.begin,
+            begin=begin,
             end=lane.ended,
             all_steps=self.local_steps,
         )
-        rounds.begin(self.progress, draw=extended is None)
         lane.began = self.now
         self._report(lane)
         lane.flags |= flags
         self._tell(lane)
 
-    def _extend_push(self, lane: Lane) -> None:
+    def _extend_push(self, lane: Lane, most: int) -> None:
         push = lane.push
-        if push is None or push.steps > lane.rounds.most_to_extend(self.progress):
+        if push is None or push.round.steps > most:
             return
-        lane.rounds.reopen(push.steps, push.samples)
+        lane.rounds.reopen(push.round)
         self._push(lane, extended=push)
 
     def _adopt_if_ready(self, lane: Lane) -> None:
@@ -404,25 +389,17 @@ class Timeline:
         lane.version = lane.adoption.version
         lane.adoption = None
 
-    def _wait(self, lane: Lane, wait: _Wait) -> None:
+    def _wait(self, lane: Lane, wait: Reason) -> None:
         if lane.wait is None:
             lane.waits_since = self.now
         lane.wait = wait
 
     def _wake(self, lane: Lane) -> None:
         """After a turn: go on, if what the worker waits for has come."""
-        wait = lane.wait
-        if wait is None:
+        if lane.wait is None:
             return  # its step ends in its own time
         self._adopt_if_ready(lane)
-        if wait == _Wait.END or (lane.in_flight and wait != _Wait.BUDGET):
-            return
-        if wait == _Wait.BUDGET and not (lane.rounds.over(self.progress) or lane.rounds.has_step(self.progress)):
-            return
-        if wait == _Wait.LAST_ADOPTION:
-            self._finish(lane)
-        else:
-            self._go_on(lane)
+        self._execute(lane, lane.machine.after_wait(self.progress, lane.in_flight))
 
     # ---- the exchange -----------------------------------------------------------------------------------------------
 
@@ -447,8 +424,8 @@ class Timeline:
 
     def _hear(self, lane: Lane, turn: int) -> None:
         """A worker has heard of the turn: it holds it open, if that is worth it for its push."""
-        none_to_come = Flag.IDLE | Flag.FINAL
-        if lane.pending is None and lane.push is None and not lane.flags & none_to_come and lane.patience > 0:
+        has_delta = lane.pending is not None or lane.push is not None
+        if may_push(lane.flags, has_delta) and lane.patience > 0:
             self._held_by.add(lane.rank)
             self._at(self.now + lane.patience, _Phase.EXCHANGE, self._release, lane, turn)
         else:
@@ -491,18 +468,8 @@ class Timeline:
         if lane.push is not None:
             lane.pending, lane.push = lane.push, None
             finite = self._replicas.finite(lane.rank)
-        if lane.pending is not None:
-            header = replace(
-                header,
-                flags=lane.flags | (Flag.DELTA if finite else Flag.DROPPED),
-                round=lane.pending.round,
-                round_steps=lane.pending.steps,
-                round_samples=lane.pending.samples,
-                round_seconds=lane.pending.end - lane.pending.begin,
-                shard=lane.pending.shard,
-                start_version=lane.pending.start_version,
-            )
-        self._headers[lane.rank] = header
+        pushed = None if lane.pending is None else lane.pending.round
+        self._headers[lane.rank] = add_round(header, pushed, finite)
 
     def _exchange_deltas(self) -> None:
         headers = [self._headers[lane.rank] for lane in self.lanes]
@@ -557,11 +524,11 @@ class Timeline:
     def _finished(self, rank: int, push: _Push) -> FinishedRound:
         return FinishedRound(
             worker=rank,
-            round=push.round,
+            round=push.round.round,
             begin=push.begin,
             end=push.end,
             adopted=self.now,
-            local_steps=push.steps,
+            local_steps=push.round.steps,
             all_steps=push.all_steps,
-            loss=push.loss / push.steps,
+            loss=push.loss / push.round.steps,
         )

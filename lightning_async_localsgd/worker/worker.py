@@ -23,8 +23,10 @@ from lightning_async_localsgd.exchange.share import share
 from lightning_async_localsgd.membership import Roster
 from lightning_async_localsgd.outer import Adopter, GlobalState
 from lightning_async_localsgd.outer.layout import Layout
+from lightning_async_localsgd.protocol import machine as protocol
 from lightning_async_localsgd.protocol.budget import Budget
 from lightning_async_localsgd.protocol.header import PROTOCOL, Flag, Message
+from lightning_async_localsgd.protocol.machine import Action, Machine
 from lightning_async_localsgd.protocol.progress import Beat, OuterUpdate, Progress
 from lightning_async_localsgd.protocol.round_length import AUTO
 from lightning_async_localsgd.protocol.rounds import Rounds
@@ -127,6 +129,7 @@ class Worker:
         self.rank = rank
         self.size = size
         self._rounds = Rounds(rank, size, settings)
+        self._machine = Machine(self._rounds, settings.overlap)
         self._layout = Layout(module, bool(settings.exchange_frozen), settings.local_buffers)
         self._adopter = Adopter(self._layout)
         self._state = GlobalState(
@@ -247,7 +250,8 @@ class Worker:
         self._synchronize()  # from here on the other thread moves the global state
         self._exchange.start()
         if not self._settings.overlap:
-            self._wait_for_adoption()
+            while self._in_flight:  # what a run that goes on had pushed
+                self._wait(protocol.Reason.ADOPTION, self._mailbox.progress)
         self._round_started = self._step_ended = time.monotonic()
         self._stopwatch.resume()
 
@@ -275,13 +279,7 @@ class Worker:
         self._adopt_if_ready()
         self._cut_if_asked()
         self._report()
-        if self._in_flight:
-            self._extend_push()
-        elif self._rounds.push_is_due(self._mailbox.progress, self._mailbox.push_wanted):
-            self._push()
-            if not self._settings.overlap:
-                self._wait_for_adoption()
-        running = self._go_on()
+        running = self._execute(self._after_step)
         self.steps_made = self._rounds.steps_made(self._mailbox.progress)
         if self._rounds.round_steps == 0:  # what came between two rounds was waiting
             self._round_started = time.monotonic()
@@ -298,46 +296,54 @@ class Worker:
         speed = self._stopwatch.speed(progress.round_steps[self.rank])
         self._mailbox.report(self.local_steps, speed, self._rounds.patience(progress, speed))
 
-    def _go_on(self) -> bool:
-        """Whether this worker is to make another step."""
-        progress = self._mailbox.progress
-        if self._rounds.over(progress):
-            return False
-        if self._rounds.has_step(progress):
-            return True
-        return self._rounds.may_get_more and self._wait_for_more()
+    def _execute(self, decide: Callable[[Progress], Action]) -> bool:
+        """Execute the machine's actions up to the next step; returns whether there is one."""
+        idle = False
+        while True:
+            progress = self._mailbox.progress
+            action = decide(progress)
+            if isinstance(action, protocol.Push):
+                self._push_last() if action.last else self._push()
+                decide = self._machine.after_push
+            elif isinstance(action, protocol.Extend):
+                self._extend_push(action.most)
+                decide = self._machine.after_extension
+            elif isinstance(action, protocol.Wait):
+                if action.reason is protocol.Reason.BUDGET and not idle:
+                    idle = True
+                    self._mailbox.flag(Flag.IDLE)
+                    self._mailbox.announce()
+                self._wait(action.reason, progress)
+                decide = self._after_wait
+            else:
+                if idle and isinstance(action, protocol.Train):
+                    self._mailbox.unflag(Flag.IDLE)
+                return isinstance(action, protocol.Train)
+
+    def _after_step(self, progress: Progress) -> Action:
+        return self._machine.after_step(progress, self._in_flight, self._mailbox.push_wanted)
+
+    def _after_wait(self, progress: Progress) -> Action:
+        return self._machine.after_wait(progress, self._in_flight)
+
+    def _wait(self, reason: protocol.Reason, than: Progress) -> None:
+        """Wait for an adoption, or for newer progress than this."""
+        if reason in (protocol.Reason.ADOPTION, protocol.Reason.LAST_ADOPTION):
+            adoption = self._mailbox.wait_for_adoption()
+            if adoption is not None:
+                self._adopt(adoption)
+            self._cut_if_asked()
+            return
+        self._mailbox.wait_for_progress(than)
+        self._adopt_if_ready()
+        self._cut_if_asked()
+        if self.on_progress is not None:
+            self.on_progress()
 
     @property
     def budget_spent(self) -> bool:
         """Whether no step is left for this worker, as of the latest exchange: in a run that goes on, at its start."""
         return self._rounds.budget_spent(self._mailbox.progress)
-
-    def _wait_for_more(self) -> bool:
-        """At its share of the budget: wait until the others have made theirs, or leave some of it to this worker."""
-        self._mailbox.flag(Flag.IDLE)
-        self._mailbox.announce()
-        progress = self._mailbox.progress
-        while not self._rounds.over(progress):
-            if self._rounds.has_step(progress):
-                self._mailbox.unflag(Flag.IDLE)
-                return True
-            progress = self._wait_for_progress(progress)
-        return False
-
-    def _wait_for_adoption(self) -> None:
-        while self._in_flight:
-            adoption = self._mailbox.wait_for_adoption()
-            if adoption is not None:
-                self._adopt(adoption)
-            self._cut_if_asked()
-
-    def _wait_for_progress(self, than: Progress) -> Progress:
-        progress = self._mailbox.wait_for_progress(than)
-        self._adopt_if_ready()
-        self._cut_if_asked()
-        if self.on_progress is not None:
-            self.on_progress()
-        return progress
 
     def finish(self, stop: bool = False) -> RunSummary:
         """End this worker's part: push what it has not pushed, wait for the others, take the final global parameters.
@@ -352,18 +358,10 @@ class Worker:
             AsyncLocalSGDError: if the exchange fails before the end.
         """
         assert self._exchange is not None
-        flags = Flag.FINAL | Flag.STOP if stop else Flag.FINAL
         if stop:
             self._mailbox.flag(Flag.STOP)
-        self._wait_for_adoption()
-        if self._rounds.round_steps > 0:
-            self._push(flags)
-        else:
-            self._mailbox.flag(flags)
-            self._mailbox.announce()
+        self._execute(lambda _: self._machine.finish(self._in_flight))
         progress = self._mailbox.progress
-        while not progress.over:
-            progress = self._wait_for_progress(progress)
         self._exchange.join(self._settings.timeout.total_seconds())
         with self._copies.following():
             self._copy_to_module(self._state.flat)
@@ -593,8 +591,9 @@ class Worker:
         assert self._exchange is not None
         push = self._mailbox.untaken_push() or self._exchange.pending
         if push is not None:
-            steps, samples, shard = steps + push.steps, samples + push.samples, push.shard
-            base, version = push.base, push.start_version
+            pushed = push.round
+            steps, samples, shard = steps + pushed.steps, samples + pushed.samples, pushed.shard
+            base, version = push.base, pushed.start_version
         same = version == self._state.version and not self._adopter.rounds
         if push is not None and not same:  # the exchange thread makes it the delta, or has done so
             base = push.base + push.snapshot if push is self._exchange.pending else push.base.to("cpu", copy=True)
@@ -699,13 +698,21 @@ class Worker:
     def _in_flight(self) -> bool:
         return self._snapshot is None
 
+    def _push_last(self) -> None:
+        """Push what has not been pushed, and tell that no other push will come."""
+        if self._rounds.round_steps > 0:
+            self._push(Flag.FINAL)
+        else:
+            self._mailbox.flag(Flag.FINAL)
+            self._mailbox.announce()
+
     @torch.no_grad()
     def _push(self, flags: Flag = Flag.NONE, shard: int | None = None) -> None:
         """Hand the local parameters of now to the exchange thread; training may go on at once.
 
         Args:
             flags: to raise with it.
-            shard: that of the round, if the next round has drawn its own already; None: that of now.
+            shard: the round's shard, if that of the next one has been drawn already; None: the current one.
         """
         assert self._base is not None and self._snapshot is not None
         tensors = self._layout.tensors(self._module)
@@ -714,31 +721,26 @@ class Worker:
             self._adopted()  # the user may have gone on on another stream
             torch._foreach_copy_(self._layout.views(self._snapshot), tensors, True)
             self._check.pushed(self._rounds.round_steps)
-            push = Push(
-                base=self._base,
-                snapshot=self._snapshot,
-                ready=self._transfers(),
-                round=self.round,
-                steps=self._rounds.round_steps,
-                samples=self._rounds.round_samples,
-                seconds=self._step_ended - self._round_started,
-                shard=self.shard if shard is None else shard,
-                start_version=self._start_version,
-            )
+            seconds = self._step_ended - self._round_started
+            ended = self._rounds.end_round(self._mailbox.progress, seconds, self._start_version, shard)
+            push = Push(self._base, self._snapshot, self._transfers(), ended)
             self._base = self._snapshot = None
-            self._rounds.begin(self._mailbox.progress, draw=shard is None)
             self._report()
             self._mailbox.push(push, flags)
 
-    def _extend_push(self) -> None:
-        """Add the steps made since the push to the round it ended, while its turn is held open for others."""
-        push = self._mailbox.take_back(self._rounds.most_to_extend(self._mailbox.progress))
+    def _extend_push(self, most: int) -> None:
+        """Add the steps made since the push to the round it ended, while its turn is held open for others.
+
+        Args:
+            most: the most local steps that the pushed round may have for that.
+        """
+        push = self._mailbox.take_back(most)
         if push is None:
             return
         self._base, self._snapshot = push.base, push.snapshot
-        self._rounds.reopen(push.steps, push.samples)
-        self._round_started -= push.seconds
-        self._push(shard=push.shard)  # samples of the next one may be on their way already
+        self._rounds.reopen(push.round)
+        self._round_started -= push.round.seconds
+        self._push(shard=push.round.shard)  # samples of the next one may be on their way already
 
     def _synchronize(self) -> None:
         """Wait for copies to or from an accelerator, before what they read changes."""

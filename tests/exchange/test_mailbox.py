@@ -12,9 +12,10 @@ import torch
 from lightning_async_localsgd.exchange import Mailbox, Push
 from lightning_async_localsgd.protocol.header import MESSAGE_BYTES, Flag
 from lightning_async_localsgd.protocol.progress import Beat, Progress
+from lightning_async_localsgd.protocol.turn import PushedRound
 
 PROGRESS = Progress(0, (0,), (0.0,), (5,), None, False, False, False, (0,), Beat(0, ()), 5)
-PUSH = Push(torch.zeros(1), torch.ones(1), lambda: None, 0, 5, 20, 1.0, 0, 0)
+PUSH = Push(torch.zeros(1), torch.ones(1), lambda: None, PushedRound(0, 5, 20, 1.0, 0, 0))
 
 
 def publish(mailbox: Mailbox, *messages: tuple[int, dict[str, Any]]) -> None:
@@ -25,8 +26,8 @@ def test_a_push_can_be_taken_back_until_the_exchange_has_it() -> None:
     mailbox = Mailbox(PROGRESS)
     assert mailbox.take_back(9) is None
     mailbox.push(PUSH)
-    assert mailbox.take_back(PUSH.steps - 1) is None
-    assert mailbox.take_back(PUSH.steps) is PUSH
+    assert mailbox.take_back(PUSH.round.steps - 1) is None
+    assert mailbox.take_back(PUSH.round.steps) is PUSH
     longer = replace(PUSH, steps=6)
     mailbox.push(longer)
     assert mailbox.take()[1] is longer

@@ -1,0 +1,58 @@
+"""A turn of the exchange: who holds it open, and what each worker's header says of its pushed round."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from lightning_async_localsgd.protocol.header import Flag, Header
+
+__all__ = ["PushedRound", "add_round", "may_push"]
+
+_NONE_TO_COME = Flag.IDLE | Flag.FINAL | Flag.ABORT | Flag.PAUSED
+
+
+class PushedRound(NamedTuple):
+    """A finished round, as its header tells of it."""
+
+    round: int
+    """Rounds that the worker has pushed before it."""
+    steps: int
+    samples: int
+    seconds: float
+    """Duration from its first step to its last."""
+    shard: int
+    start_version: int
+    """Version of the global parameters that it began from."""
+
+
+def may_push(flags: Flag, has_delta: bool) -> bool:
+    """Whether a push of a worker can still come in this turn, so that it may hold the turn open.
+
+    Args:
+        flags: the worker's.
+        has_delta: whether it has pushed already.
+    """
+    return not has_delta and not flags & _NONE_TO_COME
+
+
+def add_round(header: Header, pushed: PushedRound | None, finite: bool) -> Header:
+    """The header with the round whose delta the worker brings to the turn.
+
+    Args:
+        header: the worker's header.
+        pushed: its round; None: it brings no delta.
+        finite: whether every parameter of the delta can be sent; else it is dropped.
+    """
+    if pushed is None:
+        return header
+    return replace(
+        header,
+        flags=header.flags | (Flag.DELTA if finite else Flag.DROPPED),
+        round=pushed.round,
+        round_steps=pushed.steps,
+        round_samples=pushed.samples,
+        round_seconds=pushed.seconds,
+        shard=pushed.shard,
+        start_version=pushed.start_version,
+    )
