@@ -28,7 +28,7 @@ def test_a_push_can_be_taken_back_until_the_exchange_has_it() -> None:
     mailbox.push(PUSH)
     assert mailbox.take_back(PUSH.round.steps - 1) is None
     assert mailbox.take_back(PUSH.round.steps) is PUSH
-    longer = replace(PUSH, steps=6)
+    longer = replace(PUSH, round=PUSH.round._replace(steps=6))
     mailbox.push(longer)
     assert mailbox.take()[1] is longer
     assert mailbox.take_back(9) is None
