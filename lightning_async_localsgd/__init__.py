@@ -12,6 +12,7 @@ from lightning_async_localsgd.loop import AsyncLocalSGD
 from lightning_async_localsgd.methods import METHODS, make_method
 from lightning_async_localsgd.protocol.progress import OuterUpdate
 from lightning_async_localsgd.settings import Settings
+from lightning_async_localsgd.settings.advice import SettingsWarning
 from lightning_async_localsgd.trainer.monitor import AsyncLocalSGDMonitor
 from lightning_async_localsgd.trainer.registration import register_strategy
 from lightning_async_localsgd.trainer.strategy import AsyncLocalSGDStrategy
@@ -31,6 +32,7 @@ __all__ = [
     "ReplicaDivergedError",
     "RunSummary",
     "Settings",
+    "SettingsWarning",
     "Worker",
     "WorkerMismatchError",
     "__version__",

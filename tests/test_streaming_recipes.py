@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from tests.modules import FEATURES, Regression, make_trainer
 from tests.processes import results, run_processes
-from tests.test_strategy import strategy
+from tests.trainer.test_strategy import strategy
 
 SAMPLES, SHARDS = 32, 4
 

@@ -18,7 +18,7 @@ from lightning_async_localsgd.codecs.floats import FP32
 from lightning_async_localsgd.exchange.causes import Causes
 from lightning_async_localsgd.membership import Roster
 from tests.processes import run_processes
-from tests.test_worker import Loop
+from tests.worker.test_worker import Loop
 
 SECOND = timedelta(seconds=1)
 

@@ -1,7 +1,7 @@
 """The files of a job's checkpoints: what is written where, in which order, and what is found again.
 
 A checkpoint is the ordinary Lightning file ``name.ckpt`` with the global model, worker 0's side of the training and,
-under ``"async_localsgd"``, the outer state and shared progress (see ``checkpointing.py``). Beside it, in
+under ``"async_localsgd"``, the outer state and shared progress (see ``saving.py``). Beside it, in
 ``name.ckpt.workers/<id>/``::
 
     leader.ckpt     the Lightning file (name.ckpt is a hard link to it): it outlives an overwritten name.ckpt

@@ -1,4 +1,4 @@
-"""What a checkpoint of a job holds, and who saves it. Where it is written: ``checkpoint_files.py``."""
+"""What a checkpoint of a job holds, and who saves it. Where it is written: ``files.py``."""
 
 from __future__ import annotations
 

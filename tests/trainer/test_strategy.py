@@ -510,7 +510,7 @@ print(f"digest {plan.summary.digest}\n", end="", flush=True)
 def test_launchers(launcher: list[str], tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, *launcher, str(script)], env=environment, capture_output=True, text=True, timeout=120
     )

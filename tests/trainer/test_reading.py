@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, ge
 
 from tests.modules import Batches, Regression, make_trainer, regression_data
 from tests.processes import results, run_processes
-from tests.test_strategy import strategy
+from tests.trainer.test_strategy import strategy
 
 SAMPLES = 64
 

@@ -14,7 +14,7 @@ from lightning_async_localsgd.simulation import Network, simulate
 from lightning_async_localsgd.worker.worker import Worker
 from tests.modules import Regression, make_net, regression_data
 from tests.processes import job_store, results, run_processes
-from tests.test_worker import Loop
+from tests.worker.test_worker import Loop
 
 
 @pytest.mark.parametrize(("max_steps", "expected"), [(20, 1), (400, 10), (2000, 50), (100_000, 50), (None, 5)])

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from tests.modules import Regression, make_trainer, regression_data
 from tests.processes import results, run_processes
-from tests.test_strategy import strategy
+from tests.trainer.test_strategy import strategy
 
 IN_STEP = ("setup", "on_fit_start", "on_train_start", "on_train_end", "on_fit_end", "teardown", "after fit")
 OUT_OF_STEP = ("on_train_batch_end",)

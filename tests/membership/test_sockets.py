@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_async_localsgd import Settings
 from tests.processes import run_processes
-from tests.test_worker import Loop
+from tests.worker.test_worker import Loop
 
 
 class SlowToRead(Dataset[torch.Tensor]):
