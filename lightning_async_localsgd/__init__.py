@@ -17,7 +17,8 @@ from lightning_async_localsgd.trainer.monitor import AsyncLocalSGDMonitor
 from lightning_async_localsgd.trainer.registration import register_strategy
 from lightning_async_localsgd.trainer.strategy import AsyncLocalSGDStrategy
 from lightning_async_localsgd.version import __version__
-from lightning_async_localsgd.worker.worker import RunSummary, Worker
+from lightning_async_localsgd.worker.summary import RunSummary
+from lightning_async_localsgd.worker.worker import Worker
 
 __all__ = [
     "METHODS",

@@ -23,7 +23,8 @@ from lightning_async_localsgd.settings.advice import warn_of_useless_settings
 from lightning_async_localsgd.settings.arguments import check_names, names_of
 from lightning_async_localsgd.version import __version__
 from lightning_async_localsgd.worker.step_watch import ParameterChanges, StepListener
-from lightning_async_localsgd.worker.worker import RunSummary, Worker
+from lightning_async_localsgd.worker.summary import RunSummary
+from lightning_async_localsgd.worker.worker import Worker
 
 __all__ = ["AsyncLocalSGD"]
 

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
-from lightning_async_localsgd.worker.worker import RunSummary
+from lightning_async_localsgd.worker.summary import RunSummary
 from tests.modules import FEATURES, Regression, make_net, make_trainer, regression_data
 from tests.processes import results, run_processes
 

@@ -21,7 +21,7 @@ from lightning_async_localsgd.simulation.live import LiveModule, Own
 from lightning_async_localsgd.simulation.steps import LocalSteps, MakeBatches
 from lightning_async_localsgd.simulation.timeline import Learned
 from lightning_async_localsgd.worker.dropped_deltas import Drops
-from lightning_async_localsgd.worker.worker import forget_non_finite_state
+from lightning_async_localsgd.worker.replica import forget_non_finite_state
 
 __all__ = ["TrainingReplicas"]
 

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _Su
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from lightning_async_localsgd.worker.worker import RunSummary
+from lightning_async_localsgd.worker.summary import RunSummary
 
 __all__ = ["ForkingLauncher", "ScriptLauncher", "check_start_method"]
 

@@ -13,7 +13,8 @@ from typing_extensions import override
 
 from lightning_async_localsgd.protocol.progress import OuterUpdate
 from lightning_async_localsgd.trainer.strategy import AsyncLocalSGDStrategy
-from lightning_async_localsgd.worker.worker import RunSummary, Worker
+from lightning_async_localsgd.worker.summary import RunSummary
+from lightning_async_localsgd.worker.worker import Worker
 
 __all__ = ["AsyncLocalSGDMonitor"]
 

@@ -50,7 +50,8 @@ from lightning_async_localsgd.trainer.meetings import meet_before_training
 from lightning_async_localsgd.version import __version__
 from lightning_async_localsgd.worker.device_group import Crew, FollowingRank, LeadingWorker
 from lightning_async_localsgd.worker.step_watch import StepWatch
-from lightning_async_localsgd.worker.worker import RunSummary, Worker
+from lightning_async_localsgd.worker.summary import RunSummary
+from lightning_async_localsgd.worker.worker import Worker
 
 __all__ = ["AsyncLocalSGDStrategy"]
 

@@ -25,8 +25,9 @@ from lightning_async_localsgd.outer.layout import Layout
 from lightning_async_localsgd.protocol.header import Message
 from lightning_async_localsgd.protocol.progress import OuterUpdate
 from lightning_async_localsgd.settings import Settings
-from lightning_async_localsgd.worker.weight_copies import WeightCopies
-from lightning_async_localsgd.worker.worker import RunSummary, Worker, forget_non_finite_state, unversioned
+from lightning_async_localsgd.worker.replica import Replica, forget_non_finite_state, unversioned
+from lightning_async_localsgd.worker.summary import RunSummary
+from lightning_async_localsgd.worker.worker import Worker
 
 __all__ = ["Crew", "FollowingRank", "LeadingWorker"]
 
@@ -134,7 +135,7 @@ class LeadingWorker(Worker):
         with self._leading():
             super().start(max_steps, open_end)
             self._changed = True
-        self._crew.share(list(self._layout.others(self._module).values()))
+        self._crew.share(list(self._replica.others.values()))
 
     def step(self, samples: int = 0) -> bool:
         """See :meth:`Worker.step`."""
@@ -148,7 +149,7 @@ class LeadingWorker(Worker):
             summary = super().finish(stop)
             word["digest"] = summary.digest
             self._changed = True
-        self._crew.share(list(self._layout.others(self._module).values()))
+        self._crew.share(list(self._replica.others.values()))
         return summary
 
     def abort(self, error: BaseException) -> None:
@@ -159,7 +160,7 @@ class LeadingWorker(Worker):
     def lend_global(self, for_cut: bool = False) -> None:
         """See :meth:`Worker.lend_global`."""
         super().lend_global(for_cut)
-        self._crew.share(unversioned(self._layout.tensors(self._module)))
+        self._crew.share(unversioned(self._replica.in_module))
 
     @contextmanager
     def cut(self, what: Message) -> Iterator[None]:
@@ -221,7 +222,7 @@ class LeadingWorker(Worker):
             | {
                 "changed": self._changed,
                 "restarted": self._restarted,
-                "weight_copies": sorted(self._copies.names),
+                "weight_copies": sorted(self._replica.copies.names),
                 "job_steps": self.job_steps,
                 "local_steps": self.local_steps,
                 "budget_spent": self.budget_spent,
@@ -234,7 +235,7 @@ class LeadingWorker(Worker):
         )
         self._untold = {"updates": [], "messages": []}
         if self._changed:
-            self._crew.share([*self._own_tensors, *self._copies.tensors()])
+            self._crew.share([*self._replica.own, *self._replica.copies.tensors()])
         self._changed = self._restarted = False
 
 
@@ -264,19 +265,17 @@ class FollowingRank:
         self.on_gather: Callable[[], bytes] = bytes
         """Gives what this process has to save of its own in a checkpoint."""
         self._crew = crew
-        self._module = module
-        self._optimizers = optimizers
-        self._copies = WeightCopies(module, optimizers)
-        self._layout = Layout(module, bool(settings.exchange_frozen), settings.local_buffers)
+        layout = Layout(module, bool(settings.exchange_frozen), settings.local_buffers)
+        self._replica = Replica(module, optimizers, layout)
+        self._optimizers = list(optimizers)
         self._summary: RunSummary | None = None
         self._updates: list[OuterUpdate] = []
         self._messages: list[tuple[int, Message]] = []
-        self._own: list[Tensor] | None = None
 
     def start(self, max_steps: int | None = None, open_end: bool = False) -> None:
         """See :meth:`Worker.start`."""
         self.follow()
-        self._crew.share(list(self._layout.others(self._module).values()))
+        self._crew.share(list(self._replica.others.values()))
 
     def step(self, samples: int = 0) -> bool:
         """See :meth:`Worker.step`."""
@@ -286,7 +285,7 @@ class FollowingRank:
     def finish(self, stop: bool = False) -> RunSummary:
         """See :meth:`Worker.finish`."""
         digest = self.follow()["digest"]
-        self._crew.share(list(self._layout.others(self._module).values()))
+        self._crew.share(list(self._replica.others.values()))
         return replace(self.summary(), digest=digest)
 
     def follow(self) -> dict[str, Any]:
@@ -309,15 +308,14 @@ class FollowingRank:
         if word["restarted"]:
             forget_non_finite_state(self._optimizers)
         if word["changed"]:
-            own = self._own if self._own is not None else self._layout.tensors(self._module)
-            self._copies.names = set(word["weight_copies"])
-            self._crew.share([*own, *self._copies.tensors()])
+            self._replica.copies.names = set(word["weight_copies"])
+            self._crew.share([*self._replica.own, *self._replica.copies.tensors()])
         return word
 
     def watch(self, optimizers: Sequence[Optimizer]) -> None:
         """See :meth:`Worker.watch`."""
         self._optimizers = list(optimizers)
-        self._copies.watch(optimizers)
+        self._replica.watch(optimizers)
 
     def abort(self, error: BaseException) -> None:
         """Leave; the first rank notices."""
@@ -325,21 +323,17 @@ class FollowingRank:
 
     def lend_global(self, for_cut: bool = False) -> None:
         """See :meth:`Worker.lend_global`."""
-        tensors = unversioned(self._layout.tensors(self._module))
-        self._own = [tensor.clone() for tensor in tensors]
-        self._crew.share(tensors)
+        self._replica.put_aside()
+        self._crew.share(unversioned(self._replica.in_module))
 
-    @torch.no_grad()
     def take_back_own(self) -> None:
         """See :meth:`Worker.take_back_own`."""
-        assert self._own is not None
-        torch._foreach_copy_(unversioned(self._layout.tensors(self._module)), self._own)
-        self._own = None
+        self._replica.take_back_own()
 
     @property
     def has_lent(self) -> bool:
         """See :meth:`Worker.has_lent`."""
-        return self._own is not None
+        return self._replica.has_lent
 
     def summary(self) -> RunSummary:
         """See :meth:`Worker.summary`."""

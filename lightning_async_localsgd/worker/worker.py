@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,11 +17,10 @@ from torch.profiler import record_function
 
 from lightning_async_localsgd.errors import PeerLostError
 from lightning_async_localsgd.exchange import Adoption, ExchangeThread, GlooTransport, Mailbox, Push
-from lightning_async_localsgd.exchange.accelerator import can_pin, copied
 from lightning_async_localsgd.exchange.causes import Causes
 from lightning_async_localsgd.exchange.share import share
 from lightning_async_localsgd.membership import Roster
-from lightning_async_localsgd.outer import Adopter, GlobalState
+from lightning_async_localsgd.outer import GlobalState
 from lightning_async_localsgd.outer.layout import Layout
 from lightning_async_localsgd.protocol import machine as protocol
 from lightning_async_localsgd.protocol.budget import Budget
@@ -32,11 +31,11 @@ from lightning_async_localsgd.protocol.round_length import AUTO
 from lightning_async_localsgd.protocol.rounds import Rounds
 from lightning_async_localsgd.protocol.speed_meter import Stopwatch
 from lightning_async_localsgd.settings import Settings
-from lightning_async_localsgd.worker.adoption_check import AdoptionCheck
 from lightning_async_localsgd.worker.dropped_deltas import Drops
-from lightning_async_localsgd.worker.weight_copies import WeightCopies
+from lightning_async_localsgd.worker.replica import Replica
+from lightning_async_localsgd.worker.summary import RunSummary
 
-__all__ = ["RunSummary", "Worker", "forget_non_finite_state", "unversioned"]
+__all__ = ["Worker"]
 
 _SAVED_PROGRESS = (
     "steps",
@@ -48,36 +47,6 @@ _SAVED_PROGRESS = (
     "max_staleness",
     "dropped",
 )
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """A run in numbers. All but ``bytes_*`` and ``blocked_seconds`` are alike on every worker after ``fit``.
-
-    Those two are of this process; what was counted before a checkpoint that the run was resumed from is in all others.
-    """
-
-    version: int
-    """Outer updates applied."""
-    total_local_steps: int
-    """Local steps of all workers together."""
-    local_steps: tuple[int, ...]
-    """Local steps of each worker."""
-    mean_staleness: float
-    """Mean over all deltas of the versions that passed between the start of a round and its application."""
-    max_staleness: int
-    round_length: int
-    """H, local steps per round of the fastest worker: as given or, with ``"auto"``, what it has come to."""
-    dropped: tuple[int, ...]
-    """Non-finite deltas of each worker, which were not applied."""
-    bytes_sent: int
-    """Bytes this worker has sent to its peers, headers included."""
-    bytes_received: int
-    blocked_seconds: float
-    """Time this worker's training thread has spent on the exchange instead of training: copies and waits, up to its
-    last local step (not the wait for the others after it)."""
-    digest: str
-    """Hash (hex) of the final global parameters and outer state; empty while the run goes on."""
 
 
 class Worker:
@@ -122,18 +91,16 @@ class Worker:
         credentials: Mapping[str, Any] | None = None,
     ) -> None:
         settings.check_workers(size)
-        self._module = module
-        self._optimizers = list(optimizers)
         self._store = store
         self._settings = settings
         self.rank = rank
         self.size = size
         self._rounds = Rounds(rank, size, settings)
         self._machine = Machine(self._rounds, settings.overlap)
-        self._layout = Layout(module, bool(settings.exchange_frozen), settings.local_buffers)
-        self._adopter = Adopter(self._layout)
+        layout = Layout(module, bool(settings.exchange_frozen), settings.local_buffers)
+        self._replica = Replica(module, optimizers, layout, settings.weight_copies, settings.constraint)
         self._state = GlobalState(
-            self._layout,
+            layout,
             settings.outer_optimizer,
             size,
             settings.quorum,
@@ -148,12 +115,10 @@ class Worker:
             {"protocol": PROTOCOL, "torch": torch.__version__.split("+")[0]}
             | settings.credentials()
             | dict(credentials or {})
-            | {"model": list(self._layout.describe())},
+            | {"model": list(layout.describe())},
             settings.timeout,
         )
-        self._copies = WeightCopies(module, self._optimizers, settings.weight_copies)
-        self._drops = Drops(self._roster.name(rank), self._layout)
-        self._check = AdoptionCheck()
+        self._drops = Drops(self._roster.name(rank), layout)
         self._transport = GlooTransport(store, self._roster, settings.timeout)
         self._share_initial_parameters()
 
@@ -165,9 +130,7 @@ class Worker:
         self._round_started = 0.0
         self._step_ended = 0.0
         self._start_version = 0  # of the global parameters that this round has begun from
-        self._adopted: Callable[[], object] = self._synchronize
         self._pauses = 0
-        self._own: list[Tensor] | None = None  # what `lend_global` has put aside
         self._lent_for_cut = False
         self._progress = Progress.at_start(size, settings.round_length(None).first())
         self._resumed_progress = False
@@ -190,20 +153,17 @@ class Worker:
 
     def _share_initial_parameters(self) -> None:
         """Take worker 0's tensors, and begin from them."""
-        with self._copies.following():
-            self._share(self._named_tensors() | self._layout.others(self._module))
-        odd = self._state.begin(self._layout.tensors(self._module))
+        replica = self._replica
+        named = dict(zip((slot.name for slot in replica.layout.slots), replica.in_module, strict=True))
+        with replica.copies.following():
+            self._share(named | replica.others)
+        odd = self._state.begin(replica.in_module)
         if odd:
             warnings.warn(
                 f"{', '.join(map(repr, odd))} have elements that are not finite. These stay as they are and are not "
                 "exchanged; if they are no mask, look at how the parameters are initialized.",
                 stacklevel=3,
             )
-
-    def _named_tensors(self) -> dict[str, Tensor]:
-        """The module's tensors that are exchanged."""
-        names = [slot.name for slot in self._layout.slots]
-        return dict(zip(names, self._layout.tensors(self._module), strict=True))
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
@@ -230,27 +190,22 @@ class Worker:
         self._rounds.start(progress, max_steps, open_end)
         self._mailbox = Mailbox(progress)
         self._mailbox.measure_updates = self._measure_updates
-        pinned = can_pin(self._device, self._outer_device)
-        self._base: Tensor | None = self._layout.empty(self._settings.outer_device, pinned)
-        self._base.copy_(self._state.flat)
-        self._adopter.hold(self._layout.tensors(self._module), self._base)
-        self._snapshot: Tensor | None = self._layout.empty(self._settings.outer_device, pinned)
+        self._replica.begin(self._state.flat)
         self._exchange = ExchangeThread(
             self._mailbox, self._state, self._transport, self._store, self._roster, self._settings, budget
         )
-        self._copies.find()
         if self._has_others_copies:
-            self._copies.reset(self._layout.by_name(self._state.flat))
+            self._replica.copies.reset(self._replica.layout.by_name(self._state.flat))
         if self._resumed_round is not None:
             self._resume_round(self._resumed_round)
         self._report()  # a turn may open before this worker's first step has ended
         self.steps_made = self._rounds.steps_made(self._mailbox.progress)
         if not self.budget_spent:
             self._mailbox.begin_step()
-        self._synchronize()  # from here on the other thread moves the global state
+        self._replica.synchronize()  # from here on the other thread moves the global state
         self._exchange.start()
         if not self._settings.overlap:
-            while self._in_flight:  # what a run that goes on had pushed
+            while self._replica.in_flight:  # what a run that goes on had pushed
                 self._wait(protocol.Reason.ADOPTION, self._mailbox.progress)
         self._round_started = self._step_ended = time.monotonic()
         self._stopwatch.resume()
@@ -272,10 +227,7 @@ class Worker:
         self._stopwatch.step()
         self._step_ended = time.monotonic()
         self._rounds.count(samples)
-        if self._rounds.round_steps == 1:
-            self._copies.find()
-        if self._check.pending:
-            self._check.stepped(self._own_tensors, self._optimizers)
+        self._replica.stepped(first=self._rounds.round_steps == 1)
         self._adopt_if_ready()
         self._cut_if_asked()
         self._report()
@@ -321,10 +273,10 @@ class Worker:
                 return isinstance(action, protocol.Train)
 
     def _after_step(self, progress: Progress) -> Action:
-        return self._machine.after_step(progress, self._in_flight, self._mailbox.push_wanted)
+        return self._machine.after_step(progress, self._replica.in_flight, self._mailbox.push_wanted)
 
     def _after_wait(self, progress: Progress) -> Action:
-        return self._machine.after_wait(progress, self._in_flight)
+        return self._machine.after_wait(progress, self._replica.in_flight)
 
     def _wait(self, reason: protocol.Reason, than: Progress) -> None:
         """Wait for an adoption, or for newer progress than this."""
@@ -360,12 +312,12 @@ class Worker:
         assert self._exchange is not None
         if stop:
             self._mailbox.flag(Flag.STOP)
-        self._execute(lambda _: self._machine.finish(self._in_flight))
+        self._execute(lambda _: self._machine.finish(self._replica.in_flight))
         progress = self._mailbox.progress
         self._exchange.join(self._settings.timeout.total_seconds())
-        with self._copies.following():
-            self._copy_to_module(self._state.flat)
-        self._share(self._layout.others(self._module))
+        with self._replica.copies.following():
+            self._replica.load(self._state.flat)
+        self._share(self._replica.others)
         self._transport.close()
         self._rounds.final_job_steps(progress)
         self.steps_made = progress.steps
@@ -400,8 +352,7 @@ class Worker:
 
     def watch(self, optimizers: Sequence[Optimizer]) -> None:
         """From now on these are the inner optimizers."""
-        self._optimizers = list(optimizers)
-        self._copies.watch(optimizers)
+        self._replica.watch(optimizers)
 
     # ---- what the run looks like ------------------------------------------------------------------------------------
 
@@ -502,7 +453,6 @@ class Worker:
         with self._mailbox.global_state():
             return self._state.tensors()
 
-    @torch.no_grad()
     def lend_global(self, for_cut: bool = False) -> None:
         """Put the global parameters and buffers of now into the module, until :meth:`take_back_own`.
 
@@ -510,26 +460,21 @@ class Worker:
             for_cut: they become those of the next :meth:`cut`.
         """
         self._lent_for_cut = for_cut
-        self._own = [tensor.clone() for tensor in self._layout.tensors(self._module)]
+        self._replica.put_aside()
         self._lend_of_now()
 
-    @torch.no_grad()
     def _lend_of_now(self) -> None:
         with self._mailbox.global_state():
-            torch._foreach_copy_(unversioned(self._layout.tensors(self._module)), self._layout.views(self._state.flat))
-            self._synchronize()
+            self._replica.lend(self._state.flat)
 
-    @torch.no_grad()
     def take_back_own(self) -> None:
         """Put this worker's own parameters back, bit for bit."""
-        assert self._own is not None
-        torch._foreach_copy_(unversioned(self._layout.tensors(self._module)), self._own)
-        self._own = None
+        self._replica.take_back_own()
 
     @property
     def has_lent(self) -> bool:
         """Whether the module holds the global parameters, and this worker its own."""
-        return self._own is not None
+        return self._replica.has_lent
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -575,7 +520,7 @@ class Worker:
         progress = self._mailbox.progress
         with self._mailbox.global_state():
             state = self._state.state_dict(tensors)
-            self._synchronize()
+            self._replica.synchronize()
         counts = {name: getattr(progress, name) for name in _SAVED_PROGRESS}
         return {"global": state, "progress": counts | {"beat": tuple(progress.beat)}}
 
@@ -587,19 +532,19 @@ class Worker:
         copied before the next step.
         """
         steps, samples, shard = self._rounds.round_steps, self._rounds.round_samples, self.shard
-        base, version = self._base, self._start_version
+        base, version = self._replica.base, self._start_version
         assert self._exchange is not None
         push = self._mailbox.untaken_push() or self._exchange.pending
         if push is not None:
             pushed = push.round
             steps, samples, shard = steps + pushed.steps, samples + pushed.samples, pushed.shard
             base, version = push.base, pushed.start_version
-        same = version == self._state.version and not self._adopter.rounds
+        same = version == self._state.version and not self._replica.rounds_base
         if push is not None and not same:  # the exchange thread makes it the delta, or has done so
             base = push.base + push.snapshot if push is self._exchange.pending else push.base.to("cpu", copy=True)
         assert base is not None
         return {
-            "tensors": [t.detach() for t in self._own_tensors],
+            "tensors": [t.detach() for t in self._replica.own],
             # Without updates since the round began, the base is the global state itself (if the module can hold it).
             "base": None if same else base,
             "round": self.round - (push is not None),
@@ -638,7 +583,7 @@ class Worker:
             )
         if not same_workers:
             self._state.begin_rounds(range(self.size))
-        self._copy_to_module(self._state.flat)
+        self._replica.load(self._state.flat)
         self._has_others_copies = not same_workers
         self.version = self._start_version = self._state.version
         self._progress = replace(self._progress, version=self.version)
@@ -663,20 +608,16 @@ class Worker:
     def _resume_round(self, saved: Mapping[str, Any]) -> None:
         self._rounds.round_steps = saved["round_steps"]
         self._rounds.round_samples = saved["round_samples"]
-        tensors = self._layout.tensors(self._module)
-        torch._foreach_copy_(tensors, saved["tensors"])
+        torch._foreach_copy_(self._replica.in_module, saved["tensors"])
         self._start_version = saved.get("start_version", self.version)  # the round stays as stale as it was
-        assert self._base is not None
+        assert self._replica.base is not None
         if saved["base"] is not None:
             if self._start_version == self._state.version:
-                self._base.copy_(saved["base"])
-            else:  # learned on top of older global parameters: rebase it, as an adoption would
-                self._base.copy_(self._state.flat)
+                self._replica.base.copy_(saved["base"])
+            else:  # learned on top of older global parameters
                 correction = self._state.flat - saved["base"].to(self._state.flat.device)
                 self._state.clear_holes(correction)
-                correction = correction.to(self._device)
-                self._adopter.advance(tensors, self._base, correction, ())
-                self._copies.move(self._layout.by_name(correction))
+                self._replica.rebase(self._state.flat, correction)
         self._resumed_round = None
         next_shard = saved.get("next_shard")
         if next_shard is not None or self._rounds.push_is_due(self._mailbox.progress, wanted=False):
@@ -686,18 +627,6 @@ class Worker:
 
     # ---- rounds -----------------------------------------------------------------------------------------------------
 
-    @property
-    def _device(self) -> torch.device:
-        return self._layout.tensors(self._module)[0].device
-
-    @property
-    def _outer_device(self) -> torch.device:
-        return self._state.flat.device
-
-    @property
-    def _in_flight(self) -> bool:
-        return self._snapshot is None
-
     def _push_last(self) -> None:
         """Push what has not been pushed, and tell that no other push will come."""
         if self._rounds.round_steps > 0:
@@ -706,7 +635,6 @@ class Worker:
             self._mailbox.flag(Flag.FINAL)
             self._mailbox.announce()
 
-    @torch.no_grad()
     def _push(self, flags: Flag = Flag.NONE, shard: int | None = None) -> None:
         """Hand the local parameters of now to the exchange thread; training may go on at once.
 
@@ -714,19 +642,12 @@ class Worker:
             flags: to raise with it.
             shard: the round's shard, if that of the next one has been drawn already; None: the current one.
         """
-        assert self._base is not None and self._snapshot is not None
-        tensors = self._layout.tensors(self._module)
-        self._layout.check_trainable(self._module)
         with record_function("async_localsgd::push"):
-            self._adopted()  # the user may have gone on on another stream
-            torch._foreach_copy_(self._layout.views(self._snapshot), tensors, True)
-            self._check.pushed(self._rounds.round_steps)
+            written = self._replica.write(self._rounds.round_steps)
             seconds = self._step_ended - self._round_started
             ended = self._rounds.end_round(self._mailbox.progress, seconds, self._start_version, shard)
-            push = Push(self._base, self._snapshot, self._transfers(), ended)
-            self._base = self._snapshot = None
             self._report()
-            self._mailbox.push(push, flags)
+            self._mailbox.push(Push(*written, ended), flags)
 
     def _extend_push(self, most: int) -> None:
         """Add the steps made since the push to the round it ended, while its turn is held open for others.
@@ -737,69 +658,20 @@ class Worker:
         push = self._mailbox.take_back(most)
         if push is None:
             return
-        self._base, self._snapshot = push.base, push.snapshot
+        self._replica.take_back(push.base, push.snapshot)
         self._rounds.reopen(push.round)
         self._round_started -= push.round.seconds
         self._push(shard=push.round.shard)  # samples of the next one may be on their way already
-
-    def _synchronize(self) -> None:
-        """Wait for copies to or from an accelerator, before what they read changes."""
-        self._transfers()()
-
-    def _transfers(self) -> Callable[[], object]:
-        """What waits, on any thread, until copies to or from an accelerator that this one began have arrived."""
-        return copied(self._device if self._outer_device.type == "cpu" else self._outer_device)
 
     def _adopt_if_ready(self) -> None:
         adoption = self._mailbox.collect()
         if adoption is not None:
             self._adopt(adoption)
 
-    @torch.no_grad()
     def _adopt(self, adoption: Adoption) -> None:
-        """Take over new global parameters, keeping what was learned since the push: the next delta counts it."""
-        with record_function("async_localsgd::adopt"):
-            self._drops.look(adoption.unsendable)
-            if adoption.restart:
-                self._adopter.replace(self._own_tensors, adoption.base)
-                forget_non_finite_state(self._optimizers)
-                self._copies.reset(self._layout.by_name(adoption.base))
-                self._rounds.restart()
-            elif self._rounds.round_steps == 0:
-                self._adopter.replace(self._own_tensors, adoption.base, adoption.correction)
-                self._copies.move(self._layout.by_name(adoption.correction))
-            else:
-                correction = adoption.correction.to(self._device, non_blocking=True)
-                self._adopter.advance(self._own_tensors, adoption.base, correction, adoption.unsendable.buffers)
-                self._copies.move(self._layout.by_name(correction))
-            self._adopted = self._transfers()
-            if self._settings.constraint is not None:
-                own = zip(self._layout.parameter_slots, self._own_tensors, strict=False)
-                self._settings.constraint({slot.name: tensor for slot, tensor in own})
-            if not adoption.restart:
-                count = self._layout.parameter_count
-                self._check.adopted(self._own_tensors[:count], self._layout.views(adoption.correction)[:count])
-            self._base, self._snapshot = adoption.base, adoption.correction
-            self.version = self._start_version = adoption.version
-
-    @property
-    def _own_tensors(self) -> list[Tensor]:
-        """This worker's own parameters and buffers: the module's, but while it holds the global ones."""
-        return self._layout.tensors(self._module) if self._own is None else self._own
-
-    @torch.no_grad()
-    def _copy_to_module(self, flat: Tensor) -> None:
-        torch._foreach_copy_(self._layout.tensors(self._module), self._layout.views(flat), True)
-
-
-def forget_non_finite_state(optimizers: Iterable[Optimizer]) -> None:
-    """Inner optimizers that have seen a non-finite gradient would turn fresh parameters non-finite at once."""
-    for optimizer in optimizers:
-        for parameter, state in list(optimizer.state.items()):
-            if not all(bool(torch.isfinite(v).all()) for v in state.values() if isinstance(v, Tensor)):
-                del optimizer.state[parameter]
-
-
-def unversioned(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The same memory, but writes to it leave no version: who lends tensors, and a backward pass, get back the same."""
-    return [tensor.data for tensor in tensors]
+        """Take over new global parameters, keeping what was learned since the push."""
+        self._drops.look(adoption.unsendable)
+        self._replica.adopt(adoption, self._rounds.round_steps)
+        if adoption.restart:
+            self._rounds.restart()
+        self.version = self._start_version = adoption.version

@@ -1,0 +1,247 @@
+"""The replica of a worker: its module, and the two flat vectors in which deltas are written and adopted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.profiler import record_function
+
+from lightning_async_localsgd.exchange import Adoption
+from lightning_async_localsgd.exchange.accelerator import can_pin, copied
+from lightning_async_localsgd.outer import Adopter, Constraint
+from lightning_async_localsgd.outer.layout import Layout
+from lightning_async_localsgd.worker.adoption_check import AdoptionCheck
+from lightning_async_localsgd.worker.weight_copies import WeightCopies
+
+__all__ = ["Replica", "WrittenRound", "forget_non_finite_state", "unversioned"]
+
+
+class WrittenRound(NamedTuple):
+    """The vectors of a finished round, flat and fp32, on the outer device. The replica has given them up."""
+
+    base: Tensor
+    """The parameters at the start of the round."""
+    snapshot: Tensor
+    """The parameters at its end."""
+    ready: Callable[[], object]
+    """Waits until ``snapshot`` is filled (a copy from an accelerator may still run)."""
+
+
+class Replica:
+    """The module of a worker during a run.
+
+    Between two pushes it holds two flat vectors: the base, which the worker's progress counts from, and room for a
+    snapshot. :meth:`write` gives both up, :meth:`adopt` or :meth:`take_back` brings both back.
+
+    Args:
+        module: the module, on its device.
+        optimizers: its inner optimizers.
+        layout: the layout of its exchanged tensors in a flat vector.
+        weight_copies: names of copies of the weights in the optimizers' states; None: they are found.
+        constraint: applied to the parameters after each adoption.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        layout: Layout,
+        weight_copies: Sequence[str] | None = None,
+        constraint: Constraint | None = None,
+    ) -> None:
+        self.module = module
+        self.layout = layout
+        self.copies = WeightCopies(module, optimizers, weight_copies)
+        self.base: Tensor | None = None
+        """The parameters that the worker's progress counts from; None while a delta is in flight."""
+        self._snapshot: Tensor | None = None
+        self._optimizers = list(optimizers)
+        self._adopter = Adopter(layout)
+        self._check = AdoptionCheck()
+        self._constraint = constraint
+        self._outer_device = torch.device("cpu")
+        self._own: list[Tensor] | None = None  # put aside while the module holds the global ones
+        self._adopted: Callable[[], object] = lambda: None
+
+    # ---- tensors ----------------------------------------------------------------------------------------------------
+
+    @property
+    def in_module(self) -> list[Tensor]:
+        """The exchanged tensors in the module."""
+        return self.layout.tensors(self.module)
+
+    @property
+    def own(self) -> list[Tensor]:
+        """This worker's own exchanged tensors: those in the module, unless it holds the global ones."""
+        return self.in_module if self._own is None else self._own
+
+    @property
+    def others(self) -> dict[str, Tensor]:
+        """The module's tensors that are not exchanged, by name."""
+        return self.layout.others(self.module)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the module."""
+        return self.in_module[0].device
+
+    @property
+    def rounds_base(self) -> bool:
+        """Whether the module cannot hold the base in full precision."""
+        return bool(self._adopter.rounds)
+
+    @torch.no_grad()
+    def load(self, flat: Tensor) -> None:
+        """Copy a flat vector into the module."""
+        torch._foreach_copy_(self.in_module, self.layout.views(flat), True)
+
+    def watch(self, optimizers: Sequence[Optimizer]) -> None:
+        """From now on these are the inner optimizers."""
+        self._optimizers = list(optimizers)
+        self.copies.watch(optimizers)
+
+    def transfers(self) -> Callable[[], object]:
+        """A function that waits, on any thread, for the copies to or from an accelerator begun by this thread."""
+        return copied(self.device if self._outer_device.type == "cpu" else self._outer_device)
+
+    def synchronize(self) -> None:
+        """Wait for copies to or from an accelerator, before what they read changes."""
+        self.transfers()()
+
+    # ---- rounds -----------------------------------------------------------------------------------------------------
+
+    def begin(self, flat: Tensor) -> None:
+        """Begin the first round.
+
+        Args:
+            flat: the global parameters and buffers, on the outer device.
+        """
+        self._outer_device = flat.device
+        self._adopted = self.synchronize
+        pinned = can_pin(self.device, flat.device)
+        self.base = self.layout.empty(flat.device, pinned)
+        self.base.copy_(flat)
+        self._adopter.hold(self.in_module, self.base)
+        self._snapshot = self.layout.empty(flat.device, pinned)
+        self.copies.find()
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether the vectors are given up: the adoption of the last push is still to come."""
+        return self._snapshot is None
+
+    def stepped(self, first: bool) -> None:
+        """After a local step.
+
+        Args:
+            first: whether it was the first one of a round.
+        """
+        if first:
+            self.copies.find()
+        if self._check.pending:
+            self._check.stepped(self.own, self._optimizers)
+
+    @torch.no_grad()
+    def write(self, steps: int) -> WrittenRound:
+        """Take a snapshot of the parameters of now and give both vectors up.
+
+        Args:
+            steps: local steps of the round.
+        """
+        assert self.base is not None and self._snapshot is not None
+        tensors = self.in_module
+        self.layout.check_trainable(self.module)
+        self._adopted()  # the user may have gone on on another stream
+        torch._foreach_copy_(self.layout.views(self._snapshot), tensors, True)
+        self._check.pushed(steps)
+        written = WrittenRound(self.base, self._snapshot, self.transfers())
+        self.base = self._snapshot = None
+        return written
+
+    def take_back(self, base: Tensor, snapshot: Tensor) -> None:
+        """Take the vectors of a push back."""
+        self.base, self._snapshot = base, snapshot
+
+    @torch.no_grad()
+    def adopt(self, adoption: Adoption, steps: int) -> None:
+        """Take over new global parameters, keeping what was learned since the push: the next delta counts it.
+
+        Args:
+            adoption: the global parameters.
+            steps: local steps since the push.
+        """
+        with record_function("async_localsgd::adopt"):
+            if adoption.restart:
+                self._adopter.replace(self.own, adoption.base)
+                forget_non_finite_state(self._optimizers)
+                self.copies.reset(self.layout.by_name(adoption.base))
+            elif steps == 0:
+                self._adopter.replace(self.own, adoption.base, adoption.correction)
+                self.copies.move(self.layout.by_name(adoption.correction))
+            else:
+                correction = adoption.correction.to(self.device, non_blocking=True)
+                self._adopter.advance(self.own, adoption.base, correction, adoption.unsendable.buffers)
+                self.copies.move(self.layout.by_name(correction))
+            self._adopted = self.transfers()
+            if self._constraint is not None:
+                own = zip(self.layout.parameter_slots, self.own, strict=False)
+                self._constraint({slot.name: tensor for slot, tensor in own})
+            if not adoption.restart:
+                count = self.layout.parameter_count
+                self._check.adopted(self.own[:count], self.layout.views(adoption.correction)[:count])
+            self.base, self._snapshot = adoption.base, adoption.correction
+
+    @torch.no_grad()
+    def rebase(self, base: Tensor, correction: Tensor) -> None:
+        """Go on with a round that has begun from older global parameters, as an adoption would.
+
+        Args:
+            base: the global parameters of now.
+            correction: how they differ from those that the round has begun from.
+        """
+        assert self.base is not None
+        self.base.copy_(base)
+        correction = correction.to(self.device)
+        self._adopter.advance(self.in_module, self.base, correction, ())
+        self.copies.move(self.layout.by_name(correction))
+
+    # ---- lending ----------------------------------------------------------------------------------------------------
+
+    @property
+    def has_lent(self) -> bool:
+        """Whether the module holds the global parameters, and the replica its own."""
+        return self._own is not None
+
+    def put_aside(self) -> None:
+        """Keep a copy of the worker's own tensors, until :meth:`take_back_own`."""
+        self._own = [tensor.clone() for tensor in self.in_module]
+
+    @torch.no_grad()
+    def lend(self, flat: Tensor) -> None:
+        """Put the global parameters and buffers into the module; the own ones are aside."""
+        torch._foreach_copy_(unversioned(self.in_module), self.layout.views(flat))
+        self.synchronize()
+
+    @torch.no_grad()
+    def take_back_own(self) -> None:
+        """Put the worker's own tensors back, bit for bit."""
+        assert self._own is not None
+        torch._foreach_copy_(unversioned(self.in_module), self._own)
+        self._own = None
+
+
+def forget_non_finite_state(optimizers: Iterable[Optimizer]) -> None:
+    """Inner optimizers that have seen a non-finite gradient would turn fresh parameters non-finite at once."""
+    for optimizer in optimizers:
+        for parameter, state in list(optimizer.state.items()):
+            if not all(bool(torch.isfinite(v).all()) for v in state.values() if isinstance(v, Tensor)):
+                del optimizer.state[parameter]
+
+
+def unversioned(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The same memory, but writes to it leave no version: who lends tensors, and a backward pass, get back the same."""
+    return [tensor.data for tensor in tensors]
