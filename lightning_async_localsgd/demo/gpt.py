@@ -20,7 +20,8 @@ class CausalSelfAttention(nn.Module):
         batch, length, width = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.projection(attended.transpose(1, 2).reshape(batch, length, width))
+        projected: Tensor = self.projection(attended.transpose(1, 2).reshape(batch, length, width))
+        return projected
 
 
 class Block(nn.Module):
@@ -33,7 +34,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
+        mixed: Tensor = x + self.mlp(self.mlp_norm(x))
+        return mixed
 
 
 class MLP(nn.Module):
@@ -43,7 +45,8 @@ class MLP(nn.Module):
         self.projection = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.projection(F.gelu(self.expansion(x)))
+        projected: Tensor = self.projection(F.gelu(self.expansion(x)))
+        return projected
 
 
 class GPT(nn.Module):

@@ -98,7 +98,9 @@ def _array(value: np.ndarray[Any, Any] | np.generic) -> dict[str, Any]:
 
 
 def _read_array(word: Mapping[str, Any]) -> np.ndarray[Any, Any]:
-    return np.frombuffer(bytearray(base64.b64decode(word["data"])), np.dtype(word["dtype"])).reshape(word["shape"])
+    flat: np.ndarray[Any, Any] = np.frombuffer(bytearray(base64.b64decode(word["data"])), np.dtype(word["dtype"]))
+    array: np.ndarray[Any, Any] = flat.reshape(word["shape"])
+    return array
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -55,12 +55,12 @@ def useless_settings(settings: Settings, workers: int, max_steps: int | None) ->
             f"makes rounds of {RoundLength(AUTO, max_steps).first()} steps here, or train for longer."
         )
     deltas = workers * math.ceil(max_steps * workers / length)  # at most: all as fast as one can be
-    for transform in settings.transforms:
-        if isinstance(transform, AsyncBuffer) and (transform.size or 0) > deltas:
-            found.append(
-                f"`AsyncBuffer(size={transform.size})` is never full: all {workers} workers together send at most "
-                f"{deltas} pseudo-gradients, and the global parameters stay as they are. Make it smaller."
-            )
+    found += [
+        f"`AsyncBuffer(size={transform.size})` is never full: all {workers} workers together send at most {deltas} "
+        "pseudo-gradients, and the global parameters stay as they are. Make it smaller."
+        for transform in settings.transforms
+        if isinstance(transform, AsyncBuffer) and (transform.size or 0) > deltas
+    ]
     if isinstance(optimizer, DelayedNesterov) and (optimizer.param_groups[0].get("buffer_size") or 0) > deltas:
         found.append(
             f"`DelayedNesterov(buffer_size={optimizer.param_groups[0]['buffer_size']})` is never full: all {workers} "

@@ -70,8 +70,10 @@ def _totals(result: SimulationResult) -> str:
     ]
     if result.losses:
         lines.append(("training loss", _change(_first_and_last_losses(result))))
-    for name in result.evaluations[0].metrics if result.evaluations else ():
-        lines.append((name, _change([evaluation.metrics.get(name, math.nan) for evaluation in result.evaluations])))
+    lines += [
+        (name, _change([evaluation.metrics.get(name, math.nan) for evaluation in result.evaluations]))
+        for name in (result.evaluations[0].metrics if result.evaluations else ())
+    ]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name.ljust(width)}  {text}" for name, text in lines)
 

@@ -141,7 +141,7 @@ class WorkerCallback(pl.Callback):
 
     @property
     def _callbacks(self) -> list[pl.Callback]:
-        return self._trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, where mypy does not look
+        return self._trainer.callbacks  # type: ignore[attr-defined, no-any-return]  # set by a connector, where mypy does not look
 
     @property
     def _worker(self) -> Worker | FollowingRank:

@@ -133,7 +133,7 @@ class JobEpochs:
 
     @property
     def _epoch(self) -> int:
-        return self._loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+        return int(self._loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
 
     @property
     def is_last(self) -> bool:

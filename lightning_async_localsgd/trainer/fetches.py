@@ -212,7 +212,8 @@ class Watched(OpenEnded):
 def fetched_ahead(trainer: pl.Trainer) -> int:
     """Batches that Lightning's loop holds and has not trained yet; also one whose step is under way, or has raised."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    return len(getattr(trainer.fit_loop._data_fetcher, "batches", ())) + (progress.ready > progress.processed)
+    ahead: int = len(getattr(trainer.fit_loop._data_fetcher, "batches", ()))
+    return ahead + int(progress.ready > progress.processed)
 
 
 def fetched(trainer: pl.Trainer) -> tuple[int, int]:

@@ -128,7 +128,7 @@ def _checksum(tensor: Tensor) -> int:
 
 
 def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, where mypy does not look
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]  # set by a connector, where mypy does not look
 
 
 def _set_callbacks(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> None:

@@ -64,7 +64,7 @@ class JobGroup(ProcessGroup):
         self.closed_by: str | None = None
         """Why there are no collectives now."""
 
-    def getBackendName(self) -> str:
+    def getBackendName(self) -> str:  # noqa: N802  # torch calls it by this name
         """The name of the kind, for torch."""
         return _BACKEND
 

@@ -157,7 +157,7 @@ class _Hand:
         job += self._batches.ready - self._batches.processed  # type: ignore[attr-defined]  # a step under way is not counted yet
         if self._budget is not None:
             job = min(job, self._budget)
-        due = max(0, job - self._job_before - self._made)
+        due: int = max(0, job - self._job_before - self._made)
         self._made += due
         return due
 

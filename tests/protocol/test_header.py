@@ -54,7 +54,7 @@ def test_a_message_that_does_not_fit_is_refused() -> None:
     ],
 )
 def test_malformed_headers_are_refused(data: bytes) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"header|message|range|Expecting"):
         Header.unpack(data)
 
 
@@ -101,5 +101,5 @@ def test_a_message_that_is_nested_without_end_is_refused() -> None:
     text = b"[" * MESSAGE_BYTES
     data = Header(worker=0, turn=0).pack()
     deep = data[:8] + len(text).to_bytes(4, "little") + data[12 : HEADER_BYTES - MESSAGE_BYTES] + text
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="message"):
         Header.unpack(deep)

@@ -251,7 +251,8 @@ def _places(checkpoint: Mapping[str, Any], side: Mapping[str, Any]) -> list[dict
     """
     if "fetches" in side:
         places: list[dict[str, Any]] = side["fetches"][0].get("loaders", [])
-        return apply_to_collection(places, Tensor, Tensor.clone)  # the file may be gone when they are looked at
+        copies: list[dict[str, Any]] = apply_to_collection(places, Tensor, Tensor.clone)
+        return copies  # the file may be gone when they are looked at
     states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
     return [{"division": s} if "trained" in s or "cursors" in s else {"loader": s} for s in states]
 
