@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_async_localsgd import accelerator
+from lightning_async_localsgd.exchange import accelerator
 
 XPU, CPU = torch.device("xpu", 1), torch.device("cpu")
 

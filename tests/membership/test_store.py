@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
-from lightning_async_localsgd import PeerAbortedError, PeerLostError, relay
+from lightning_async_localsgd import PeerAbortedError, PeerLostError
 from lightning_async_localsgd.membership import JobStore, StaticJob, join_job
 from lightning_async_localsgd.membership.attempt import agree
+from lightning_async_localsgd.trainer import relay
 from lightning_async_localsgd.trainer.relay import Relay
 from tests.processes import run_processes, start_process
 

@@ -319,8 +319,10 @@ def test_a_resumed_epoch_repeats_no_sample(tmp_path: Path, loader: str, workers:
         folder = str(tmp_path / f"{number}")
         ends = results(run_processes(save_and_resume, workers, workers, folder, str(checkpoint), {}, loader))
         epochs = together([(trained,) for trained in before] + ends)
-        for samples in epochs.values():
-            assert sorted(samples) == list(range(SAMPLES))
+        by_worker = [[Counter(epoch for epoch, _ in trained) for trained, *_ in e] for e in (zip(before), ends)]
+        for epoch, samples in epochs.items():
+            lost, twice = set(range(SAMPLES)) - set(samples), [s for s, n in Counter(samples).items() if n > 1]
+            assert not lost and not twice, (checkpoint.name, epoch, lost, twice, by_worker)
         assert set(epochs) == {0, 1}
 
 
