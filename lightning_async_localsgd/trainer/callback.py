@@ -17,7 +17,7 @@ from lightning_async_localsgd.settings.advice import SettingsWarning
 from lightning_async_localsgd.trainer.checkpoints.saving import JobCheckpoints
 from lightning_async_localsgd.trainer.epochs import JobEpochs
 from lightning_async_localsgd.trainer.fetches import Fetches, samples_in_training
-from lightning_async_localsgd.trainer.fit import Fit
+from lightning_async_localsgd.trainer.fit import Fit, Phase
 from lightning_async_localsgd.trainer.fit_loops import LoopControl, release_loops, take_over_loops
 from lightning_async_localsgd.trainer.followers import FollowedMetrics, Inactive, metric_messages
 from lightning_async_localsgd.trainer.guard import Guard, MeanLoss
@@ -213,6 +213,8 @@ class WorkerCallback(pl.Callback):
         self._epochs.count_batch()
         if self._epochs.at_the_end and self._fit.summary is None:
             self._finish(trainer, pl_module)  # before worker 0 validates what has come of it
+        if self._fit.phase is Phase.FINISHED and not self._validated_once:
+            self._epochs.validate_what_has_come_of_it()
 
     def _took_step(self, accumulating: bool) -> bool:
         assert self._fit.steps is not None

@@ -182,6 +182,18 @@ class JobEpochs:
             due = self._validation_count // interval > before // interval
             self._control.validation_due = self._fit.worker.agree(due)
 
+    def validate_what_has_come_of_it(self) -> None:
+        """Validate after the last batch of a run without a validation, if the job has made enough batches for one.
+
+        In a pass of its own worker 0 may not have come to a validation, if it is slow: callbacks that go by metrics
+        (early stopping, the best checkpoint) would find none, and fail.
+        """
+        interval = self._trainer.val_check_batch
+        assert self._fit.worker is not None
+        made = self._fit.worker.job_steps * self._trainer.accumulate_grad_batches
+        if self._control.validates and self._trainer.enable_validation and interval is not None and made >= interval:
+            self._control.validation_due = True
+
     def _hear_who_began_before(self) -> None:
         """Who has begun with this epoch before this worker tells how many steps it had made then."""
         lockstep = self._fit.settings.lockstep(self._fit.place.workers)

@@ -190,3 +190,18 @@ def test_sanity_checking_is_worker_0s_and_validation_outside_fit_everyones(size:
     assert sorted(set().union(*outside)) == list(range(SAMPLES))
     assert all(len(seen) == SAMPLES // size for seen in outside)
     assert all(metrics == ends[0][1] for _, metrics in ends)
+
+
+def slow_leader(rank: int, size: int, pauses: tuple[float, float]) -> Any:
+    stop = EarlyStopping("val_loss", patience=50)
+    trainer = make_trainer(size, AsyncLocalSGDStrategy(local_steps=2), max_steps=20, callbacks=[stop])
+    data = DataLoader(regression_data(256), batch_size=8)  # 16 batches per worker
+    module = Validated(pauses)
+    trainer.fit(module, data, loader())
+    return trainer.strategy.summary.local_steps, "val_loss" in trainer.callback_metrics, len(module.lent)
+
+
+def test_a_run_in_which_worker_0_ends_no_pass_is_validated_at_its_end() -> None:
+    (steps, *of_0), (_, *of_1) = results(run_processes(slow_leader, 2, 2, (0.08, 0.002)))
+    assert steps[0] < 16
+    assert of_0 == [True, 1] and of_1 == [True, 0]
