@@ -88,3 +88,15 @@ def test_nobody_waits_for_a_training_thread_that_has_left() -> None:
     publish(mailbox, (0, {"cut": {"path": "x"}}))
     mailbox.wait_for_release()
     assert mailbox.cut is None
+
+
+def test_a_turn_is_held_open_for_a_push_that_is_about_to_come() -> None:
+    mailbox = Mailbox(PROGRESS)
+    mailbox.report(steps=4, speed=1.0, patience=60.0)
+    exchange = threading.Thread(target=mailbox.wait_for_push, daemon=True)
+    exchange.start()
+    exchange.join(0.1)
+    assert exchange.is_alive() and mailbox.push_wanted
+    mailbox.push(PUSH)
+    exchange.join(10)
+    assert not exchange.is_alive() and not mailbox.push_wanted

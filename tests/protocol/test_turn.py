@@ -1,0 +1,34 @@
+"""Who may hold a turn open, and what a header says of a pushed round."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_async_localsgd.protocol.header import Flag, Header
+from lightning_async_localsgd.protocol.turn import PushedRound, add_round, may_push
+
+PUSHED = PushedRound(round=3, steps=5, samples=20, seconds=1.5, shard=1, start_version=7)
+
+
+@pytest.mark.parametrize("flags", [Flag.NONE, Flag.STEPPING, Flag.STOP])
+def test_who_trains_on_may_push_until_it_has(flags: Flag) -> None:
+    assert may_push(flags, has_delta=False)
+    assert not may_push(flags, has_delta=True)
+
+
+@pytest.mark.parametrize("flag", [Flag.IDLE, Flag.FINAL, Flag.ABORT, Flag.PAUSED])
+def test_who_makes_no_step_does_not_hold_a_turn_open(flag: Flag) -> None:
+    assert not may_push(flag | Flag.STEPPING, has_delta=False)
+
+
+@pytest.mark.parametrize(("finite", "flag"), [(True, Flag.DELTA), (False, Flag.DROPPED)])
+def test_a_header_tells_of_the_round_and_whether_its_delta_is_dropped(finite: bool, flag: Flag) -> None:
+    header = add_round(Header(worker=1, turn=2, flags=Flag.STEPPING), PUSHED, finite)
+    assert header.flags == Flag.STEPPING | flag
+    told = header.round, header.round_steps, header.round_samples, header.round_seconds, header.shard
+    assert (*told, header.start_version) == PUSHED
+
+
+def test_without_a_round_the_header_stays_as_it_is() -> None:
+    header = Header(worker=1, turn=2)
+    assert add_round(header, None, finite=True) is header
