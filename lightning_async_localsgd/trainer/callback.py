@@ -59,7 +59,7 @@ class WorkerCallback(pl.Callback):
         self._trainer = trainer
         self._schedulers: JobSchedulers | None = None
         self._fetches: Fetches | None = None
-        self._scheduler_steps = 0 if fit.resumed is None else fit.resumed.scheduler_steps
+        self._scheduler_steps = fit.saved_scheduler_steps
         self._same_data: SameData | None = None
         self._samples = 0
         self._batches = 0  # of this pass over the data
@@ -159,9 +159,7 @@ class WorkerCallback(pl.Callback):
         trainer = self._trainer
         for callback in self._deciding if self._fit.follows else []:
             mix_in(callback, Inactive)
-        self._fetches = Fetches(
-            trainer, self._fit.device, None if self._fit.resumed is None else self._fit.resumed.fetches
-        )
+        self._fetches = Fetches(trainer, self._fit.device, self._fit.saved_fetches)
         self._fetches.load_places()
         self._epochs.prepare(self._fetches)
         self._fetches.watch()

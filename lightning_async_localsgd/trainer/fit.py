@@ -13,6 +13,7 @@ from lightning_async_localsgd.membership import StaticJob
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.settings.advice import warn_of_useless_settings
 from lightning_async_localsgd.trainer.checkpoints.resumed import Resumed
+from lightning_async_localsgd.trainer.fetches import SavedFetches
 from lightning_async_localsgd.trainer.meetings import meet_before_training
 from lightning_async_localsgd.worker import RunSummary, Worker
 from lightning_async_localsgd.worker.device_group import FollowingRank
@@ -116,15 +117,20 @@ class Fit:
         self.worker: Worker | FollowingRank | None = None
         self.steps: StepWatch | None = None
         self.position: Position | None = None
-        self.resumed: Resumed | None = None
-        """The checkpoint that this ``fit`` goes on from."""
+        self.goes_on = False
+        """Whether this ``fit`` has begun from a checkpoint of this strategy."""
+        self.saved_fetches: SavedFetches | None = None
+        """The position in the training data that this process goes on from."""
+        self.saved_scheduler_steps = 0
+        """Steps of the job that the learning-rate schedulers had made in that checkpoint."""
         self.summary: RunSummary | None = None
         """The run in numbers, once it is finished."""
         self._steps_before = steps_before
+        self._resumed: Resumed | None = None  # until it is loaded: it holds the tensors of the checkpoint
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or a pickle, takes no part in the job."""
-        return vars(self) | dict.fromkeys(("job", "together", "worker", "steps", "position"))
+        return vars(self) | dict.fromkeys(("job", "together", "worker", "steps", "position", "_resumed"))
 
     @property
     def leads(self) -> bool:
@@ -137,19 +143,24 @@ class Fit:
         return self.validate_global and self.place.worker_rank > 0
 
     @property
-    def goes_on(self) -> bool:
-        """Whether this ``fit`` has begun from a checkpoint of this strategy."""
-        return self.resumed is not None and self.resumed.state is not None
-
-    @property
     def own_in_module(self) -> bool:
         """Whether the module holds this worker's own parameters: from the first training step to the last one."""
         return self.phase is Phase.TRAINING
 
     def go_on_from(self, resumed: Resumed) -> None:
         """Go on from a checkpoint. To be called before the worker is made."""
-        self.resumed = resumed
+        self._resumed = resumed
         self._steps_before = resumed.steps_before_fit
+        self.goes_on = resumed.state is not None
+        self.saved_fetches = resumed.fetches
+        self.saved_scheduler_steps = resumed.scheduler_steps
+
+    def set_worker(self, worker: Worker | FollowingRank) -> None:
+        """Have this worker train, from the checkpoint if there is one."""
+        self.worker = worker
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None and isinstance(worker, Worker):
+            resumed.load_into(worker)
 
     def begin_training(self, max_steps: int | None, open_end: bool) -> None:
         """Wait for the other processes and start the worker."""

@@ -340,9 +340,7 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
                 "are out of step cannot make. Use the optimizer that it wraps."
             )
         self._checkpoints = JobCheckpoints(self._fit, lambda: self.checkpoint_io, super().remove_checkpoint)
-        self._fit.worker = self._make_worker(self._fit, self._checkpoints)
-        if self._fit.resumed is not None and isinstance(self._fit.worker, Worker):
-            self._fit.resumed.load_into(self._fit.worker)
+        self._fit.set_worker(self._make_worker(self._fit, self._checkpoints))
         self._fit.steps = StepWatch(self.lightning_module, self.optimizers)
         self._callback = WorkerCallback(self._fit, self._checkpoints)
         self._global_checkpoints = GlobalCheckpoints(trainer, self._fit)
@@ -531,6 +529,8 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
                 if self._callback is not None:
                     self._detach(fit, self._callback)
             finally:
+                if fit.steps is not None:
+                    fit.steps.close()
                 self._summary, self._steps_made = fit.summary, fit.steps_after_fit
                 self._fit = self._checkpoints = None
         if self._loaders is not None:
@@ -546,9 +546,8 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
             self._end(fit, callback)
         finally:
             callback.detach()
-            assert self._global_checkpoints is not None and fit.steps is not None
-            self._global_checkpoints.detach()
-            fit.steps.close()
+            if self._global_checkpoints is not None:
+                self._global_checkpoints.detach()
             self._callback = self._global_checkpoints = None
 
 
