@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import lightning_async_localsgd
 from lightning_async_localsgd.cli import main
 
 TINY = ["--vocab-size", "300", "--width", "16", "--layers", "1", "--heads", "2", "--context", "16", "--batch-size", "4"]
@@ -114,12 +115,38 @@ def test_a_text_that_is_too_small_is_refused(simulate: list[str], capsys: pytest
     assert "The corpus" in refusal(simulate, capsys)
 
 
-def test_mistyped_arguments_do_not_wait_for_the_text() -> None:
-    code = "import sys; from lightning_async_localsgd.cli import main; sys.exit(main(sys.argv[1:]))"
-    code = code.replace("sys.exit(", "code = (") + "; assert 'datasets' not in sys.modules; sys.exit(code)"
-    command = [sys.executable, "-c", code, "simulate", "--max-steps", "1", "--local-steps", "20"]
-    outcome = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert outcome.returncode == 2 and outcome.stderr.startswith("async-localsgd: error: --max-steps 1 is")
+HEAVY = ("torch", "lightning", "numpy", "matplotlib", "datasets", "tokenizers")
+RUN = f"""
+import sys
+from lightning_async_localsgd.cli import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as ended:
+    code = ended.code
+heavy = sorted(set({HEAVY}) & set(sys.modules))
+assert not heavy, heavy
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ("--help", 0, "COMMAND"),
+        ("--version", 0, f"async-localsgd {lightning_async_localsgd.__version__}"),
+        ("simulate --help", 0, "--warmup-steps"),
+        ("plan --help", 0, "--memory-bandwidth"),
+        ("simulate --nonsense", 2, "--nonsense"),
+        ("simulate --max-steps 1 --local-steps 20", 2, "--max-steps 1 is"),
+        ("plan --speeds x", 2, "--speeds"),
+        ("plan --sites 0 1", 2, "--sites gives 2 sites"),
+    ],
+)
+def test_help_and_what_is_wrong_with_an_argument_do_not_wait_for_heavy_imports(
+    arguments: str, code: int, said: str
+) -> None:
+    outcome = subprocess.run([sys.executable, "-c", RUN, *arguments.split()], capture_output=True, text=True)
+    assert outcome.returncode == code and said in outcome.stdout + outcome.stderr, outcome.stderr
 
 
 # ---- what is written -------------------------------------------------------------------------------------------------

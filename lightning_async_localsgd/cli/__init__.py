@@ -1,4 +1,8 @@
-"""The command ``async-localsgd``: finds the subcommand, and says in one line what is wrong with its arguments."""
+"""The command ``async-localsgd``: finds the subcommand, and says in one line what is wrong with its arguments.
+
+torch, Lightning and matplotlib are imported by the function that runs a subcommand, and not before: help, and what is
+wrong with an argument, are there at once.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from typing import NoReturn
 
 from lightning_async_localsgd.cli import plan, simulate
 from lightning_async_localsgd.cli.usage import UsageError
+from lightning_async_localsgd.version import __version__
 
 __all__ = ["main"]
 
@@ -36,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 where the arguments are wrong; 130 or 143 where Ctrl-C or SIGTERM ended it early.
     """
     parser = OneLineParser(prog=PROGRAM, description="Asynchronous Local-SGD: experiments without a cluster.")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parser(subparsers)

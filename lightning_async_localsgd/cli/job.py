@@ -110,12 +110,12 @@ def read_network(args: argparse.Namespace, workers: int) -> Network:
     Raises:
         UsageError: if the sites are not those of these workers.
     """
-    from lightning_async_localsgd.simulation import Network
-
     if args.sites is None and (args.site_latency is not None or args.site_bandwidth is not None):
         raise UsageError("--site-latency and --site-bandwidth are those between sites: give the --sites of the workers")
     if args.sites is not None and len(args.sites) != workers:
         raise UsageError(f"--sites gives {len(args.sites)} sites for {workers} workers: give that of each worker")
+    from lightning_async_localsgd.simulation import Network
+
     return Network(
         latency=args.latency / 1000,
         bandwidth=_bytes_per_second(args.bandwidth),

@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
     """
     speeds = read_speeds(args)
     with refusals():
-        settings = read_settings(args, len(speeds))
         network = read_network(args, len(speeds))
+        settings = read_settings(args, len(speeds))
         from lightning_async_localsgd.simulation import plan, recommend
 
         if args.json is not None and args.json.is_dir():

@@ -93,8 +93,8 @@ def run(args: argparse.Namespace) -> int:
     # A data loader without processes of its own is what a simulation wants.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     with refusals():
-        settings = read_settings(args, len(speeds))
         network = read_network(args, len(speeds))
+        settings = read_settings(args, len(speeds))
         from lightning_async_localsgd.simulation.report import format_table, write_json
 
         _warn(settings, len(speeds), args.max_steps)

@@ -16,7 +16,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.callbacks import BaseFinetuning, BatchSizeFinder, StochasticWeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed import PrefixStore, Store
@@ -578,12 +578,3 @@ def _check_finders(trainer: pl.Trainer) -> None:
             "A batch size is found by failing with others, which workers of a job cannot do together. Find it before, "
             "with a trainer of one device without this strategy: `Tuner(L.Trainer(devices=1)).scale_batch_size(model)`."
         )
-
-
-for _suffix, _start_method in (("", "popen"), ("_fork", "fork"), ("_notebook", "fork"), ("_spawn", "spawn")):
-    StrategyRegistry.register(
-        AsyncLocalSGDStrategy.strategy_name + _suffix,
-        AsyncLocalSGDStrategy,
-        description=f"Asynchronous Local-SGD: one worker per device, each at its own pace ({_start_method})",
-        start_method=_start_method,
-    )

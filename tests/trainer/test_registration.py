@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from typing import Any
 
 import lightning as L
@@ -27,6 +29,33 @@ def test_a_name_stands_for_its_settings() -> None:
     again = make_trainer("two_sites").strategy
     assert isinstance(again, AsyncLocalSGDStrategy) and again.settings.local_steps == 30
     assert "two_sites" in StrategyRegistry.available_strategies()
+
+
+USE = """
+for suffix in ("", "_fork", "_notebook", "_spawn"):
+    strategy = L.Trainer(accelerator="cpu", devices=2, logger=False, strategy="async_localsgd" + suffix).strategy
+    assert type(strategy) is lightning_async_localsgd.AsyncLocalSGDStrategy
+assert strategy._start_method == "spawn"
+"""
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import lightning as L, lightning_async_localsgd",
+        "import lightning_async_localsgd, sys; assert 'torch' not in sys.modules; import lightning as L",
+        "import lightning_async_localsgd, lightning.pytorch as L",
+        "import lightning_async_localsgd; lightning_async_localsgd.AsyncLocalSGDStrategy; import lightning as L",
+        "from lightning_async_localsgd.trainer.strategy import AsyncLocalSGDStrategy; import lightning_async_localsgd\n"
+        "import lightning as L",
+        "import lightning_async_localsgd.pytorch_lightning, pytorch_lightning as L",
+        "import lightning_async_localsgd, importlib.util; importlib.util.find_spec('lightning.pytorch.strategies')\n"
+        "import lightning as L",
+    ],
+)
+def test_the_names_are_known_whichever_package_is_imported_first(imports: str) -> None:
+    done = subprocess.run([sys.executable, "-c", imports + USE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
