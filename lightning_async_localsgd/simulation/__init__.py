@@ -8,7 +8,8 @@ from lightning_async_localsgd.simulation.devices import (
     VirtualWorker,
 )
 from lightning_async_localsgd.simulation.network import Network
-from lightning_async_localsgd.simulation.plan import Plan, Recommendation, plan, recommend
+from lightning_async_localsgd.simulation.plan import Plan, plan
+from lightning_async_localsgd.simulation.recommendation import Recommendation, recommend
 from lightning_async_localsgd.simulation.result import (
     Evaluation,
     LossPoint,

@@ -1,0 +1,90 @@
+"""Costs: what a delta takes of the threads and the memory of a worker."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_async_localsgd.codecs import make_codec
+from lightning_async_localsgd.exchange.transport import CHUNK
+from lightning_async_localsgd.outer import DelayedNesterov, default_outer_optimizer
+from lightning_async_localsgd.settings import Settings
+from lightning_async_localsgd.simulation.network import Network
+
+__all__ = ["MEMORY_BANDWIDTH", "Costs", "memory_bytes"]
+
+MEMORY_BANDWIDTH = 10e9
+"""Bytes per second that one thread of a host reads and writes, unless given: that of an ordinary, busy server."""
+
+# How often 4 bytes per parameter are read from memory or written to it.
+_PUSH_STREAMS = 2  # training thread: a copy of the parameters
+_ADOPT_STREAMS = 3  # training thread: parameters += correction
+_OWN_STREAMS = 10  # exchange thread, per turn: the delta, whether it is finite, the checksum, what is adopted
+_RECEIVE_STREAMS = 2  # from the socket to where it is used
+_ADD_STREAMS = 3  # with a quorum, each delta to the sum of those before
+_UPDATE_STREAMS = 7  # delayed Nesterov's step; other optimizers are about the same
+
+
+class Costs:
+    """What a delta costs the threads of a worker, where each copy takes the time to stream its memory.
+
+    Args:
+        parameters: elements of a delta.
+        settings: settings of the run.
+        memory_bandwidth: bytes per second of one thread.
+    """
+
+    def __init__(self, parameters: int, settings: Settings, memory_bandwidth: float) -> None:
+        stream = 4 * parameters / memory_bandwidth
+        together = settings.quorum * (_RECEIVE_STREAMS + _ADD_STREAMS) if settings.quorum > 1 else _RECEIVE_STREAMS
+        self.parameters = parameters
+        self.element_bytes = make_codec(settings.codec).wire_dtype.itemsize
+        self.copies = (_PUSH_STREAMS + _ADOPT_STREAMS) * stream
+        """Seconds per round for which the training thread copies."""
+        self.turn = _OWN_STREAMS * stream
+        """Seconds per turn for which each exchange thread is busy with its own delta."""
+        self.update = (together + _UPDATE_STREAMS) * stream
+        """Seconds per outer update."""
+        self._quorum = settings.quorum
+
+    def exchange_seconds(self, network: Network, workers: int) -> float:
+        """Seconds of a turn that brings the delta of each of so many workers."""
+        everyone = range(workers)
+        sent = network.delta_seconds(everyone, everyone, self.parameters, self.element_bytes)
+        told = network.trip(everyone) + network.header_seconds(everyone)
+        return told + sent + self.turn + math.ceil(workers / self._quorum) * self.update
+
+
+def memory_bytes(parameters: int, settings: Settings, workers: int) -> int:
+    """Host memory that a worker needs beside its module and inner optimizer.
+
+    Four vectors of fp32 (``base``, ``snapshot``, global parameters, pseudo-gradient), what the outer optimizer and the
+    transformations keep, and the messages on their way.
+
+    Args:
+        parameters: trainable parameters and float buffers.
+        settings: settings of the run.
+        workers: number of workers.
+    """
+    plain = settings.quorum == 1 and make_codec(settings.codec).wire_dtype == torch.float32
+    copies = 4 + _optimizer_copies(settings, workers)
+    for transform in settings.transforms:
+        copies += sum(isinstance(value, Tensor) for value in transform.init(torch.zeros(2)).values())
+    if any(transform.needs_start for transform in settings.transforms):
+        copies += workers  # at most: workers that are in step share one
+    return 4 * parameters * copies + 4 * CHUNK * (1 if plain else 2)
+
+
+def _optimizer_copies(settings: Settings, workers: int) -> int:
+    """Vectors of the parameters' shape that the outer optimizer keeps, once it has made a step."""
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    make = settings.outer_optimizer or default_outer_optimizer
+    optimizer = make([parameter])
+    if isinstance(optimizer, DelayedNesterov):
+        optimizer.set_default_buffer_size(max(1, round(workers / settings.quorum)))
+    parameter.grad = torch.zeros(2)
+    optimizer.step()
+    kept = optimizer.state[parameter].values()
+    return sum(isinstance(value, Tensor) and value.shape == parameter.shape for value in kept)

@@ -1,0 +1,140 @@
+"""A run of workers that learn nothing, measured once it is in full swing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from lightning_async_localsgd.outer import Arrival
+from lightning_async_localsgd.protocol.header import Header
+from lightning_async_localsgd.protocol.progress import OuterUpdate, Progress
+from lightning_async_localsgd.protocol.rounds import Rounds
+from lightning_async_localsgd.settings import Settings
+from lightning_async_localsgd.simulation.costs import Costs
+from lightning_async_localsgd.simulation.devices import VirtualWorker
+from lightning_async_localsgd.simulation.network import Network
+from lightning_async_localsgd.simulation.timeline import FinishedRound, Learned, Timeline
+
+__all__ = ["ROUNDS", "MeasuredRun", "Moment"]
+
+_WARM_UP_ROUNDS = 4  # of every worker, in which unequal ones fall in step
+_MEASURED_ROUNDS = 6
+ROUNDS = _WARM_UP_ROUNDS + _MEASURED_ROUNDS
+"""Rounds that every worker makes at least."""
+
+
+class Moment(NamedTuple):
+    """How far all workers are, each at the same time."""
+
+    time: float
+    rounds: list[int]
+    waited: list[float]
+    sent: list[int]
+    received: list[int]
+
+
+class MeasuredRun:
+    """Runs workers that learn nothing, and notes two moments, each just after a delta was applied.
+
+    Args:
+        workers: the workers.
+        settings: settings of the run.
+        network: between the workers.
+        costs: of a delta.
+        seed: of the devices' noise.
+    """
+
+    def __init__(
+        self, workers: Sequence[VirtualWorker], settings: Settings, network: Network, costs: Costs, seed: int
+    ) -> None:
+        self.stalenesses: list[int] = []
+        """Of the outer updates between the two moments."""
+        self.finished_rounds: list[FinishedRound] = []
+        """Rounds that ended between the two moments."""
+        self._rounds = [0] * len(workers)
+        self._first: Moment | None = None
+        self._last: Moment | None = None
+        self._timeline = Timeline(
+            workers,
+            10**12,  # far off: planned is the middle of a run
+            settings,
+            _Versions(),
+            _Nothing(),
+            self,
+            network,
+            elements=costs.parameters,
+            element_bytes=costs.element_bytes,
+            update_seconds=costs.update,
+            turn_seconds=costs.turn,
+            seed=seed,
+        )
+
+    def run(self) -> tuple[Moment, Moment]:
+        """Run until the second moment; returns both."""
+        self._timeline.run(until=lambda: self._last is not None)
+        assert self._first is not None and self._last is not None
+        return self._first, self._last
+
+    # ---- see `Observer` ---------------------------------------------------------------------------------------------
+
+    def updated(self, time: float, updates: Sequence[OuterUpdate]) -> None:
+        """See :meth:`Observer.updated`."""
+        if self._first is not None:
+            self.stalenesses += [update.staleness for update in updates]
+
+    def finished(self, rounds: Sequence[FinishedRound]) -> None:
+        """See :meth:`Observer.finished`."""
+        for round_ in rounds:
+            self._rounds[round_.worker] += 1
+        if self._first is not None:
+            self.finished_rounds += rounds
+        fewest = min(self._rounds)
+        if self._first is None and fewest >= _WARM_UP_ROUNDS:
+            self._first = self._moment()
+        if self._last is None and fewest >= ROUNDS:
+            self._last = self._moment()
+
+    def _moment(self) -> Moment:
+        now, lanes = self._timeline.now, self._timeline.lanes
+        return Moment(
+            now,
+            list(self._rounds),
+            [lane.waited_until(now) for lane in lanes],
+            [lane.bytes_sent for lane in lanes],
+            [lane.bytes_received for lane in lanes],
+        )
+
+
+class _Nothing:
+    """Replicas that learn nothing; see :class:`~lightning_async_localsgd.simulation.timeline.Replicas`."""
+
+    def join(self, worker: int) -> None: ...
+
+    def step(self, worker: int, rounds: Rounds, progress: Progress) -> None: ...
+
+    def push(self, worker: int) -> Learned:
+        return Learned(samples=0, loss=0.0)
+
+    def finite(self, worker: int) -> bool:
+        return True
+
+    def trade(self, groups: Sequence[Sequence[Header]]) -> Iterator[Sequence[Header]]:
+        yield from groups
+
+    def publish(self, workers: Sequence[int]) -> None: ...
+
+    def adopt(self, worker: int, restart: bool) -> None: ...
+
+
+class _Versions:
+    """A global state of which there is nothing but the version."""
+
+    def __init__(self) -> None:
+        self.version = 0
+
+    def apply(self, arrivals: Sequence[Arrival]) -> None:
+        self.version += 1
+
+    def begin_rounds(self, workers: Iterable[int]) -> None: ...
+
+    def set_round_length(self, local_steps: int) -> None: ...
