@@ -11,6 +11,7 @@ from lightning_async_localsgd.codecs import make_codec
 from lightning_async_localsgd.exchange.transport import CHUNK
 from lightning_async_localsgd.outer import DelayedNesterov, default_outer_optimizer
 from lightning_async_localsgd.settings import Settings
+from lightning_async_localsgd.simulation.exchange import DeltaCosts
 from lightning_async_localsgd.simulation.network import Network
 
 __all__ = ["MEMORY_BANDWIDTH", "Costs", "memory_bytes"]
@@ -28,7 +29,7 @@ _UPDATE_STREAMS = 7  # delayed Nesterov's step; other optimizers are about the s
 
 
 class Costs:
-    """What a delta costs the threads of a worker, where each copy takes the time to stream its memory.
+    """What a delta costs the threads of a worker, if each copy takes the time to stream its memory.
 
     Args:
         parameters: elements of a delta.
@@ -39,22 +40,23 @@ class Costs:
     def __init__(self, parameters: int, settings: Settings, memory_bandwidth: float) -> None:
         stream = 4 * parameters / memory_bandwidth
         together = settings.quorum * (_RECEIVE_STREAMS + _ADD_STREAMS) if settings.quorum > 1 else _RECEIVE_STREAMS
-        self.parameters = parameters
-        self.element_bytes = make_codec(settings.codec).wire_dtype.itemsize
         self.copies = (_PUSH_STREAMS + _ADOPT_STREAMS) * stream
         """Seconds per round for which the training thread copies."""
-        self.turn = _OWN_STREAMS * stream
-        """Seconds per turn for which each exchange thread is busy with its own delta."""
-        self.update = (together + _UPDATE_STREAMS) * stream
-        """Seconds per outer update."""
+        self.delta = DeltaCosts(
+            elements=parameters,
+            element_bytes=make_codec(settings.codec).wire_dtype.itemsize,
+            update_seconds=(together + _UPDATE_STREAMS) * stream,
+            turn_seconds=_OWN_STREAMS * stream,
+        )
         self._quorum = settings.quorum
 
     def exchange_seconds(self, network: Network, workers: int) -> float:
         """Seconds of a turn that brings the delta of each of so many workers."""
         everyone = range(workers)
-        sent = network.delta_seconds(everyone, everyone, self.parameters, self.element_bytes)
+        delta = self.delta
+        sent = network.delta_seconds(everyone, everyone, delta.elements, delta.element_bytes)
         told = network.trip(everyone) + network.header_seconds(everyone)
-        return told + sent + self.turn + math.ceil(workers / self._quorum) * self.update
+        return told + sent + delta.turn_seconds + math.ceil(workers / self._quorum) * delta.update_seconds
 
 
 def memory_bytes(parameters: int, settings: Settings, workers: int) -> int:

@@ -12,8 +12,9 @@ from lightning_async_localsgd.protocol.rounds import Rounds
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.simulation.costs import Costs
 from lightning_async_localsgd.simulation.devices import VirtualWorker
+from lightning_async_localsgd.simulation.interfaces import FinishedRound, Learned
 from lightning_async_localsgd.simulation.network import Network
-from lightning_async_localsgd.simulation.timeline import FinishedRound, Learned, Timeline
+from lightning_async_localsgd.simulation.timeline import Timeline
 
 __all__ = ["ROUNDS", "MeasuredRun", "Moment"]
 
@@ -62,11 +63,8 @@ class MeasuredRun:
             _Nothing(),
             self,
             network,
-            elements=costs.parameters,
-            element_bytes=costs.element_bytes,
-            update_seconds=costs.update,
-            turn_seconds=costs.turn,
-            seed=seed,
+            costs.delta,
+            seed,
         )
 
     def run(self) -> tuple[Moment, Moment]:
@@ -100,13 +98,13 @@ class MeasuredRun:
             now,
             list(self._rounds),
             [lane.waited_until(now) for lane in lanes],
-            [lane.bytes_sent for lane in lanes],
-            [lane.bytes_received for lane in lanes],
+            list(self._timeline.exchange.bytes_sent),
+            list(self._timeline.exchange.bytes_received),
         )
 
 
 class _Nothing:
-    """Replicas that learn nothing; see :class:`~lightning_async_localsgd.simulation.timeline.Replicas`."""
+    """Replicas that learn nothing; see :class:`~lightning_async_localsgd.simulation.interfaces.Replicas`."""
 
     def join(self, worker: int) -> None: ...
 

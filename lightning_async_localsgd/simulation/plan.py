@@ -190,7 +190,7 @@ def _evaluate(
     in_flight = [r.adopted - r.end for r in run.finished_rounds]
     exchange = sum(in_flight) / len(in_flight)
     return Plan(
-        parameters=costs.parameters,
+        parameters=costs.delta.elements,
         workers=len(speeds),
         local_steps=_number(settings),
         codec=make_codec(settings.codec).name,
@@ -206,7 +206,7 @@ def _evaluate(
         received_per_round=tuple(received),
         link_load=max(n * max(s, r) for n, s, r in zip(rounds, sent, received, strict=True)) / seconds,
         link_need=_link_need(speeds, settings, network, costs),
-        memory=memory_bytes(costs.parameters, settings, len(speeds)),
+        memory=memory_bytes(costs.delta.elements, settings, len(speeds)),
         mean_staleness=sum(run.stalenesses) / len(run.stalenesses),
         max_staleness=max(run.stalenesses),
         rounds=sum(rounds),
@@ -224,7 +224,7 @@ def _link_need(speeds: Sequence[float], settings: Settings, network: Network, co
     rest = allowed - costs.exchange_seconds(replace(network, bandwidth=math.inf), len(speeds))
     everyone = range(len(speeds))
     links = Network(bandwidth=1.0)
-    load = links.delta_seconds(everyone, everyone, costs.parameters, costs.element_bytes)
+    load = links.delta_seconds(everyone, everyone, costs.delta.elements, costs.delta.element_bytes)
     return (load + links.header_seconds(everyone)) / rest if rest > 0 else math.inf
 
 

@@ -17,9 +17,9 @@ from lightning_async_localsgd.protocol.header import Header
 from lightning_async_localsgd.protocol.progress import Progress
 from lightning_async_localsgd.protocol.rounds import Rounds
 from lightning_async_localsgd.settings import Settings
+from lightning_async_localsgd.simulation.interfaces import Learned
 from lightning_async_localsgd.simulation.live import LiveModule, Own
 from lightning_async_localsgd.simulation.steps import LocalSteps, MakeBatches
-from lightning_async_localsgd.simulation.timeline import Learned
 from lightning_async_localsgd.worker.dropped_deltas import Drops
 from lightning_async_localsgd.worker.replica import forget_non_finite_state
 

@@ -16,7 +16,6 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
@@ -28,6 +27,9 @@ from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.settings.advice import warn_of_useless_settings
 from lightning_async_localsgd.simulation.batches import VirtualLoaders
 from lightning_async_localsgd.simulation.devices import Device, VirtualWorker, make_workers
+from lightning_async_localsgd.simulation.evaluator import Evaluator, unlogged
+from lightning_async_localsgd.simulation.exchange import DeltaCosts
+from lightning_async_localsgd.simulation.interfaces import FinishedRound
 from lightning_async_localsgd.simulation.network import Network
 from lightning_async_localsgd.simulation.replicas import TrainingReplicas
 from lightning_async_localsgd.simulation.result import (
@@ -38,7 +40,7 @@ from lightning_async_localsgd.simulation.result import (
     SimulatedWait,
     SimulationResult,
 )
-from lightning_async_localsgd.simulation.timeline import FinishedRound, Timeline
+from lightning_async_localsgd.simulation.timeline import Timeline
 
 __all__ = ["Simulation", "simulate"]
 
@@ -135,7 +137,7 @@ class Simulation:
         self._on_evaluation = on_evaluation
         self._timeline: Timeline | None = None
         self._state: GlobalState | None = None
-        self._replicas: TrainingReplicas | None = None
+        self._evaluator: Evaluator | None = None
         self._trainer: pl.Trainer
         self._evaluations_due = 0
         self._interrupt: KeyboardInterrupt | None = None
@@ -202,7 +204,8 @@ class Simulation:
         state.begin(layout.tensors(self._module))
         loaders = VirtualLoaders(data, size, self._seed)
         batches = [partial(loaders.passes, worker) for worker in range(size)]
-        replicas = self._replicas = TrainingReplicas(self._trainer, self._module, state, settings, batches)
+        replicas = TrainingReplicas(self._trainer, self._module, state, settings, batches)
+        self._evaluator = Evaluator(self._trainer, self._module, replicas, self._evaluate)
         self._timeline = Timeline(
             self._workers,
             self._max_steps,
@@ -211,13 +214,11 @@ class Simulation:
             replicas,
             self,
             self._network,
-            elements=layout.numel,
-            element_bytes=make_codec(settings.codec).wire_dtype.itemsize,
-            update_seconds=self._update_seconds,
+            DeltaCosts(layout.numel, make_codec(settings.codec).wire_dtype.itemsize, self._update_seconds),
             seed=self._seed,
         )
         try:
-            with self._unlogged():
+            with unlogged(self._module):
                 call._call_lightning_module_hook(self._trainer, "on_train_start")
                 self._evaluate_if_due()
                 self._timeline.run()
@@ -226,18 +227,6 @@ class Simulation:
             self._interrupt = interrupt
         finally:
             replicas.close()
-
-    @contextmanager
-    def _unlogged(self) -> Iterator[None]:
-        """Training steps of many workers are not logged one by one: it would cost time and tell nothing."""
-        names = ("log", "log_dict")
-        for name in names:
-            setattr(self._module, name, _ignore)
-        try:
-            yield
-        finally:
-            for name in names:
-                delattr(self._module, name)
 
     # ---- see `Observer` ---------------------------------------------------------------------------------------------
 
@@ -261,63 +250,20 @@ class Simulation:
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
     def _evaluate_if_due(self) -> None:
-        assert self._timeline is not None and self._state is not None
+        assert self._timeline is not None and self._state is not None and self._evaluator is not None
         steps = self._timeline.local_steps
         every = self._evaluate_every * len(self._workers) if self._evaluate_every is not None else None
         begun = self._evaluations_due > 0
         if begun and not self._timeline.over and (every is None or steps // every < self._evaluations_due):
             return
         self._evaluations_due = steps // every + 1 if every is not None else 1
-        metrics = self._metrics()
+        metrics = self._evaluator.metrics()
         if metrics is None:
             return
         evaluation = Evaluation(self._timeline.now, self._state.version, steps, metrics)
         self._evaluations.append(evaluation)
         if self._on_evaluation is not None:
             self._on_evaluation(evaluation)
-
-    def _metrics(self) -> dict[str, float] | None:
-        assert self._replicas is not None
-        if self._evaluate is None and not self._has_validation:
-            return None
-        with self._replicas.lend_global(), self._logged():
-            if self._evaluate is None:
-                return self._validate()
-            modes = {name: module.training for name, module in self._module.named_modules()}
-            self._module.eval()
-            try:
-                with torch.no_grad():
-                    return {name: float(value) for name, value in self._evaluate(self._module).items()}
-            finally:
-                for name, module in self._module.named_modules():
-                    module.training = modes[name]
-
-    @property
-    def _has_validation(self) -> bool:
-        source = self._trainer.fit_loop.epoch_loop.val_loop._data_source
-        return source.is_defined() and is_overridden("validation_step", self._module)
-
-    def _validate(self) -> dict[str, float]:
-        """Lightning's own validation, as in ``fit``."""
-        trainer = self._trainer
-        trainer.validating = True
-        try:
-            trainer.fit_loop.epoch_loop.val_loop.run()
-        finally:
-            trainer.training = True
-        return {name: float(value) for name, value in trainer.callback_metrics.items()}
-
-    @contextmanager
-    def _logged(self) -> Iterator[None]:
-        """What validation logs counts."""
-        names = [name for name in ("log", "log_dict") if name in vars(self._module)]
-        for name in names:
-            delattr(self._module, name)
-        try:
-            yield
-        finally:
-            for name in names:
-                setattr(self._module, name, _ignore)
 
     # ---- what has come of it ----------------------------------------------------------------------------------------
 
@@ -350,8 +296,8 @@ class Simulation:
             busy_seconds=tuple(lane.busy_seconds for lane in lanes) or (0.0,) * len(self._workers),
             waits=[SimulatedWait(lane.rank, *wait) for lane in lanes for wait in lane.waits],
             waiting_seconds=tuple(lane.waiting_seconds for lane in lanes) or (0.0,) * len(self._workers),
-            bytes_sent=tuple(lane.bytes_sent for lane in lanes) or nothing,
-            bytes_received=tuple(lane.bytes_received for lane in lanes) or nothing,
+            bytes_sent=tuple(self._timeline.exchange.bytes_sent) if self._timeline is not None else nothing,
+            bytes_received=tuple(self._timeline.exchange.bytes_received) if self._timeline is not None else nothing,
             mean_staleness=progress.total_staleness / max(1, progress.updates) if progress is not None else 0.0,
             max_staleness=progress.max_staleness if progress is not None else 0,
             dropped=progress.dropped if progress is not None else nothing,
@@ -419,7 +365,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _ignore(*_: Any, **__: Any) -> None:
-    """What a training step logs."""

@@ -134,6 +134,7 @@ class Replay:
     ) -> None:
         self.now, self.over, self.local_steps = 0.0, False, 0
         self.lanes: list[Any] = []
+        self.exchange = SimpleNamespace(bytes_sent=[], bytes_received=[])
         self.progress = Progress.at_start(SIZE, settings.local_steps)
         self._state, self._replicas, self._settings = state, replicas, settings
         state.set_round_length(settings.local_steps)

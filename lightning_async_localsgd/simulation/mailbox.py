@@ -1,0 +1,58 @@
+"""A virtual mailbox: where the training thread and the exchange thread of a virtual worker meet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_async_localsgd.protocol.header import Flag
+from lightning_async_localsgd.protocol.turn import PushedRound
+
+__all__ = ["Adoption", "Push", "VirtualMailbox"]
+
+
+@dataclass(frozen=True)
+class Push:
+    """A finished round on its way. Times are virtual, in seconds."""
+
+    round: PushedRound
+    loss: float
+    """Sum of the training losses of its local steps."""
+    begin: float
+    end: float
+    all_steps: int
+    """Local steps that all workers had made at its end."""
+
+
+@dataclass(frozen=True)
+class Adoption:
+    """New global parameters for a worker."""
+
+    version: int
+    restart: bool
+    """Whether its delta was dropped, so that it begins again from them."""
+
+
+@dataclass
+class VirtualMailbox:
+    """What the two threads of a virtual worker know of each other."""
+
+    flags: Flag = Flag.FINAL  # who is not there has nothing more to say
+    steps: int = 0
+    """Local steps, as its next header tells."""
+    speed: float = 0.0
+    """Local steps per second, as its next header tells."""
+    patience: float = 0.0
+    """Seconds for which it is worth holding a turn open for its push."""
+    news: bool = False
+    """Whether the training thread has something to tell that no header has told."""
+    push: Push | None = None
+    """A push that the exchange has not taken yet."""
+    pending: Push | None = None
+    """A push that the exchange has taken and not settled yet."""
+    adoption: Adoption | None = None
+    """Global parameters that the training thread has not adopted yet."""
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether the adoption of the worker's last push is still to come."""
+        return self.push is not None or self.pending is not None or self.adoption is not None
