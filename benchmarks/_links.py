@@ -3,7 +3,7 @@
 import ctypes
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +28,15 @@ class Host:
 
 
 @contextmanager
-def hosts(number: int, mbit: float) -> Iterator[list[Host]]:
-    """Hosts whose links carry ``mbit`` Mbit/s in each direction, headers of Ethernet, IP and TCP included."""
+def hosts(number: int, mbit: float | Sequence[float]) -> Iterator[list[Host]]:
+    """Hosts with links of their own.
+
+    Args:
+        number: how many.
+        mbit: what each link carries in each direction, in Mbit/s, headers of Ethernet, IP and TCP included; one number
+            for all, or one for each.
+    """
+    rates = [mbit] * number if isinstance(mbit, (int, float)) else list(mbit)
     switch = f"plan{os.getpid()}switch"
     found = [Host(f"plan{os.getpid()}h{i}", f"10.78.0.{i + 1}") for i in range(number)]
     spaces = [switch, *(host.name for host in found)]
@@ -45,7 +52,7 @@ def hosts(number: int, mbit: float) -> Iterator[list[Host]]:
             _run(f"ip -n {switch} link set port{i} master bridge")
             for space, device in ((host.name, INTERFACE), (switch, f"port{i}")):
                 _run(f"ip -n {space} link set {device} up")
-                _run(f"tc -n {space} qdisc add dev {device} root tbf rate {mbit}mbit burst 128kb latency 100ms")
+                _run(f"tc -n {space} qdisc add dev {device} root tbf rate {rates[i]}mbit burst 128kb latency 100ms")
         yield found
     finally:
         for space in spaces:

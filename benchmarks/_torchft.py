@@ -22,10 +22,12 @@ class TorchftDiLoCo(L.Callback):
         rank: This worker.
         replicas: Number of workers; an outer step takes place only with all of them.
         local_steps: H, local steps per round.
+        address: at which the other workers reach this one.
     """
 
-    def __init__(self, rank: int, replicas: int, local_steps: int) -> None:
+    def __init__(self, rank: int, replicas: int, local_steps: int, address: str = "localhost") -> None:
         self.rank = rank
+        self.address = address
         self.replicas = replicas
         self.local_steps = local_steps
 
@@ -33,7 +35,7 @@ class TorchftDiLoCo(L.Callback):
         port = os.environ["MASTER_PORT"]
         if self.rank == 0:
             self._lighthouse = LighthouseServer(bind=f"[::]:{port}", min_replicas=self.replicas)
-        self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        self._store = TCPStore(self.address, 0, is_master=True, wait_for_workers=False)
         self._manager = Manager(
             pg=ProcessGroupGloo(timeout=_TIMEOUT),
             load_state_dict=pl_module.load_state_dict,
@@ -44,9 +46,9 @@ class TorchftDiLoCo(L.Callback):
             quorum_timeout=_TIMEOUT,
             rank=0,
             world_size=1,
-            store_addr="localhost",
+            store_addr=self.address,
             store_port=self._store.port,
-            lighthouse_addr=f"http://localhost:{port}",
+            lighthouse_addr=f"http://{os.environ['MASTER_ADDR']}:{port}",
             replica_id=f"worker_{self.rank}",
             init_sync=False,  # all workers start from the same parameters
         )

@@ -211,7 +211,6 @@ class Mailbox:
             self._push = push
             self._extending = False
             self._flags |= flags
-            self._news = True
             self._condition.notify_all()
 
     def take_back(self, max_steps: int) -> Push | None:
@@ -298,20 +297,26 @@ class Mailbox:
             self._condition.wait_for(lambda: self._cut is None or self._failure is not None)
             self._raise()
 
-    def wait_for_turn(self, turn: int, heartbeat: float) -> bool:
+    def wait_for_turn(self, turn: int, heartbeat: float, open_from: float) -> bool:
         """Sleep until ``turn`` is due; returns whether this worker is the one to open it.
 
         Args:
             turn: number of the next turn.
             heartbeat: seconds after which to open one anyway, to see whether all are still there.
+            open_from: time of the monotonic clock before which a push alone opens no turn, unless the training thread
+                waits for it.
         """
+        until = time.monotonic() + heartbeat
         with self._condition:
-            self._raise()
-            self._condition.wait_for(
-                lambda: self._rung >= turn or self._news or self._failure is not None, timeout=heartbeat
-            )
-            self._raise()
-            return self._rung < turn
+            while True:
+                self._raise()
+                now = time.monotonic()
+                if self._rung >= turn:
+                    return False
+                hurries = self._waiting or Flag.FINAL in self._flags
+                if self._news or now >= until or (self._push is not None and (hurries or now >= open_from)):
+                    return True
+                self._condition.wait((until if self._push is None else min(until, open_from)) - now)
 
     def wait_for_push(self) -> None:
         """Hold the turn open for a push, as long as the training thread said it is worth."""

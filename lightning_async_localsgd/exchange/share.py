@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lightning_async_localsgd.exchange.transport import Transport
-from lightning_async_localsgd.protocol.header import HEADER_BYTES
 
 __all__ = ["as_bytes", "from_bytes", "share"]
 
@@ -79,7 +78,7 @@ def _hash(tensor: Tensor) -> str:
 
 
 def _all_equal(transport: Transport, hashes: Mapping[str, str]) -> bool:
-    digest = hashlib.blake2b(json.dumps(hashes).encode()).digest().ljust(HEADER_BYTES, b"\0")
+    digest = hashlib.blake2b(json.dumps(hashes).encode()).digest()
     return len(set(transport.gather(digest))) == 1
 
 

@@ -17,17 +17,17 @@ store, or writes down its own there; then it closes its connections. So all name
 from __future__ import annotations
 
 import atexit
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
 from torch.distributed import Store
 from torch.profiler import record_function
 
@@ -37,35 +37,27 @@ from lightning_async_localsgd.exchange.accelerator import synchronize
 from lightning_async_localsgd.exchange.causes import LOOK_UP, Causes
 from lightning_async_localsgd.exchange.doorbell import Bell
 from lightning_async_localsgd.exchange.mailbox import Adoption, Live, Mailbox, Push
-from lightning_async_localsgd.exchange.transport import CHUNK, Transport
+from lightning_async_localsgd.exchange.trade import Trade
+from lightning_async_localsgd.exchange.transport import Transport
 from lightning_async_localsgd.membership import JobStore, Roster
 from lightning_async_localsgd.outer import GlobalState, Unsendable, write_delta
 from lightning_async_localsgd.protocol.budget import Budget
-from lightning_async_localsgd.protocol.header import HEADER_BYTES, Flag, Header, Message
+from lightning_async_localsgd.protocol.header import Flag, Header, Message
 from lightning_async_localsgd.protocol.ledger import Ledger
 from lightning_async_localsgd.protocol.progress import OuterUpdate
-from lightning_async_localsgd.protocol.turn import add_round
+from lightning_async_localsgd.protocol.turn import add_round, turn_interval
 from lightning_async_localsgd.settings import Settings
 
 __all__ = ["ExchangeThread"]
 
-_READY = bytes(HEADER_BYTES)
+_READY = b"\0"
 _GOODBYE = timedelta(seconds=10)
 _LAST_WORDS = timedelta(seconds=2)
+_T = TypeVar("_T")
 _A_MOMENT = 2.0  # seconds
 _HEARTBEAT = 5.0  # seconds
 _SAMPLE = 1 << 16  # elements, about
 _RECENT = 5  # exchanges whose median is told
-
-
-class _Transfer(NamedTuple):
-    """A part of a delta on its way."""
-
-    chunk: Tensor
-    """Where it goes: part of the state's pseudo-gradient."""
-    wire: Tensor
-    """Its wire form."""
-    wait: Callable[[], None]
 
 
 class _Exchange(NamedTuple):
@@ -83,6 +75,7 @@ class ExchangeThread:
     Args:
         mailbox: where to meet the training thread.
         state: the global state, equal on all workers.
+        trade: brings sums of deltas into the pseudo-gradient of the global state.
         transport: connections to the other workers.
         store: the run's part of the job's store.
         roster: who takes part.
@@ -94,6 +87,7 @@ class ExchangeThread:
         self,
         mailbox: Mailbox,
         state: GlobalState,
+        trade: Trade,
         transport: Transport,
         store: Store,
         roster: Roster,
@@ -102,6 +96,7 @@ class ExchangeThread:
     ) -> None:
         self._mailbox = mailbox
         self._state = state
+        self._trade = trade
         self._transport = transport
         self._store = JobStore(store, settings.timeout)
         self._causes = Causes(store, roster, settings.timeout)
@@ -111,6 +106,7 @@ class ExchangeThread:
         self._codec = make_codec(settings.codec)
         self._timeout = settings.timeout.total_seconds()
         self._turn = 0
+        self._opened = -math.inf  # the time of the latest turn that applied deltas
         self._checked = -1  # the version that `_last_checksum` belongs to
         self._last_checksum = 0
         self._pending: Push | None = None
@@ -186,7 +182,8 @@ class ExchangeThread:
     def _take_turn(self) -> bool:
         """One turn; returns whether it was the last."""
         self._mailbox.wait_for_release()
-        if self._mailbox.wait_for_turn(self._turn, heartbeat=min(_HEARTBEAT, self._timeout / 4)):
+        open_from = self._opened + turn_interval(self._mailbox.progress, self._settings)
+        if self._mailbox.wait_for_turn(self._turn, min(_HEARTBEAT, self._timeout / 4), open_from):
             self._bell.ring(self._turn)
         if self._pending is None:
             self._mailbox.wait_for_push()
@@ -203,6 +200,8 @@ class ExchangeThread:
         if Flag.ABORT in live.flags:
             raise PeerAbortedError(_reason(live.message))
         updates, applied = self._apply(headers)
+        if applied:
+            self._opened = began
         with self._mailbox.global_state():
             progress = self._ledger.close_turn(
                 headers, applied, self._transport.bytes_sent, self._transport.bytes_received
@@ -263,17 +262,24 @@ class ExchangeThread:
 
     def _gather(self, header: Header) -> list[Header]:
         headers = []
-        for worker, data in enumerate(self._transport.gather(header.pack())):
-            try:
-                headers.append(Header.unpack(data))
-            except ValueError as error:
-                raise PeerLostError(
-                    f"{self._roster.name(worker)} sent something that is not a header: {error}. "
-                    "Check that all workers run the same version of this library."
-                ) from error
+        own, message = header.pack()
+        packed = self._transport.gather(own)
+        sizes = [self._read(worker, Header.message_bytes, data) for worker, data in enumerate(packed)]
+        messages = self._transport.gather_some(message, sizes) if any(sizes) else [b""] * len(packed)
+        for worker, (data, text) in enumerate(zip(packed, messages, strict=True)):
+            headers.append(self._read(worker, Header.unpack, data, text))
         for worker, other in enumerate(headers):
             self._check(worker, other, header)
         return headers
+
+    def _read(self, worker: int, read: Callable[..., _T], *data: bytes) -> _T:
+        try:
+            return read(*data)
+        except ValueError as error:
+            raise PeerLostError(
+                f"{self._roster.name(worker)} sent something that is not a header: {error}. "
+                "Check that all workers run the same version of this library."
+            ) from error
 
     def _check(self, worker: int, other: Header, own: Header) -> None:
         name = self._roster.name(worker)
@@ -304,7 +310,9 @@ class ExchangeThread:
         """Apply this turn's deltas, if enough are there; returns the outer updates, and whose deltas were applied."""
         updates: list[OuterUpdate] = []
         groups = self._ledger.due(headers)
-        for group in self._trade(groups):
+        own = None if self._pending is None else self._pending.base
+        sums = self._trade.sums([[header.worker for header in group] for group in groups], own)
+        for group, _ in zip(groups, sums, strict=True):
             measures = self._state.measure(len(group)) if self._mailbox.measure_updates else (None, None)
             self._watch_direction(group)
             with record_function("async_localsgd::apply"), self._mailbox.global_state():
@@ -317,51 +325,6 @@ class ExchangeThread:
         if self._roster.rank == 0 and any(header.worker == 0 for header in group):
             every = max(1, self._state.layout.parameter_numel // _SAMPLE)
             self._mailbox.alignment = self._state.measure(len(group), every)[1]
-
-    def _trade(self, groups: list[list[Header]]) -> Iterator[list[Header]]:
-        """Bring the sum of one group's deltas after the other into the state's pseudo-gradient; yields whose they are.
-
-        The beginnings of all deltas travel at once: a small model needs one trip through the network, not one for each
-        worker.
-        """
-        deltas = [header.worker for group in groups for header in group]
-        target = self._state.pseudo_gradient
-        beginning = target[: CHUNK // max(1, len(deltas))]
-        under_way = iter([self._start(worker, beginning, in_place=False) for worker in deltas])
-        for group in groups:
-            for i, header in enumerate(group):
-                with record_function("async_localsgd::exchange"):
-                    self._finish(next(under_way), add=i > 0)
-                    for start in range(beginning.numel(), target.numel(), CHUNK):
-                        chunk = target[start : start + CHUNK]
-                        self._finish(self._start(header.worker, chunk, in_place=i == 0), add=i > 0)
-            yield group
-
-    def _start(self, worker: int, chunk: Tensor, in_place: bool) -> _Transfer:
-        """Begin to trade what ``chunk`` of the pseudo-gradient is to take from a worker's delta, its own or a peer's.
-
-        Args:
-            worker: whose delta.
-            chunk: part of the state's pseudo-gradient.
-            in_place: receive into ``chunk`` itself, if the wire form is the final form.
-        """
-        if worker == self._roster.rank:
-            assert self._pending is not None
-            offset = chunk.storage_offset()
-            wire = self._codec.encode(self._pending.base[offset : offset + chunk.numel()]).cpu()
-        elif in_place and self._codec.wire_dtype == chunk.dtype and chunk.device.type == "cpu":
-            wire = chunk
-        else:
-            wire = torch.empty(chunk.numel(), dtype=self._codec.wire_dtype)
-        return _Transfer(chunk, wire, self._transport.broadcast(wire, worker))
-
-    def _finish(self, transfer: _Transfer, add: bool) -> None:
-        transfer.wait()
-        chunk, decoded = transfer.chunk, self._codec.decode(transfer.wire)
-        if add:
-            chunk.add_(decoded.to(chunk.device))
-        elif decoded.data_ptr() != chunk.data_ptr():
-            chunk.copy_(decoded)
 
     def _adopt(self, applied: list[Header]) -> Adoption | None:
         """The new global parameters for this worker, if its own delta was among the applied, or could not be sent."""

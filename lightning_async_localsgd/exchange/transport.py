@@ -1,13 +1,13 @@
-"""Transport: headers and deltas between workers, straight from each worker to each other one over gloo."""
+"""Transport: bytes between workers, straight from each worker to each other one over gloo."""
 
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import timedelta
+from enum import IntEnum
 from functools import partial
 from typing import Any, Protocol
 
@@ -19,61 +19,78 @@ from lightning_async_localsgd.errors import PeerLostError
 from lightning_async_localsgd.membership import Roster
 from lightning_async_localsgd.membership.address import INTERFACE_VARIABLE, make_gloo_group
 from lightning_async_localsgd.membership.sockets import recorded_sockets
-from lightning_async_localsgd.protocol.header import HEADER_BYTES
 
-__all__ = ["CHUNK", "GlooTransport", "Transport"]
+__all__ = ["Channel", "GlooTransport", "Transport", "Wait"]
 
-CHUNK = 1 << 20
-"""Elements of a delta per message: what the largest wire buffer holds, and what `timeout` applies to."""
+Wait = Callable[[], None]
+"""A function that waits until a transfer is complete.
 
-_HEADERS, _PAYLOAD, _RECEIPT = 1, 2, 3  # message tags
+Raises:
+    PeerLostError: if the peer is gone, or has not answered within the timeout.
+"""
+
+
+class Channel(IntEnum):
+    """A kind of message. Between two workers, messages of one channel arrive in the order in which they were sent."""
+
+    HEADER = 1
+    BROADCAST = 2
+    RECEIPT = 3
+    DELTA = 4
+    SUM = 5
 
 
 class Transport(Protocol):
-    """Moves bytes between workers. Used by the exchange thread alone, in the same order on every worker."""
+    """Moves bytes between workers. Used by the exchange thread alone."""
 
     bytes_sent: int
     bytes_received: int
 
-    def gather(self, header: bytes) -> list[bytes]:
-        """Give ``header`` to every worker and return all workers' headers, by rank.
+    def gather(self, data: bytes) -> list[bytes]:
+        """Give ``data``, as long on every worker, to all and return that of all workers, by rank.
 
         Raises:
             PeerLostError: if a worker cannot be reached within the timeout.
         """
 
-    def broadcast(self, chunk: Tensor, root: int) -> Callable[[], None]:
+    def gather_some(self, data: bytes, sizes: Sequence[int]) -> list[bytes]:
+        """Give ``data`` to all workers and return that of all workers, by rank. Workers without data send nothing.
+
+        Args:
+            data: the bytes of this worker.
+            sizes: the number of bytes of each worker, known to all.
+
+        Raises:
+            PeerLostError: if a worker cannot be reached within the timeout.
+        """
+
+    def send(self, wire: Tensor, peer: int, channel: Channel) -> Wait:
+        """Begin to send ``wire`` (contiguous, on the CPU) to a peer, which must receive as many bytes.
+
+        Several transfers can be under way at once. Until the wait returns, ``wire`` belongs to the transport.
+        """
+
+    def receive(self, wire: Tensor, peer: int, channel: Channel) -> Wait:
+        """Begin to receive ``wire`` (contiguous, on the CPU) from a peer. See :meth:`send`."""
+
+    def broadcast(self, chunk: Tensor, root: int) -> Wait:
         """Begin to copy ``chunk`` (contiguous, on the CPU) from worker ``root`` into every other worker's ``chunk``.
 
-        Several can be under way at once.
-
-        Returns:
-            What waits until it is done. Until then ``chunk`` belongs to the transport.
-
-        Raises:
-            PeerLostError: here or in the wait, if ``root``, or on ``root`` any worker, cannot be reached within the
-                timeout.
+        See :meth:`send`.
         """
+
+    def acknowledge(self, root: int) -> Wait:
+        """Begin to tell worker ``root`` that this worker has got this far; on ``root``, to hear it of all others."""
 
     def interrupt(self) -> None:
-        """End the connections now, from any thread: whoever waits in one, at either end, gets a ``PeerLostError``."""
-
-    def acknowledge(self, root: int) -> Callable[[], None]:
-        """Begin to tell worker ``root`` that this worker has got this far; on ``root``, to hear it of all others.
-
-        Returns:
-            What waits until it is done.
-
-        Raises:
-            PeerLostError: as for :meth:`broadcast`.
-        """
+        """End the connections now, from any thread: all transfers, at either end, raise ``PeerLostError``."""
 
     def close(self) -> None:
         """Give up the connections."""
 
 
 class GlooTransport:
-    """All-gather by point-to-point messages over a gloo group of its own.
+    """Point-to-point messages over a gloo group of its own.
 
     Every wait is a wait for one named peer, so that a failure says who: a collective algorithm would blame whichever
     neighbour its ring or tree happens to have.
@@ -94,7 +111,6 @@ class GlooTransport:
             self._group: Any = self._connect(PrefixStore("outer", store))
         self._sockets.watch(timeout)
         self._peers = [r for r in range(roster.size) if r != roster.rank]
-        self._inbox = torch.zeros(roster.size, HEADER_BYTES, dtype=torch.uint8)
         self.bytes_sent = 0
         self.bytes_received = 0
 
@@ -125,60 +141,68 @@ class GlooTransport:
                 "firewall between the hosts, to any port."
             ) from error
 
-    def gather(self, header: bytes) -> list[bytes]:
+    def gather(self, data: bytes) -> list[bytes]:
         """See :meth:`Transport.gather`."""
-        own = self._inbox[self._roster.rank]
-        own.copy_(torch.frombuffer(bytearray(header), dtype=torch.uint8))
-        receives = [(peer, self._start("recv", self._inbox[peer], peer, _HEADERS)) for peer in self._peers]
-        sends = [(peer, self._start("send", own, peer, _HEADERS)) for peer in self._peers]
-        self._wait(receives + sends)
-        self.bytes_sent += HEADER_BYTES * len(self._peers)
-        self.bytes_received += HEADER_BYTES * len(self._peers)
-        return [bytes(row.numpy()) for row in self._inbox]
+        return self.gather_some(data, [len(data)] * self._roster.size)
 
-    def broadcast(self, chunk: Tensor, root: int) -> Callable[[], None]:
+    def gather_some(self, data: bytes, sizes: Sequence[int]) -> list[bytes]:
+        """See :meth:`Transport.gather_some`."""
+        inboxes = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+        receives = [self.receive(inboxes[peer], peer, Channel.HEADER) for peer in self._peers if sizes[peer]]
+        if data:
+            inboxes[self._roster.rank].copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        sends = [self.send(inboxes[self._roster.rank], peer, Channel.HEADER) for peer in self._peers if data]
+        _wait_for_all(receives + sends)
+        return [bytes(inbox.numpy()) for inbox in inboxes]
+
+    def send(self, wire: Tensor, peer: int, channel: Channel) -> Wait:
+        """See :meth:`Transport.send`."""
+        self.bytes_sent += wire.numel()
+        return self._start("send", wire, peer, channel)
+
+    def receive(self, wire: Tensor, peer: int, channel: Channel) -> Wait:
+        """See :meth:`Transport.receive`."""
+        self.bytes_received += wire.numel()
+        return self._start("recv", wire, peer, channel)
+
+    def broadcast(self, chunk: Tensor, root: int) -> Wait:
         """See :meth:`Transport.broadcast`."""
         wire = chunk.view(torch.uint8)
         if root == self._roster.rank:
-            works = [(peer, self._start("send", wire, peer, _PAYLOAD)) for peer in self._peers]
-            self.bytes_sent += wire.numel() * len(self._peers)
+            waits = [self.send(wire, peer, Channel.BROADCAST) for peer in self._peers]
         else:
-            works = [(root, self._start("recv", wire, root, _PAYLOAD))]
-            self.bytes_received += wire.numel()
-        return partial(self._wait, works)
+            waits = [self.receive(wire, root, Channel.BROADCAST)]
+        return partial(_wait_for_all, waits)
+
+    def acknowledge(self, root: int) -> Wait:
+        """See :meth:`Transport.acknowledge`."""
+        if root == self._roster.rank:
+            receipts = torch.empty(self._roster.size, 1, dtype=torch.uint8)
+            waits = [self.receive(receipts[peer], peer, Channel.RECEIPT) for peer in self._peers]
+        else:
+            waits = [self.send(torch.zeros(1, dtype=torch.uint8), root, Channel.RECEIPT)]
+        return partial(_wait_for_all, waits)
 
     def interrupt(self) -> None:
         """See :meth:`Transport.interrupt`."""
         self._sockets.shut_down()
 
-    def acknowledge(self, root: int) -> Callable[[], None]:
-        """See :meth:`Transport.acknowledge`."""
-        if root == self._roster.rank:
-            receipts = torch.empty(self._roster.size, 1, dtype=torch.uint8)
-            works = [(peer, self._start("recv", receipts[peer], peer, _RECEIPT)) for peer in self._peers]
-            self.bytes_received += len(self._peers)
-        else:
-            works = [(root, self._start("send", torch.zeros(1, dtype=torch.uint8), root, _RECEIPT))]
-            self.bytes_sent += 1
-        return partial(self._wait, works)
-
     def close(self) -> None:
         """See :meth:`Transport.close`."""
         self._group = None
 
-    def _start(self, operation: str, tensor: Tensor, peer: int, tag: int) -> Any:
+    def _start(self, operation: str, wire: Tensor, peer: int, channel: Channel) -> Wait:
         try:
-            return getattr(self._group, operation)([tensor], peer, tag)
+            work = getattr(self._group, operation)([wire], peer, channel)
         except RuntimeError as error:  # gloo already knows that the connection is closed
             raise self._lost(peer, error) from error
+        return partial(self._wait, work, peer)
 
-    def _wait(self, works: list[tuple[int, Any]]) -> None:
-        deadline = time.monotonic() + self._timeout.total_seconds()
-        for peer, work in works:
-            try:
-                work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
-            except RuntimeError as error:
-                raise self._lost(peer, error) from error
+    def _wait(self, work: Any, peer: int) -> None:
+        try:
+            work.wait(self._timeout)
+        except RuntimeError as error:
+            raise self._lost(peer, error) from error
 
     def _lost(self, peer: int, error: RuntimeError) -> PeerLostError:
         # gloo has one kind of error for a timeout and a closed connection
@@ -189,3 +213,8 @@ class GlooTransport:
             "start the job again.",
             gone=peer,
         )
+
+
+def _wait_for_all(waits: Sequence[Wait]) -> None:
+    for wait in waits:
+        wait()

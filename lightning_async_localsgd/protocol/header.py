@@ -1,4 +1,4 @@
-"""The header: what every worker tells every other at each turn of the exchange, in a fixed number of bytes."""
+"""The header of a turn: a worker's counts in a fixed number of bytes, and its control message, if it sends one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["HEADER_BYTES", "MESSAGE_BYTES", "PROTOCOL", "Flag", "Header", "Messa
 Message = dict[str, Any]
 """A control message: a JSON object of at most ``MESSAGE_BYTES``."""
 
-PROTOCOL = 4
-HEADER_BYTES = 4096
+PROTOCOL = 5
 _MAGIC = b"ALSG"
 _PREFIX = struct.Struct("<4sHHI")  # magic, protocol, flags, bytes of message
 _FIELDS = struct.Struct("<10Qdddq")
-MESSAGE_BYTES = HEADER_BYTES - _PREFIX.size - _FIELDS.size
+HEADER_BYTES = _PREFIX.size + _FIELDS.size
+MESSAGE_BYTES = 4096
 _COUNTS = ("worker", "turn", "version", "steps", "round", "round_steps", "round_samples", "shard", "start_version")
 _LARGEST_COUNT = 1 << 53  # exact as a float too
 _LARGEST_SPEED = 1e9  # local steps per second; the speeds of all workers add up to something finite
@@ -70,8 +70,8 @@ class Header:
     start_version: int = 0
     message: Message | None = None
 
-    def pack(self) -> bytes:
-        """The header as ``HEADER_BYTES`` bytes.
+    def pack(self) -> tuple[bytes, bytes]:
+        """The header as ``HEADER_BYTES`` bytes, and its message as at most ``MESSAGE_BYTES``; empty if there is none.
 
         Raises:
             ValueError: if a field is outside its range, or the message, as JSON, is longer than ``MESSAGE_BYTES``.
@@ -95,25 +95,40 @@ class Header:
             self.exchange_cost,
             self.checksum,
         )
-        return (prefix + fields + text).ljust(HEADER_BYTES, b"\0")
+        return prefix + fields, text
 
-    @classmethod
-    def unpack(cls, data: bytes) -> Header:
-        """Read a header.
+    @staticmethod
+    def message_bytes(data: bytes) -> int:
+        """The length of the message that belongs to a packed header.
 
         Raises:
-            ValueError: if ``data`` is not a header of this protocol, or a field is outside its range.
+            ValueError: if ``data`` is not a header of this protocol, or its message is too long.
         """
         if len(data) != HEADER_BYTES:
             raise ValueError(f"a header has {HEADER_BYTES} bytes, got {len(data)}")
-        magic, protocol, flags, text_bytes = _PREFIX.unpack_from(data)
+        magic, protocol, _, length = _PREFIX.unpack_from(data)
         if magic != _MAGIC or protocol != PROTOCOL:
             raise ValueError(f"not a header of protocol {PROTOCOL}")
-        if text_bytes > MESSAGE_BYTES:
-            raise ValueError(f"its message claims {text_bytes} bytes of at most {MESSAGE_BYTES}")
+        if length > MESSAGE_BYTES:
+            raise ValueError(f"its message claims {length} bytes of at most {MESSAGE_BYTES}")
+        return int(length)
+
+    @classmethod
+    def unpack(cls, data: bytes, text: bytes = b"") -> Header:
+        """Read a header.
+
+        Args:
+            data: the header, ``HEADER_BYTES`` long.
+            text: its message, as many bytes as :meth:`message_bytes` tells.
+
+        Raises:
+            ValueError: if ``data`` is not a header of this protocol, a field is outside its range, or ``text`` is not
+                its message.
+        """
+        if len(text) != cls.message_bytes(data):
+            raise ValueError(f"its message has {len(text)} bytes instead of {cls.message_bytes(data)}")
+        _, _, flags, _ = _PREFIX.unpack_from(data)
         values = _FIELDS.unpack_from(data, _PREFIX.size)
-        start = _PREFIX.size + _FIELDS.size
-        text = data[start : start + text_bytes]
         header = cls(
             worker=values[0],
             turn=values[1],

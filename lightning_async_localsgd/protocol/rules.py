@@ -27,6 +27,10 @@ class Rules(Protocol):
         """Number of deltas in an outer update."""
 
     @property
+    def turns_per_round(self) -> float:
+        """Maximum number of turns that pushes open in a round of the fastest worker."""
+
+    @property
     def overlap(self) -> bool:
         """Whether workers train while their delta is exchanged."""
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from lightning_async_localsgd.protocol.header import Flag, Header
+from lightning_async_localsgd.protocol.progress import Progress
+from lightning_async_localsgd.protocol.rules import Rules
 
-__all__ = ["PushedRound", "add_round", "may_push"]
+__all__ = ["PushedRound", "add_round", "may_push", "turn_interval"]
 
 _NONE_TO_COME = Flag.IDLE | Flag.FINAL | Flag.ABORT | Flag.PAUSED
 
@@ -24,6 +26,22 @@ class PushedRound(NamedTuple):
     shard: int
     start_version: int
     """Version of the global parameters that it began from."""
+
+
+def turn_interval(progress: Progress, rules: Rules) -> float:
+    """Minimum seconds between the beginnings of two turns that a push opens.
+
+    It bounds the traffic of a round, however many workers there are. A worker whose round ends sooner extends it. One
+    that does not train while its delta is exchanged would be idle instead, so without overlap there is no minimum.
+
+    Args:
+        progress: shared progress of now.
+        rules: settings of the run.
+    """
+    fastest = max(progress.speeds)
+    if not rules.overlap or fastest == 0:
+        return 0.0
+    return progress.local_steps / fastest / rules.turns_per_round
 
 
 def may_push(flags: Flag, has_delta: bool) -> bool:

@@ -18,6 +18,7 @@ from lightning_async_localsgd.protocol.round_length import AUTO, RoundLength
 
 __all__ = ["Settings"]
 
+_EXCHANGES = ("auto", "reduce", "gather")
 _PLAIN = (str, int, float, list, tuple, dict)
 
 
@@ -37,6 +38,8 @@ class Settings:
     overlap: bool = True
     budget: str = "shared"
     codec: str | Codec = "fp32"
+    exchange: str = "auto"
+    turns_per_round: float = 2
     outer_device: str | torch.device = "cpu"
     timeout: timedelta = field(default=timedelta(minutes=10))
     exchange_frozen: bool | None = None
@@ -52,6 +55,12 @@ class Settings:
             raise ValueError(f"`quorum` must be at least 1, got {self.quorum}.")
         if self.grace_period < 0:
             raise ValueError(f"`grace_period` must be at least 0 seconds, got {self.grace_period}.")
+        if not self.turns_per_round >= 1:
+            raise ValueError(
+                f"`turns_per_round` must be at least 1 turn in a round of the fastest worker, got {self.turns_per_round}."
+            )
+        if self.exchange not in _EXCHANGES:
+            raise ValueError(f"`exchange` must be one of {', '.join(map(repr, _EXCHANGES))}, got {self.exchange!r}.")
         if self.budget not in ("shared", "per_worker"):
             raise ValueError(f"`budget` must be 'shared' or 'per_worker', got {self.budget!r}.")
         if self.timeout.total_seconds() <= self.grace_period:
@@ -126,7 +135,9 @@ class Settings:
             "quorum": self.quorum,
             "overlap": self.overlap,
             "budget": self.budget,
-            "codec": make_codec(self.codec).name,
+            "codec": _describe_object(make_codec(self.codec)),
+            "exchange": self.exchange,
+            "turns_per_round": self.turns_per_round,
             "outer_device": torch.device(self.outer_device).type,  # kinds of devices may round differently
             "exchange_frozen": bool(self.exchange_frozen),
             "constraint": _describe(self.constraint),

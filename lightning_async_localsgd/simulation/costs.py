@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_async_localsgd.codecs import make_codec
-from lightning_async_localsgd.exchange.transport import CHUNK
+from lightning_async_localsgd.exchange.trade import CHUNK
 from lightning_async_localsgd.outer import DelayedNesterov, default_outer_optimizer
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.simulation.exchange import DeltaCosts

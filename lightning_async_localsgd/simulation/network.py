@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from lightning_async_localsgd.exchange.transport import CHUNK
+from lightning_async_localsgd.exchange.trade import CHUNK
 from lightning_async_localsgd.protocol.header import HEADER_BYTES
 
-__all__ = ["Network"]
+__all__ = ["Network", "WireBytes"]
+
+WireBytes = Callable[[int], int]
+"""The bytes that so many elements take on the wire."""
 
 
 @dataclass(frozen=True)
@@ -58,28 +61,77 @@ class Network:
         """Seconds in which each of these workers gives each other one a header."""
         return self.trip(workers) + self._load_seconds(workers, workers, HEADER_BYTES)
 
-    def delta_seconds(self, senders: Sequence[int], workers: Sequence[int], elements: int, element_bytes: int) -> float:
-        """Seconds in which these senders' deltas come to all of these workers.
+    def gather_seconds(self, senders: Sequence[int], workers: Sequence[int], elements: int, wire: WireBytes) -> float:
+        """Seconds in which these senders give their deltas to all of these workers.
 
         As in the real exchange: the beginnings of all deltas travel at once, the rest one delta after the other.
 
         Args:
-            senders: whose deltas.
-            workers: all who take part.
-            elements: of each delta.
-            element_bytes: bytes of an element on the wire.
+            senders: the workers whose deltas travel.
+            workers: all workers that take part.
+            elements: elements of each delta.
+            wire: the bytes of so many elements on the wire.
         """
         if not senders or len(workers) < 2:
             return 0.0
-        beginning = min(elements, CHUNK // len(senders))
-        seconds = self.trip(workers) + self._load_seconds(senders, workers, beginning * element_bytes)
-        rest = (elements - beginning) * element_bytes
-        if rest:
+        beginning = min(elements, CHUNK)
+        seconds = self.trip(workers) + self._load_seconds(senders, workers, wire(beginning))
+        if elements > beginning:
+            rest = wire(elements) - wire(beginning)
             trip = self.trip(workers)
             # Senders of one site take as long as each other.
             of_site = {self._site(s): trip + self._load_seconds([s], workers, rest) for s in self._one_of_each(senders)}
             seconds += sum(of_site[self._site(s)] for s in senders)
         return seconds
+
+    def reduce_seconds(self, senders: Sequence[int], workers: Sequence[int], elements: int, wire: WireBytes) -> float:
+        """Seconds in which the sum of these senders' deltas comes to all of these workers, by slices.
+
+        Both hops of a long vector overlap, and each worker sends and receives at once.
+
+        Args:
+            senders: the workers whose deltas are added up.
+            workers: all workers that take part.
+            elements: elements of each delta.
+            wire: the bytes of so many elements on the wire.
+        """
+        if not senders or len(workers) < 2:
+            return 0.0
+        size = wire(elements)
+        load = max(max(self.reduce_load(senders, workers, worker)) for worker in self._kinds(senders, workers))
+        seconds = size * load / self.bandwidth
+        if self.sites is not None:
+            loads = [self._site_load(senders, workers, site) for site in {self._site(w) for w in workers}]
+            seconds = max(seconds, size * max(map(max, loads)) / self.site_bandwidth)
+        return 2 * self.trip(workers) + seconds
+
+    @staticmethod
+    def reduce_load(senders: Sequence[int], workers: Sequence[int], worker: int) -> tuple[float, float]:
+        """Deltas that a worker sends and receives in a reduce, in sizes of one delta.
+
+        Args:
+            senders: the workers whose deltas are added up.
+            workers: all workers that take part. Each owns an equal slice.
+            worker: one of them.
+        """
+        k, n, sends = len(workers), len(senders), worker in senders
+        others = k - 1
+        if n == 1:  # who has sent all of it knows the sum
+            return (2 * others / k, 0.0) if sends else ((others - 1) / k, 1.0)
+        return (others * sends + others) / k, (n - sends + others) / k
+
+    def _site_load(self, senders: Sequence[int], workers: Sequence[int], site: int) -> tuple[float, float]:
+        """Deltas that leave and enter a site in a reduce, in sizes of one delta."""
+        there = sum(self._site(worker) == site for worker in workers) / len(workers)
+        sending = sum(self._site(sender) == site for sender in senders)
+        away, sums = len(senders) - sending, len(workers) * there * (1 - there)
+        return sending * (1 - there) + sums, away * there + sums
+
+    @staticmethod
+    def _kinds(senders: Sequence[int], workers: Sequence[int]) -> set[int]:
+        """A sender, and a worker that does not send, if there is one: all of a kind have the same load."""
+        rest = set(workers).difference(senders)
+        return {senders[0], *list(rest)[:1]}
 
     def _load_seconds(self, senders: Iterable[int], workers: Sequence[int], size: int) -> float:
         """Seconds until each sender has given ``size`` bytes to each worker but itself, all at once."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_async_localsgd import Settings
-from lightning_async_localsgd.exchange.transport import CHUNK
+from lightning_async_localsgd.exchange.trade import CHUNK
 from lightning_async_localsgd.methods import METHODS, make_method
 from lightning_async_localsgd.outer import AsyncBuffer, DelayCompensation, DelayedNesterov, Poly
 from lightning_async_localsgd.simulation import Network, Plan, plan, recommend, simulate

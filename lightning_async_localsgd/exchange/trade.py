@@ -1,0 +1,303 @@
+"""The trade of a turn: how the deltas of several workers become sums that all of them hold, alike to the bit.
+
+Two trades share everything else. :class:`Reduce` adds the deltas up where they meet: each worker owns a slice of the
+flat vector, receives that slice of every delta, adds them in rank order and gives the sum to all. A worker sends and
+receives at most ``2 (k - 1) / k`` times the size of a delta, for any number k of workers. :class:`Gather` gives every
+delta to every worker, ``k - 1`` times the size of each, for outer optimizers that need single deltas.
+
+Both write each delta in the form of the codec, and both apply what a receiver decodes, also for a worker's own delta.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from lightning_async_localsgd.codecs import BF16, Codec, ErrorFeedback
+from lightning_async_localsgd.exchange.transport import Channel, Transport, Wait
+from lightning_async_localsgd.protocol.slices import Span, owned_slices
+
+__all__ = ["CHUNK", "Gather", "Reduce", "Trade"]
+
+CHUNK = 1 << 18
+"""Maximum number of elements of a message: the timeout applies to each one."""
+
+_UNDER_WAY = 3  # chunks of a slice on their way before the first of them is waited for
+
+
+class Trade(Protocol):
+    """Brings the sums of deltas to every worker. Belongs to the exchange thread; alike on all workers."""
+
+    def sums(self, groups: Sequence[Sequence[int]], own: Tensor | None, codec: Codec) -> Iterator[None]:
+        """Write the sum of the deltas of one group after the other into the target.
+
+        Args:
+            groups: the ranks of the workers whose deltas make up each sum, in rising order. A worker is in one group.
+            own: the delta of this worker, shape ``(n,)``, fp32, if a group has it. It is used up.
+            codec: the codec of this turn.
+
+        Yields:
+            After each sum is in the target. The target is free to be changed until the iteration goes on.
+
+        Raises:
+            PeerLostError: naming a worker that is gone or silent.
+        """
+
+
+class _Piece(NamedTuple):
+    """A part of the vector that makes up one message."""
+
+    span: Span
+    codec: Codec
+
+    @property
+    def wire_bytes(self) -> int:
+        return self.codec.wire_bytes(self.span.stop - self.span.start)
+
+
+class _Vector:
+    """The target of a trade, cut into pieces, and the worker's side of writing and reading them.
+
+    Args:
+        target: the vector that sums are written to, shape ``(n,)``, fp32.
+        parameters: number of its first elements that hold parameters. Buffers follow, which are never written in fewer
+            bits than those of bfloat16: a variance must not become negative.
+        feedback: errors that the next delta of this worker makes up for.
+    """
+
+    def __init__(self, target: Tensor, parameters: int, feedback: ErrorFeedback) -> None:
+        self.target = target
+        self.feedback = feedback
+        self._parameters = parameters
+
+    def pieces(self, span: Span, codec: Codec) -> list[_Piece]:
+        """A slice of the vector in messages."""
+        bounds = sorted({span.start, min(max(self._parameters, span.start), span.stop), span.stop})
+        of_buffers = codec if codec.lossless else BF16()
+        return [
+            _Piece(Span(start, min(start + CHUNK, stop)), codec if start < self._parameters else of_buffers)
+            for begin, stop in zip(bounds, bounds[1:], strict=False)
+            for start in range(begin, stop, CHUNK)
+        ]
+
+    def part(self, piece: _Piece) -> Tensor:
+        """The part of the target."""
+        return self.target[piece.span.start : piece.span.stop]
+
+    def encode(self, own: Tensor, piece: _Piece) -> Tensor:
+        """The wire form of a part of this worker's delta, on the device of the delta."""
+        chunk = own[piece.span.start : piece.span.stop]
+        return self.feedback.encode(piece.codec, chunk, piece.span.start)
+
+    def inbox(self, piece: _Piece) -> Tensor:
+        """Memory on the CPU to receive a part in: that of the target itself, if the wire form is the final form."""
+        if piece.codec.lossless and self.target.device.type == "cpu":
+            return self.part(piece).view(torch.uint8)
+        return torch.empty(piece.wire_bytes, dtype=torch.uint8)
+
+    def decode(self, wire: Tensor, piece: _Piece, add: bool = False) -> None:
+        """Write or add what a wire form says to the target."""
+        part = self.part(piece)
+        if add or wire.data_ptr() != part.data_ptr():
+            piece.codec.decode(wire.to(part.device), part, add)
+
+
+class Reduce:
+    """All-reduce by slices. See the module's docstring and :class:`Trade`.
+
+    Of a single delta, the owner of a slice passes on the very bytes that it has received.
+
+    Args:
+        transport: connections to the other workers.
+        rank: rank of this worker.
+        target: the vector that sums are written to.
+        parameters: number of its elements that hold parameters, before those that hold buffers.
+        feedback: takes up the errors of both hops.
+        parts: the share of the vector that each worker owns.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        rank: int,
+        target: Tensor,
+        parameters: int,
+        feedback: ErrorFeedback,
+        parts: Sequence[float],
+    ) -> None:
+        self._transport = transport
+        self._rank = rank
+        self._others = [worker for worker in range(len(parts)) if worker != rank]
+        self._vector = _Vector(target, parameters, feedback)
+        self._slices = owned_slices(target.numel(), parts)
+
+    def sums(self, groups: Sequence[Sequence[int]], own: Tensor | None, codec: Codec) -> Iterator[None]:
+        """See :meth:`Trade.sums`."""
+        pieces = [self._vector.pieces(span, codec) for span in self._slices]
+        for group in groups:
+            with record_function("async_localsgd::exchange"):
+                _Sum(self._transport, self._rank, self._others, self._vector, pieces, group, own).bring()
+            yield
+
+
+class _Sum:
+    """One sum on its way. Its messages are posted some chunks ahead of those that are waited for."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        rank: int,
+        others: Sequence[int],
+        vector: _Vector,
+        slices: Sequence[Sequence[_Piece]],
+        group: Sequence[int],
+        own: Tensor | None,
+    ) -> None:
+        self._transport = transport
+        self._rank = rank
+        self._others = others
+        self._vector = vector
+        self._slices = slices
+        self._group = group
+        self._own = own if rank in group else None
+        self._is_single = len(group) == 1
+        self._needs_sums = [w for w in others if not (self._is_single and w in group)]  # who sent all knows the sum
+        self._deltas: deque[list[tuple[Tensor, Wait | None]]] = deque()  # parts of the own slice, by sender
+        self._sums: deque[list[tuple[_Piece, Tensor, Wait]]] = deque()  # parts of the others' slices
+        self._sent: deque[Wait] = deque()
+
+    def bring(self) -> None:
+        """Bring the sum into the target of every worker."""
+        steps = max(map(len, self._slices))
+        for step in range(steps + 2 * _UNDER_WAY):
+            self._settle(keep=4 * _UNDER_WAY * len(self._others))
+            if step < steps:
+                self._post(step)
+            if 0 <= step - _UNDER_WAY < steps:
+                self._merge(step - _UNDER_WAY)
+            if 0 <= step - 2 * _UNDER_WAY:
+                self._collect()
+        self._settle(keep=0)
+
+    def _settle(self, keep: int) -> None:
+        """Wait for all sends but this many of the latest: what has been sent need not be held any more."""
+        while len(self._sent) > keep:
+            self._sent.popleft()()
+
+    def _piece(self, owner: int, step: int) -> _Piece | None:
+        pieces = self._slices[owner]
+        return pieces[step] if step < len(pieces) else None
+
+    def _post(self, step: int) -> None:
+        """Begin to send the parts of the own delta to their owners, and to receive what comes here."""
+        own_piece = self._piece(self._rank, step)
+        self._sums.append([])
+        for owner in self._others:
+            piece = self._piece(owner, step)
+            if piece is None:
+                continue
+            if self._own is not None:
+                wire = self._vector.encode(self._own, piece)
+                if self._is_single:
+                    self._vector.decode(wire, piece)
+                self._sent.append(self._transport.send(wire.cpu(), owner, Channel.DELTA))
+            if not (self._is_single and self._own is not None):
+                inbox = self._vector.inbox(piece)
+                self._sums[-1].append((piece, inbox, self._transport.receive(inbox, owner, Channel.SUM)))
+        self._deltas.append([])
+        if own_piece is None:
+            return
+        for sender in self._group:
+            if sender == self._rank:
+                assert self._own is not None
+                self._deltas[-1].append((self._vector.encode(self._own, own_piece), None))
+            else:
+                in_place = sender == self._group[0]
+                wire = self._vector.inbox(own_piece) if in_place else _empty(own_piece)
+                self._deltas[-1].append((wire, self._transport.receive(wire, sender, Channel.DELTA)))
+
+    def _merge(self, step: int) -> None:
+        """Add up the deltas' parts of the own slice in rank order, and begin to send the sum to all."""
+        piece = self._piece(self._rank, step)
+        deltas = self._deltas.popleft()
+        if piece is None:
+            return
+        for i, (wire, wait) in enumerate(deltas):
+            if wait is not None:
+                wait()
+            self._vector.decode(wire, piece, add=i > 0)
+        wire = deltas[0][0] if self._is_single else self._encode_sum(piece)
+        wire = wire.cpu()
+        self._sent += [self._transport.send(wire, worker, Channel.SUM) for worker in self._needs_sums]
+
+    def _encode_sum(self, piece: _Piece) -> Tensor:
+        """The wire form of a sum in the target, in the place of which comes what the wire form says."""
+        total = self._vector.part(piece)
+        wire = piece.codec.encode(total)
+        if not piece.codec.lossless:
+            error = total.clone()
+            piece.codec.decode(wire, total)
+            self._vector.feedback.keep(error.sub_(total), piece.span.start)
+        return wire
+
+    def _collect(self) -> None:
+        """Take the others' sums."""
+        for piece, inbox, wait in self._sums.popleft():
+            wait()
+            self._vector.decode(inbox, piece)
+
+
+class Gather:
+    """All-gather: every delta to every worker, in rank order. See the module's docstring and :class:`Trade`.
+
+    The beginnings of all deltas travel at once: a small model needs one trip through the network, not one for each
+    worker.
+
+    Args:
+        transport: connections to the other workers.
+        rank: rank of this worker.
+        target: the vector that sums are written to.
+        parameters: number of its elements that hold parameters, before those that hold buffers.
+        feedback: takes up the errors of this worker's deltas.
+    """
+
+    def __init__(
+        self, transport: Transport, rank: int, target: Tensor, parameters: int, feedback: ErrorFeedback
+    ) -> None:
+        self._transport = transport
+        self._rank = rank
+        self._vector = _Vector(target, parameters, feedback)
+
+    def sums(self, groups: Sequence[Sequence[int]], own: Tensor | None, codec: Codec) -> Iterator[None]:
+        """See :meth:`Trade.sums`."""
+        first, *rest = self._vector.pieces(Span(0, self._vector.target.numel()), codec)
+        ahead = deque(self._post(worker, first, own, in_place=False) for group in groups for worker in group)
+        for group in groups:
+            with record_function("async_localsgd::exchange"):
+                for i, worker in enumerate(group):
+                    self._finish(ahead.popleft(), first, add=i > 0)
+                    for piece in rest:
+                        self._finish(self._post(worker, piece, own, in_place=i == 0), piece, add=i > 0)
+            yield
+
+    def _post(self, worker: int, piece: _Piece, own: Tensor | None, in_place: bool) -> tuple[Tensor, Wait]:
+        if worker == self._rank:
+            assert own is not None
+            wire = self._vector.encode(own, piece).cpu()
+        else:
+            wire = self._vector.inbox(piece) if in_place else _empty(piece)
+        return wire, self._transport.broadcast(wire, worker)
+
+    def _finish(self, transfer: tuple[Tensor, Wait], piece: _Piece, add: bool) -> None:
+        wire, wait = transfer
+        wait()
+        self._vector.decode(wire, piece, add)
+
+
+def _empty(piece: _Piece) -> Tensor:
+    return torch.empty(piece.wire_bytes, dtype=torch.uint8)
