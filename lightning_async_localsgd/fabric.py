@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lightning.fabric.strategies import DDPStrategy
-from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from lightning_async_localsgd.internals import BackwardSyncControl
 from lightning_async_localsgd.settings.arguments import check_names, names_of
 
 __all__ = ["AsyncLocalSGDFabricStrategy"]
@@ -64,7 +64,7 @@ class AsyncLocalSGDFabricStrategy(DDPStrategy):
         return decision
 
 
-class _NothingToSync(_BackwardSyncControl):
+class _NothingToSync(BackwardSyncControl):
     """``fabric.no_backward_sync`` of gradients that are never synchronized."""
 
     @override

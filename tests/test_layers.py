@@ -1,8 +1,9 @@
-"""The house: which room may import which, and no circle anywhere, type-checking imports counted."""
+"""The house: which room may import which, no circle anywhere, type-checking imports counted. Lightning's own names."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import lightning_async_localsgd
 PACKAGE = "lightning_async_localsgd"
 ROOT = Path(lightning_async_localsgd.__file__).parent
 LAYERS = (
-    ("errors", "version", "aliasing"),
+    ("errors", "version", "aliasing", "internals"),
     ("protocol", "codecs"),
     ("outer", "membership"),
     ("settings", "methods"),
@@ -71,3 +72,49 @@ def test_arrows_point_down_only() -> None:
 def test_there_is_no_circle() -> None:
     graph = {name: imports(file) - {name} for name, file in modules().items()}
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+OF_OTHERS = {"_buffers", "_devices", "_replace", "_timeout", "_version"}
+"""Private names of torch's objects and of named tuples, which the library uses as well."""
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_names_of_others(file: Path) -> Iterator[str]:
+    """What a file imports from Lightning, or looks up on an object that is not its own, by a private name."""
+    tree = ast.parse(file.read_text())
+    nodes = list(ast.walk(tree))
+    own = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    modules = {
+        alias.asname or alias.name.split(".")[0]
+        for node in nodes
+        if isinstance(node, ast.Import)
+        for alias in node.names
+        if not alias.name.startswith("lightning")
+    }
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if module.split(".")[0] == "lightning":
+                yield from (f"{module}.{alias.name}" for alias in node.names if "._" in f"{module}.{alias.name}")
+            elif module.split(".")[0] != PACKAGE:
+                modules |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Attribute) and private(node.attr) and node.attr not in own | OF_OTHERS:
+            root = node.value
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            itself = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            base_class = isinstance(root, ast.Call) and isinstance(root.func, ast.Name) and root.func.id == "super"
+            if not (itself or base_class or (isinstance(root, ast.Name) and root.id in modules)):
+                yield f"{file.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}"
+
+
+def test_private_names_of_lightning_are_in_one_file() -> None:
+    """Those that a class inherits are listed there, see `tests/test_internals.py`."""
+    found = [
+        name for file in modules().values() if file.name != "internals.py" for name in private_names_of_others(file)
+    ]
+    assert found == []
+    assert list(private_names_of_others(ROOT / "internals.py"))

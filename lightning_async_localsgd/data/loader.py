@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from lightning.fabric.utilities.distributed import _DatasetSamplerWrapper
-from lightning.pytorch.utilities.data import _extract_batch_size
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, Sampler
 
 from lightning_async_localsgd.data.division import Division, Pass
+from lightning_async_localsgd.internals import DatasetSamplerWrapper, extract_batch_sizes
 
 __all__ = [
     "Orders",
@@ -316,7 +315,7 @@ def _generators(sampler: Any) -> Iterator[torch.Generator]:
         yield sampler.generator
     for name in ("sampler", "_sampler", "dataset"):
         inner = getattr(sampler, name, None)
-        if isinstance(inner, (Sampler, _DatasetSamplerWrapper)):
+        if isinstance(inner, (Sampler, DatasetSamplerWrapper)):
             yield from _generators(inner)
 
 
@@ -327,6 +326,6 @@ def count_samples(batch: Any) -> int:
         if isinstance(said, int):
             return said
     try:
-        return next(_extract_batch_size(batch), None) or 0
+        return next(extract_batch_sizes(batch), None) or 0
     except RecursionError:
         return 0

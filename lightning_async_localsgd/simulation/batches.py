@@ -9,15 +9,14 @@ from itertools import count
 from typing import Any
 
 from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch.trainer.connectors.data_connector import _get_distributed_sampler
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.data import _is_dataloader_shuffled, _update_dataloader
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_async_localsgd.data.division import Shards
 from lightning_async_localsgd.data.loader import Orders, WorkerLoader
+from lightning_async_localsgd.internals import get_distributed_sampler, is_dataloader_shuffled, update_dataloader
 from lightning_async_localsgd.simulation.steps import Passes
 
 __all__ = ["VirtualLoaders"]
@@ -91,16 +90,16 @@ class VirtualLoaders:
     def _divide(
         self, loader: DataLoader[Any], worker: int, current_shard: Callable[[], int], orders: Orders
     ) -> WorkerLoader:
-        sampler = _get_distributed_sampler(
+        sampler = get_distributed_sampler(
             loader,
-            shuffle=_is_dataloader_shuffled(loader),
+            shuffle=is_dataloader_shuffled(loader),
             overfit_batches=0,
             mode=RunningStage.TRAINING,
             num_replicas=1,
             rank=0,
             seed=self._seed,
         )
-        own = _update_dataloader(loader, sampler, mode=RunningStage.TRAINING)
+        own = update_dataloader(loader, sampler, mode=RunningStage.TRAINING)
         vars(own).update(num_workers=0, timeout=0, prefetch_factor=None, persistent_workers=False)
         return WorkerLoader(
             own, Shards(worker, self._workers, current_shard), self._seed, fetches=lambda: (0, 0), orders=orders

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_async_localsgd.internals import validation_source
 from lightning_async_localsgd.simulation.replicas import TrainingReplicas
 
 __all__ = ["Evaluator", "unlogged"]
@@ -58,7 +59,7 @@ class Evaluator:
 
     @property
     def _has_validation(self) -> bool:
-        source = self._trainer.fit_loop.epoch_loop.val_loop._data_source
+        source = validation_source(self._trainer)
         return source.is_defined() and is_overridden("validation_step", self._module)
 
     def _validate(self) -> dict[str, float]:

@@ -12,14 +12,16 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.loops.fit_loop import _FitLoop
-from lightning.pytorch.trainer import call
-from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_async_localsgd.codecs import make_codec
+from lightning_async_localsgd.internals import (
+    FitLoop,
+    call_lightning_module_hook,
+    request_dataloader,
+)
 from lightning_async_localsgd.outer import GlobalState
 from lightning_async_localsgd.outer.layout import Layout
 from lightning_async_localsgd.protocol.progress import OuterUpdate
@@ -219,10 +221,10 @@ class Simulation:
         )
         try:
             with unlogged(self._module):
-                call._call_lightning_module_hook(self._trainer, "on_train_start")
+                call_lightning_module_hook(self._trainer, "on_train_start")
                 self._evaluate_if_due()
                 self._timeline.run()
-                call._call_lightning_module_hook(self._trainer, "on_train_end")
+                call_lightning_module_hook(self._trainer, "on_train_end")
         except KeyboardInterrupt as interrupt:
             self._interrupt = interrupt
         finally:
@@ -335,7 +337,7 @@ def simulate(
     return simulation.result()
 
 
-class _VirtualLoop(_FitLoop):
+class _VirtualLoop(FitLoop):
     """Takes the place of Lightning's training loop within ``fit``, so that all before and after it is Lightning's.
 
     Args:
@@ -350,7 +352,7 @@ class _VirtualLoop(_FitLoop):
 
     def run(self) -> None:
         """Train."""
-        self._simulate(_request_dataloader(self._data_source))
+        self._simulate(request_dataloader(self._data_source))
 
 
 @contextmanager

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
-from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
-from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
-from lightning.pytorch.loops.progress import _BatchProgress, _Progress
-from lightning.pytorch.trainer import call
 
 from lightning_async_localsgd.data.loader import count_samples
+from lightning_async_localsgd.internals import (
+    AutomaticOptimization,
+    BatchProgress,
+    Progress,
+    build_step_arguments,
+    call_lightning_module_hook,
+    init_optimizers_and_lr_schedulers,
+    prepare_batch,
+    should_accumulate,
+)
 
 __all__ = ["LocalSteps", "MakeBatches", "Passes"]
 
@@ -44,14 +49,14 @@ class LocalSteps:
     def __init__(self, trainer: pl.Trainer, make_batches: MakeBatches) -> None:
         self._trainer = trainer
         self._module = trainer.lightning_module
-        self.optimizers, self._schedulers = _init_optimizers_and_lr_schedulers(self._module)
+        self.optimizers, self._schedulers = init_optimizers_and_lr_schedulers(self._module)
         if any(config.reduce_on_plateau for config in self._schedulers):
             raise ValueError(
                 "A simulation cannot step a `ReduceLROnPlateau`, which waits for a metric. Use a schedule by steps."
             )
-        self._loop = _AutomaticOptimization(trainer)
-        self._batch_progress = _BatchProgress()
-        self._epoch_progress = _Progress()
+        self._loop = AutomaticOptimization(trainer)
+        self._batch_progress = BatchProgress()
+        self._epoch_progress = Progress()
         self._shard = 0
         self._passes = make_batches(lambda: self._shard)
         self._scheduled = 0  # steps of the job that the schedules have made
@@ -77,7 +82,6 @@ class LocalSteps:
         """
         self._shard = shard
         self._schedule(job_steps)
-        epoch_loop = self._trainer.fit_loop.epoch_loop
         samples, loss, stepped = 0, 0.0, False
         while not stepped:
             batch, batch_idx = next(self._passes.batches)
@@ -85,23 +89,21 @@ class LocalSteps:
                 self._begin_pass()
             samples += count_samples(batch)
             self._batch_progress.increment_ready()
-            stepped = not epoch_loop._should_accumulate()
+            stepped = not should_accumulate(self._trainer)
             outputs = self._make_batch(batch, batch_idx)
             loss += float(outputs.get("loss", 0.0))  # divided by the batches of a step already
             self._batch_progress.increment_completed()
         return samples, loss
 
     def _make_batch(self, batch: Any, batch_idx: int) -> Any:
-        trainer, module = self._trainer, self._module
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-        batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
-        call._call_lightning_module_hook(trainer, "on_train_batch_start", batch, batch_idx)
+        trainer = self._trainer
+        batch = prepare_batch(trainer, trainer.precision_plugin.convert_input(batch))
+        call_lightning_module_hook(trainer, "on_train_batch_start", batch, batch_idx)
         self._batch_progress.increment_started()
-        kwargs = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx)
-        outputs = self._loop.run(trainer.optimizers[0], batch_idx, kwargs)
+        arguments = build_step_arguments(trainer, batch, batch_idx)
+        outputs = self._loop.run(trainer.optimizers[0], batch_idx, arguments)
         self._batch_progress.increment_processed()
-        call._call_lightning_module_hook(trainer, "on_train_batch_end", outputs, batch, batch_idx)
+        call_lightning_module_hook(trainer, "on_train_batch_end", outputs, batch, batch_idx)
         return outputs
 
     def _schedule(self, job_steps: int) -> None:
@@ -113,12 +115,12 @@ class LocalSteps:
         """End the pass before, if there was one, and begin the next, which is an epoch of this worker alone."""
         if self._batch_progress.total.ready > 0:
             self._epoch_progress.increment_processed()
-            call._call_lightning_module_hook(self._trainer, "on_train_epoch_end")
+            call_lightning_module_hook(self._trainer, "on_train_epoch_end")
             self._step_schedules("epoch", self._trainer.current_epoch + 1)
             self._epoch_progress.increment_completed()
         self._batch_progress.reset_on_run()
         self._epoch_progress.increment_ready()
-        call._call_lightning_module_hook(self._trainer, "on_train_epoch_start")
+        call_lightning_module_hook(self._trainer, "on_train_epoch_start")
         self._epoch_progress.increment_started()
 
     def _step_schedules(self, interval: str, count: int) -> None:

@@ -11,6 +11,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_async_localsgd.internals import (
+    LAST_SAVED,
+    can_stop_early,
+    logged_metrics,
+    set_logged_metrics,
+    should_accumulate,
+)
 from lightning_async_localsgd.membership import StaticJob, as_json
 from lightning_async_localsgd.protocol.progress import OuterUpdate
 from lightning_async_localsgd.settings.advice import SettingsWarning
@@ -34,8 +41,6 @@ __all__ = ["WorkerCallback"]
 _DECIDING = (Checkpoint, EarlyStopping)
 """Callbacks that only worker 0 runs: they decide by what it has validated, for all workers."""
 
-_LAST_SAVED = ("_last_checkpoint_saved", "_last_global_step_saved")
-"""Attributes by which a ``ModelCheckpoint`` decides at the end of training, and which its ``state_dict`` leaves out."""
 _BESIDE_STATE = "async_localsgd"
 
 
@@ -102,8 +107,7 @@ class WorkerCallback(pl.Callback):
             mix_out(callback)
         release_loops(self._trainer)
         self._trainer.num_sanity_val_steps = self._sanity_val_steps
-        connector = self._trainer._logger_connector
-        connector._callback_metrics = dict(connector._callback_metrics)
+        set_logged_metrics(self._trainer, dict(logged_metrics(self._trainer)))
         if self._schedulers is not None:
             self._schedulers.restore()
 
@@ -176,8 +180,7 @@ class WorkerCallback(pl.Callback):
         self._schedulers = JobSchedulers(trainer, self._scheduler_steps, self._fit.follows, self._steps_made, budget)
         self._schedulers.advance(self._worker.job_steps)
         if self._fit.validate_global and self._fit.place.workers > 1:
-            connector = trainer._logger_connector
-            connector._callback_metrics = FollowedMetrics(connector._callback_metrics)
+            set_logged_metrics(trainer, FollowedMetrics(logged_metrics(trainer)))
 
     def _steps_made(self) -> tuple[int, int]:
         return self._worker.local_steps, self._worker.job_steps
@@ -204,7 +207,7 @@ class WorkerCallback(pl.Callback):
         self._batches += 1
         if self._guard is not None:
             self._loss.see(outputs)
-        accumulating = pl_module.automatic_optimization and trainer.fit_loop.epoch_loop._should_accumulate()
+        accumulating = pl_module.automatic_optimization and should_accumulate(trainer)
         if self._took_step(accumulating):
             self._count_step(trainer, pl_module)
             self._fit.settle_parameters()
@@ -239,7 +242,7 @@ class WorkerCallback(pl.Callback):
         check_pass(trainer, self._worker.rank, self._batches)
         if self._running(trainer) and self._fit.leads:
             self._send_plateaus(trainer)
-        stopped = trainer.should_stop and trainer.fit_loop._can_stop_early
+        stopped = trainer.should_stop and can_stop_early(trainer)
         if (self._epochs.is_last or stopped) and self._fit.summary is None:
             self._finish(trainer, pl_module)
 
@@ -367,7 +370,7 @@ class WorkerCallback(pl.Callback):
 
 def _sendable_state(callback: pl.Callback) -> dict[str, Any] | None:
     """What all processes are told of a callback; None, with a warning, if they cannot be."""
-    beside = {name: value for name, value in vars(callback).items() if name in _LAST_SAVED}
+    beside = {name: value for name, value in vars(callback).items() if name in LAST_SAVED}
     state = callback.state_dict() | {_BESIDE_STATE: beside}
     try:
         as_json(state)

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from typing_extensions import override
 
 from lightning_async_localsgd.errors import AsyncLocalSGDError
+from lightning_async_localsgd.internals import current_hook, has_trainer
 from lightning_async_localsgd.membership import StaticJob
 from lightning_async_localsgd.trainer.process_groups import NO_GROUP, Groups
 from lightning_async_localsgd.trainer.reading import Reading
@@ -57,7 +58,7 @@ class CollectiveStrategy(DDPStrategy):
     @property
     def _fitting(self) -> bool:
         module = self.lightning_module
-        return module is not None and module._trainer is not None and module.trainer.state.fn == TrainerFn.FITTING
+        return module is not None and has_trainer(module) and module.trainer.state.fn == TrainerFn.FITTING
 
     @property
     def _in_step(self) -> bool:
@@ -174,7 +175,7 @@ class CollectiveStrategy(DDPStrategy):
     @property
     def _trainer_status(self) -> TrainerStatus | None:
         module = self.lightning_module
-        return module.trainer.state.status if module is not None and module._trainer is not None else None
+        return module.trainer.state.status if module is not None and has_trainer(module) else None
 
     @contextmanager
     def _of_job(self) -> Iterator[None]:
@@ -201,7 +202,7 @@ class CollectiveStrategy(DDPStrategy):
             return
         self._told = True
         assert self.lightning_module is not None
-        hook = self.lightning_module._current_fx_name or "a hook"
+        hook = current_hook(self.lightning_module) or "a hook"
         warnings.warn(
             f"`{what}` was called in `{hook}`, while workers train each at their own pace: it is of this worker alone, "
             "for the others may be anywhere. Call it where all processes pass, from `setup` to `on_train_start` or "

@@ -6,11 +6,17 @@ import sys
 from collections.abc import Sequence
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_async_localsgd.data.leases import Leases
 from lightning_async_localsgd.data.loader import WorkerLoader
+from lightning_async_localsgd.internals import (
+    data_fetcher,
+    epoch_over,
+    fetched_loaders,
+    set_sampler_epoch,
+    training_loaders,
+)
 from lightning_async_localsgd.trainer.fetches import Fetches, OpenEnded
 from lightning_async_localsgd.trainer.fit import Fit
 from lightning_async_localsgd.trainer.fit_loops import LoopControl
@@ -61,10 +67,11 @@ class JobEpochs:
         if not self._open_end():
             return
         if self._trainer.current_epoch == 0 or self._loop.restarting or self._loop.is_resuming:  # else it does so later
-            assert self._loop._combined_loader is not None and self._loop._data_fetcher is not None
-            for loader in self._loop._combined_loader.flattened:
-                _set_sampler_epoch(loader, self._epoch)
-            iter(self._loop._data_fetcher)
+            loaders, fetcher = training_loaders(self._trainer), data_fetcher(self._trainer)
+            assert loaders is not None and fetcher is not None
+            for loader in loaders.flattened:
+                set_sampler_epoch(loader, self._epoch)
+            iter(fetcher)
 
     def begin_training(self) -> None:
         """Count from here on; the workers have started."""
@@ -97,10 +104,10 @@ class JobEpochs:
 
     def _open_end(self) -> bool:
         """Have an epoch end with its leases, if that is not so yet; returns whether there are leases."""
-        loaders, fetcher = self._loop._combined_loader, self._loop._data_fetcher
+        loaders, fetcher = training_loaders(self._trainer), data_fetcher(self._trainer)
         assert loaders is not None and fetcher is not None
         leased = self._leased
-        if not leased or isinstance(fetcher._combined_loader, OpenEnded):
+        if not leased or isinstance(fetched_loaders(fetcher), OpenEnded):
             return bool(leased)
         if len(leased) < len(loaders.flattened):
             raise MisconfigurationException(
@@ -123,7 +130,7 @@ class JobEpochs:
 
     @property
     def _leased(self) -> list[WorkerLoader]:
-        loaders = self._loop._combined_loader
+        loaders = training_loaders(self._trainer)
         assert loaders is not None
         return [
             loader
@@ -144,7 +151,7 @@ class JobEpochs:
     @property
     def at_the_end(self) -> bool:
         """Whether this was the last batch of the last epoch."""
-        return self.is_last and self._loop.epoch_loop._num_ready_batches_reached()
+        return self.is_last and epoch_over(self._trainer)
 
     # ---- what the job has made --------------------------------------------------------------------------------------
 

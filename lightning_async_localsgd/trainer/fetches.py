@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from lightning_async_localsgd.data.loader import UnderWay, WorkerLoader, count_samples, generators_of
 from lightning_async_localsgd.data.random_state import RandomState, set_random_state
+from lightning_async_localsgd.internals import Stateful, data_fetcher, fetched_loaders, training_loaders
 
 __all__ = ["Fetches", "OpenEnded", "SavedFetches", "Watched", "fetched", "fetched_ahead", "samples_in_training"]
 
@@ -68,20 +68,20 @@ class Fetches:
         """Put the loaders where they were. To be called before they are iterated over for good."""
         if self._saved is None:
             return
-        if all(isinstance(loader, (WorkerLoader, _Stateful)) for loader in self._loaders):
+        if all(isinstance(loader, (WorkerLoader, Stateful)) for loader in self._loaders):
             warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # Lightning cannot tell
         states = deque(self._saved.loaders)
         for loader in self._loaders:
             own = loader.original if isinstance(loader, WorkerLoader) else loader
-            if states and (isinstance(own, _Stateful) or not self._saved.stateful_only):
+            if states and (isinstance(own, Stateful) or not self._saved.stateful_only):
                 _load_place(loader, states.popleft())
 
     def watch(self) -> None:
         """Watch the fetches from now on, if that is not so yet. A loop that goes on begins with those it was ahead."""
-        fetcher = self._trainer.fit_loop._data_fetcher
-        if fetcher is None or isinstance(fetcher._combined_loader, OpenEnded):
+        fetcher = data_fetcher(self._trainer)
+        if fetcher is None or isinstance(fetched_loaders(fetcher), OpenEnded):
             return
-        loaders = self._trainer.fit_loop._combined_loader
+        loaders = training_loaders(self._trainer)
         assert loaders is not None
         fetcher.setup(Watched(loaders, self))  # type: ignore[arg-type]
         resuming, self._saved = self._saved is not None, None
@@ -114,7 +114,7 @@ class Fetches:
         if self._random is not None and not self._random["ended"]:
             self._to_set = deque([*self._random["ahead"], self._random["now"]])
             self._now_set = False
-        stateful = [loader if isinstance(loader, _Stateful) else None for loader in self._loaders]
+        stateful = [loader if isinstance(loader, Stateful) else None for loader in self._loaders]
         while True:
             if self._to_set:
                 set_random_state(self._to_set.popleft(), self._device)
@@ -130,12 +130,12 @@ class Fetches:
 
     @property
     def _ahead_of_training(self) -> bool:
-        fetcher = self._trainer.fit_loop._data_fetcher
+        fetcher = data_fetcher(self._trainer)
         return fetcher is not None and fetcher.length is None
 
     @property
     def _loaders(self) -> list[Any]:
-        loaders = self._trainer.fit_loop._combined_loader
+        loaders = training_loaders(self._trainer)
         return [] if loaders is None else loaders.flattened
 
     def state_dict(self) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def _place(loader: Any, before: Any, ended: bool) -> dict[str, Any]:
     if isinstance(loader, WorkerLoader):
         return {"division": loader.division_state()}
     place: dict[str, Any] = {"generators": [generator.get_state() for generator in generators_of(loader)]}
-    if isinstance(loader, _Stateful) and not ended:
+    if isinstance(loader, Stateful) and not ended:
         place["loader"] = before if before is not None else loader.state_dict()
     return place
 
@@ -176,7 +176,7 @@ def _load_place(loader: Any, place: Mapping[str, Any]) -> None:
         return
     for generator, state in zip(generators_of(loader), place.get("generators", ()), strict=False):
         generator.set_state(state)
-    if "loader" in place and isinstance(loader, _Stateful):
+    if "loader" in place and isinstance(loader, Stateful):
         loader.load_state_dict(place["loader"])
 
 
@@ -212,13 +212,13 @@ class Watched(OpenEnded):
 def fetched_ahead(trainer: pl.Trainer) -> int:
     """Batches that Lightning's loop holds and has not trained yet; also one whose step is under way, or has raised."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    ahead: int = len(getattr(trainer.fit_loop._data_fetcher, "batches", ()))
+    ahead: int = len(getattr(data_fetcher(trainer), "batches", ()))
     return ahead + int(progress.ready > progress.processed)
 
 
 def fetched(trainer: pl.Trainer) -> tuple[int, int]:
     """Batches that Lightning's loop has fetched in this epoch, and those of them that it has not trained yet."""
-    return getattr(trainer.fit_loop._data_fetcher, "fetched", 0), fetched_ahead(trainer)
+    return getattr(data_fetcher(trainer), "fetched", 0), fetched_ahead(trainer)
 
 
 def samples_in_training(trainer: pl.Trainer, batch: Any) -> int:
@@ -226,7 +226,7 @@ def samples_in_training(trainer: pl.Trainer, batch: Any) -> int:
 
     A loader's sampler knows best: in a batch of graphs, the first tensor has an entry for each node.
     """
-    loaders = trainer.fit_loop._combined_loader
+    loaders = training_loaders(trainer)
     if loaders is not None and len(loaders.flattened) == 1 and isinstance(loaders.flattened[0], WorkerLoader):
         samples = loaders.flattened[0].samples
         if samples is not None:

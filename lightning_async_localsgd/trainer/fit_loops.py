@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import lightning.pytorch as pl
-from lightning.pytorch.loops import _FitLoop, _TrainingEpochLoop
-from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
+from lightning_async_localsgd.internals import DataFetcher, FitLoop, TrainingEpochLoop
 from lightning_async_localsgd.trainer.mixing import mix_in, mix_out
 
 __all__ = ["LoopControl", "release_loops", "take_over_loops"]
@@ -64,7 +63,7 @@ def release_loops(trainer: pl.Trainer) -> None:
     mix_out(trainer.fit_loop.epoch_loop)
 
 
-class _JobFitLoop(_FitLoop):
+class _JobFitLoop(FitLoop):
     control: LoopControl
 
     @property
@@ -89,7 +88,7 @@ class _JobFitLoop(_FitLoop):
             self.epoch_loop.max_steps = max_steps
 
 
-class _JobEpochLoop(_TrainingEpochLoop):
+class _JobEpochLoop(TrainingEpochLoop):
     control: LoopControl
 
     @property
@@ -126,7 +125,7 @@ class _JobEpochLoop(_TrainingEpochLoop):
             self.control.after_validation()
 
     @override
-    def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
+    def _should_check_val_fx(self, data_fetcher: DataFetcher) -> bool:
         if not self.control.in_charge or self.trainer.sanity_checking:
             return super()._should_check_val_fx(data_fetcher)
         if not self.control.validates:

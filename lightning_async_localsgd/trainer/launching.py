@@ -11,17 +11,16 @@ from typing import Any, Protocol
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
-from lightning.fabric.utilities.imports import _IS_INTERACTIVE
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lightning_async_localsgd.internals import IS_INTERACTIVE, MultiProcessingLauncher, SubprocessScriptLauncher
 from lightning_async_localsgd.worker.summary import RunSummary
 
 __all__ = ["ForkingLauncher", "ScriptLauncher", "check_start_method"]
 
 
-def check_start_method(start_method: str, environment: ClusterEnvironment, interactive: bool = _IS_INTERACTIVE) -> None:
+def check_start_method(start_method: str, environment: ClusterEnvironment, interactive: bool = IS_INTERACTIVE) -> None:
     """Refuse a start method that cannot work here, and say which can.
 
     Args:
@@ -46,7 +45,7 @@ def check_start_method(start_method: str, environment: ClusterEnvironment, inter
         )
 
 
-class ScriptLauncher(_SubprocessScriptLauncher):
+class ScriptLauncher(SubprocessScriptLauncher):
     """Lightning's launcher of processes that run the script once more."""
 
     @override
@@ -76,7 +75,7 @@ class _Summarized(Protocol):
         """The device of this process."""
 
 
-class ForkingLauncher(_MultiProcessingLauncher):
+class ForkingLauncher(MultiProcessingLauncher):
     """Lightning's launcher of processes from this one, which also brings the summary of worker 0 back to it."""
 
     @override

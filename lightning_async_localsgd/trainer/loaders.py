@@ -7,8 +7,6 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.data import _auto_add_worker_init_fn
-from lightning.pytorch.trainer.connectors.data_connector import _worker_check
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.distributed import PrefixStore, Store
@@ -18,6 +16,7 @@ from lightning_async_localsgd.data.division import Division, Shards
 from lightning_async_localsgd.data.leases import Leases
 from lightning_async_localsgd.data.loader import WorkerLoader
 from lightning_async_localsgd.data.tickets import SharedTickets, StridedTickets, Tickets
+from lightning_async_localsgd.internals import auto_add_worker_init_fn, check_loader_workers, training_loaders
 from lightning_async_localsgd.trainer.fetches import fetched
 from lightning_async_localsgd.trainer.fit import Fit
 
@@ -56,9 +55,9 @@ class TrainingLoaders:
                 "With `DataLoader(in_order=False)` nobody knows which batches were trained. Leave it at True; or pass "
                 "`Trainer(use_distributed_sampler=False)` and divide the data by `trainer.global_rank` yourself."
             )
-        _worker_check(trainer, loader, "train_dataloader")  # Lightning takes what comes of it for no `DataLoader`
-        _auto_add_worker_init_fn(loader, trainer.global_rank)
-        loaders = trainer.fit_loop._combined_loader  # while they are being set up, those before
+        check_loader_workers(trainer, loader, "train_dataloader")  # Lightning takes the result for no `DataLoader`
+        auto_add_worker_init_fn(loader, trainer.global_rank)
+        loaders = training_loaders(trainer)  # while they are being set up, those before
         if loaders is not self._before:
             self._before, self._place = loaders, 0
         if self._place == len(self._divisions):

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_async_localsgd.data.loader import WorkerLoader
 from lightning_async_localsgd.errors import AsyncLocalSGDError
+from lightning_async_localsgd.internals import training_loaders
 from lightning_async_localsgd.membership import StaticJob
 
 __all__ = ["check_pass", "learn_decisions", "meet_before_training"]
@@ -41,9 +42,10 @@ def check_pass(trainer: pl.Trainer, rank: int, batches: int) -> None:
     Raises:
         MisconfigurationException: if it had none: then no other one will have any.
     """
-    if batches > 0 or trainer.fit_loop._combined_loader is None:
+    loaders = training_loaders(trainer)
+    if batches > 0 or loaders is None:
         return
-    if any(isinstance(loader, WorkerLoader) for loader in trainer.fit_loop._combined_loader.flattened):
+    if any(isinstance(loader, WorkerLoader) for loader in loaders.flattened):
         return  # the others have taken all batches of this epoch
     message = (
         f"The training data of worker {rank} gave no batch in epoch {trainer.current_epoch}: it is empty, or it can be "

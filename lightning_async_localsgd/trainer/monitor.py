@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lightning_async_localsgd.internals import batches_that_stepped, should_update_logs
 from lightning_async_localsgd.protocol.progress import OuterUpdate
 from lightning_async_localsgd.trainer.strategy import AsyncLocalSGDStrategy
 from lightning_async_localsgd.worker.summary import RunSummary
@@ -78,7 +79,7 @@ class AsyncLocalSGDMonitor(pl.Callback):
         worker = trainer.strategy.worker  # type: ignore[attr-defined]
         if isinstance(worker, Worker):
             self._goodput.note(worker.exchanged_at, worker.summary().total_local_steps)
-        if trainer._logger_connector.should_update_logs:
+        if should_update_logs(trainer):
             self._log(trainer)
 
     @override
@@ -98,7 +99,7 @@ class AsyncLocalSGDMonitor(pl.Callback):
         self._updates.clear()
         named = {f"async_localsgd/{name}": float(value) for name, value in metrics.items()}
         for logger in trainer.loggers:
-            logger.log_metrics(named, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            logger.log_metrics(named, step=batches_that_stepped(trainer))
 
 
 class Goodput:

@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loops import _EvaluationLoop, _FitLoop
-from lightning.pytorch.loops.fetchers import _DataFetcher
 from typing_extensions import override
 
 from lightning_async_localsgd.data.loader import UnderWay
+from lightning_async_localsgd.internals import DataFetcher, EvaluationLoop, FitLoop
 from lightning_async_localsgd.trainer.mixing import mix_in, mix_out
 from lightning_async_localsgd.trainer.process_groups import Groups
 
@@ -91,7 +90,7 @@ class _ReadLoaders:
         return self._reading.batches(batches)
 
 
-class _ReadingFitLoop(_FitLoop):
+class _ReadingFitLoop(FitLoop):
     reading: Reading
 
     @override
@@ -105,7 +104,7 @@ class _ReadingFitLoop(_FitLoop):
                 fetcher.iterator = self.reading.batches(fetcher.iterator)
 
 
-class _ReadingFetcher(_DataFetcher):
+class _ReadingFetcher(DataFetcher):
     reading: Reading
 
     @property
@@ -114,7 +113,7 @@ class _ReadingFetcher(_DataFetcher):
         return _ReadLoaders(super().combined_loader, self.reading)
 
 
-class _ReadingValidationLoop(_EvaluationLoop):
+class _ReadingValidationLoop(EvaluationLoop):
     reading: Reading
 
     @override

@@ -14,6 +14,7 @@ from torch.distributed import PrefixStore, Store
 from torch.utils._pytree import tree_leaves
 
 from lightning_async_localsgd.data.loader import WorkerLoader
+from lightning_async_localsgd.internals import training_loaders
 from lightning_async_localsgd.trainer.fit import Fit
 
 __all__ = ["SameData"]
@@ -40,7 +41,7 @@ class SameData:
     @classmethod
     def where_possible(cls, fit: Fit, trainer: pl.Trainer) -> SameData | None:
         """The comparison of a ``fit``; None where batches are shared out, or the same ones are meant."""
-        loaders = trainer.fit_loop._combined_loader
+        loaders = training_loaders(trainer)
         shared_out = loaders is not None and all(isinstance(loader, WorkerLoader) for loader in loaders.flattened)
         meant = fit.same_data or trainer.overfit_batches > 0  # type: ignore[attr-defined]
         if shared_out or meant or fit.place.world_size == 1:

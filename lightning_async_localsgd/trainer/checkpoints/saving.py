@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_async_localsgd.internals import WrappingCheckpointIO, dump_checkpoint
 from lightning_async_localsgd.protocol.header import Message
 from lightning_async_localsgd.trainer.checkpoints.files import CheckpointFiles, SideFiles
 from lightning_async_localsgd.trainer.checkpoints.writing import BackgroundWriter, FileRecord, save_with
@@ -146,7 +146,7 @@ class JobCheckpoints:
         }
         trainer = self._fit.trainer
         with self._saving():
-            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            checkpoint = dump_checkpoint(trainer)
         precision = type(trainer.precision_plugin).__qualname__
         own = {key: checkpoint[key] for key in (*_OWN, precision) if key in checkpoint}
         side = apply_to_collection(part | {"checkpoint": own}, Tensor, _copied)  # training goes on meanwhile
@@ -237,7 +237,7 @@ class JobCheckpoints:
         return worker
 
 
-class _LeaderFile(_WrappingCheckpointIO):
+class _LeaderFile(WrappingCheckpointIO):
     """Writes a Lightning file to where worker 0's side belongs, and enters it in the books.
 
     Args:
