@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from lightning_async_localsgd.data.random_state import RandomState, set_random_state
 from lightning_async_localsgd.membership import StaticJob, join_job
-from lightning_async_localsgd.protocol.header import Message
+from lightning_async_localsgd.protocol.messages import Cut, SaveNamed
 from lightning_async_localsgd.protocol.rounds import whole_samples
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.settings.advice import warn_of_useless_settings
@@ -298,15 +298,15 @@ class AsyncLocalSGD:
             raise RuntimeError("Pass `on_checkpoint` to `AsyncLocalSGD`, which is to save what it is called with.")
         if self.rank != 0:
             raise RuntimeError("Worker 0 alone asks for a checkpoint: put `if job.rank == 0:` before it.")
-        what = {"checkpoint": name, "job_steps": self.job_steps}
+        what = SaveNamed(name, self.job_steps)
         with self.worker.paused(), self.worker.cut(what):
             self._save(what)
 
-    def _save(self, what: Message) -> None:
-        assert self.on_checkpoint is not None
+    def _save(self, what: Cut) -> None:
+        assert self.on_checkpoint is not None and isinstance(what, SaveNamed)
         state = {
-            "name": what["checkpoint"],
-            "job_steps": what["job_steps"],
+            "name": what.name,
+            "job_steps": what.job_steps,
             "steps_before": self._steps_before,
             "size": self.size,
             "global": self.worker.global_state_dict(),
@@ -315,7 +315,7 @@ class AsyncLocalSGD:
             "settings": self.settings.credentials(),
             "random": RandomState(self._device).state_dict(),
         }
-        self.on_checkpoint(what["checkpoint"], state)
+        self.on_checkpoint(what.name, state)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a checkpoint: the next ``with`` begins there. ``max_steps`` counts from the very beginning.

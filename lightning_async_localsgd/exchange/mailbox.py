@@ -16,13 +16,13 @@ from torch import Tensor
 from lightning_async_localsgd.errors import AsyncLocalSGDError
 from lightning_async_localsgd.exchange.causes import LOOK_UP
 from lightning_async_localsgd.outer import Unsendable
-from lightning_async_localsgd.protocol.header import Flag, Message, encode_message
+from lightning_async_localsgd.protocol.header import Flag, encode_message
+from lightning_async_localsgd.protocol.messages import Abort, Cut, Message
 from lightning_async_localsgd.protocol.progress import OuterUpdate, Progress
 from lightning_async_localsgd.protocol.turn import PushedRound, may_push
 
 __all__ = ["Adoption", "Live", "Mailbox", "Push"]
 
-_CUT = "cut"
 _REASON_LENGTH = 900  # characters; a header has room for that many of four bytes each
 _UPDATES_KEPT = 4096  # outer updates that nobody has asked for yet; older ones are forgotten
 
@@ -97,7 +97,7 @@ class Mailbox:
         self._push_wanted = False  # the exchange thread holds a turn open
         self._waiting = False  # the training thread is blocked in here
         self._rung = -1  # the last turn that some worker opened
-        self._cut: Message | None = None
+        self._cut: Cut | None = None
         self._failure: BaseException | None = None
         self._explained = False  # `_failure` is the first that any worker met, as far as that can be known
 
@@ -154,7 +154,7 @@ class Mailbox:
         """Have the next header say that this worker leaves, and nothing that was to be sent before."""
         with self._condition:
             self._flags |= Flag.ABORT
-            self._outbox = deque([{"reason": _printable(reason)[:_REASON_LENGTH]}])
+            self._outbox = deque([Abort(_printable(reason)[:_REASON_LENGTH])])
             self._cut = None
             self._news = True
             self._condition.notify_all()
@@ -172,7 +172,7 @@ class Mailbox:
             self._condition.notify_all()
 
     @property
-    def cut(self) -> Message | None:
+    def cut(self) -> Cut | None:
         """What some worker asked all to do at the end of the latest turn; no other begins before :meth:`release`."""
         return self._cut
 
@@ -185,10 +185,6 @@ class Mailbox:
     def untaken_push(self) -> Push | None:
         """The push that the exchange thread has not taken yet; during a cut it will not."""
         return self._push
-
-    def ask_for_cut(self, what: Message) -> None:
-        """Have all workers stop the exchange after the next turn, to do ``what`` there."""
-        self.send({_CUT: what})
 
     def take_messages(self) -> list[tuple[int, Message]]:
         """Messages that have come since the last call, with their senders, in the same order on every worker."""
@@ -357,9 +353,9 @@ class Mailbox:
             self._progress = progress
             self.published_at = time.monotonic()
             self._updates.extend(updates)
-            self._inbox.extend((worker, message) for worker, message in messages if _CUT not in message)
+            self._inbox.extend((worker, message) for worker, message in messages if not isinstance(message, Cut))
             if Flag.ABORT not in self._flags:  # else the training thread has left
-                self._cut = next((message[_CUT] for _, message in messages if _CUT in message), None)
+                self._cut = next((message for _, message in messages if isinstance(message, Cut)), None)
             if adoption is not None:
                 self._adoption = adoption
             self._condition.notify_all()

@@ -42,8 +42,9 @@ from lightning_async_localsgd.exchange.transport import Transport
 from lightning_async_localsgd.membership import JobStore, Roster
 from lightning_async_localsgd.outer import GlobalState, Unsendable, write_delta
 from lightning_async_localsgd.protocol.budget import Budget
-from lightning_async_localsgd.protocol.header import Flag, Header, Message
+from lightning_async_localsgd.protocol.header import Flag, Header
 from lightning_async_localsgd.protocol.ledger import Ledger
+from lightning_async_localsgd.protocol.messages import Abort, Message
 from lightning_async_localsgd.protocol.progress import OuterUpdate
 from lightning_async_localsgd.protocol.turn import add_round, turn_interval
 from lightning_async_localsgd.settings import Settings
@@ -348,4 +349,4 @@ class ExchangeThread:
 
 def _reason(message: Message | None) -> str:
     """What a worker that leaves says why."""
-    return str((message or {}).get("reason", "A worker stopped and gave no reason."))
+    return message.reason if isinstance(message, Abort) else "A worker stopped and gave no reason."

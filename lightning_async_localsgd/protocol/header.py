@@ -7,12 +7,10 @@ import math
 import struct
 from dataclasses import dataclass
 from enum import IntFlag
-from typing import Any
 
-__all__ = ["HEADER_BYTES", "MESSAGE_BYTES", "PROTOCOL", "Flag", "Header", "Message", "encode_message"]
+from lightning_async_localsgd.protocol.messages import Message, message_from_json
 
-Message = dict[str, Any]
-"""A control message: a JSON object of at most ``MESSAGE_BYTES``."""
+__all__ = ["HEADER_BYTES", "MESSAGE_BYTES", "PROTOCOL", "Flag", "Header", "encode_message"]
 
 PROTOCOL = 5
 _MAGIC = b"ALSG"
@@ -168,7 +166,7 @@ def encode_message(message: Message) -> bytes:
     Raises:
         ValueError: if that is longer than ``MESSAGE_BYTES``.
     """
-    text = json.dumps(message, ensure_ascii=False).encode()
+    text = json.dumps(message.to_json(), ensure_ascii=False).encode()
     if len(text) > MESSAGE_BYTES:
         raise ValueError(f"A control message of {len(text)} bytes is too long: at most {MESSAGE_BYTES} fit.")
     return text
@@ -181,9 +179,6 @@ def _check_range(name: str, value: float, largest: float) -> None:
 
 def _message(text: bytes) -> Message:
     try:
-        message = json.loads(text)  # a JSONDecodeError is a ValueError
+        return message_from_json(json.loads(text))  # a JSONDecodeError is a ValueError
     except RecursionError as error:
         raise ValueError("its message is nested too deeply") from error
-    if not isinstance(message, dict):
-        raise ValueError("its message is not a JSON object")
-    return message

@@ -19,6 +19,13 @@ from lightning_async_localsgd.internals import (
     should_accumulate,
 )
 from lightning_async_localsgd.membership import StaticJob, as_json
+from lightning_async_localsgd.protocol.messages import (
+    CheckpointReplaced,
+    Metrics,
+    PlateauMetrics,
+    SaveSideAgain,
+    SideSaved,
+)
 from lightning_async_localsgd.protocol.progress import OuterUpdate
 from lightning_async_localsgd.settings.advice import SettingsWarning
 from lightning_async_localsgd.trainer.checkpoints.saving import JobCheckpoints
@@ -316,24 +323,25 @@ class WorkerCallback(pl.Callback):
             if config.reduce_on_plateau and config.interval == "epoch"
         ]
         if any(value is not None for value in values):
-            self._worker.send({"plateaus": values})
+            self._worker.send(PlateauMetrics(tuple(values)))
 
     def heed(self) -> None:
         """Do what worker 0's messages say."""
         self._checkpoints.check()
         for sender, message in self._worker.take_messages():
-            if "saved" in message and self._trainer.is_global_zero:
+            if isinstance(message, SideSaved) and self._trainer.is_global_zero:
                 self._checkpoints.hear_saved(sender, message)
-            if sender == self._worker.rank:
-                continue
-            if "also" in message:
-                self._checkpoints.save_part_again(*message["also"])
-            if "replaced" in message:
-                self._checkpoints.forget_replaced(*message["replaced"])
-            metrics = message.get("metrics", {})
-            self._trainer.callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})
-            assert self._schedulers is not None
-            self._schedulers.step_plateaus(message.get("plateaus", []))
+            elif sender == self._worker.rank:
+                continue  # it has done so itself
+            elif isinstance(message, SaveSideAgain):
+                self._checkpoints.save_part_again(message)
+            elif isinstance(message, CheckpointReplaced):
+                self._checkpoints.forget_replaced(message)
+            elif isinstance(message, Metrics):
+                self._trainer.callback_metrics.update({k: torch.tensor(v) for k, v in message.values.items()})
+            elif isinstance(message, PlateauMetrics):
+                assert self._schedulers is not None
+                self._schedulers.step_plateaus(message.values)
 
     def _running(self, trainer: pl.Trainer) -> bool:
         return self._schedulers is not None and not trainer.sanity_checking and self._fit.summary is None

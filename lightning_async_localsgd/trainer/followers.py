@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,7 +10,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_async_localsgd.protocol.header import MESSAGE_BYTES, Message
+from lightning_async_localsgd.protocol.header import MESSAGE_BYTES, encode_message
+from lightning_async_localsgd.protocol.messages import Metrics
 
 __all__ = ["FollowedMetrics", "Inactive", "metric_messages"]
 
@@ -47,7 +47,7 @@ class FollowedMetrics(dict[str, Tensor]):
         return torch.tensor(float("nan"))
 
 
-def metric_messages(metrics: Mapping[str, float]) -> Iterator[Message]:
+def metric_messages(metrics: Mapping[str, float]) -> Iterator[Metrics]:
     """Metrics as messages for the other workers, as many in each as it holds.
 
     Raises:
@@ -61,12 +61,16 @@ def metric_messages(metrics: Mapping[str, float]) -> Iterator[Message]:
                 f"the others in a message of {MESSAGE_BYTES} bytes. Log it under a shorter name."
             )
         if not _fits(part | {name: value}):
-            yield {"metrics": part}
+            yield Metrics(part)
             part = {}
         part[name] = value
     if part:
-        yield {"metrics": part}
+        yield Metrics(part)
 
 
 def _fits(metrics: Mapping[str, float]) -> bool:
-    return len(json.dumps({"metrics": dict(metrics)}, ensure_ascii=False).encode()) <= MESSAGE_BYTES
+    try:
+        encode_message(Metrics(metrics))
+    except ValueError:
+        return False
+    return True

@@ -22,7 +22,7 @@ from lightning_async_localsgd.errors import PeerAbortedError, PeerLostError, err
 from lightning_async_localsgd.exchange import Adoption
 from lightning_async_localsgd.membership.address import make_gloo_group
 from lightning_async_localsgd.outer.layout import Layout
-from lightning_async_localsgd.protocol.header import Message
+from lightning_async_localsgd.protocol.messages import Cut, Message, message_from_json
 from lightning_async_localsgd.protocol.progress import OuterUpdate
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.worker.replica import Replica, forget_non_finite_state, unversioned
@@ -163,7 +163,7 @@ class LeadingWorker(Worker):
         self._crew.share(unversioned(self._replica.in_module))
 
     @contextmanager
-    def cut(self, what: Message) -> Iterator[None]:
+    def cut(self, what: Cut) -> Iterator[None]:
         """See :meth:`Worker.cut`; the other ranks call :meth:`FollowingRank.follow`."""
         with ExitStack() as stack:
             with self._leading():
@@ -198,7 +198,7 @@ class LeadingWorker(Worker):
         self._updates += updates
         self._messages += messages
         self._untold["updates"] += updates
-        self._untold["messages"] += messages
+        self._untold["messages"] += [(sender, message.to_json()) for sender, message in messages]
 
     def _adopt(self, adoption: Adoption) -> None:
         super()._adopt(adoption)
@@ -304,7 +304,7 @@ class FollowingRank:
         summary: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in word["summary"].items()}
         self._summary = RunSummary(**summary)
         self._updates += [OuterUpdate(*update) for update in word["updates"]]
-        self._messages += [(sender, message) for sender, message in word["messages"]]
+        self._messages += [(sender, message_from_json(message)) for sender, message in word["messages"]]
         if word["restarted"]:
             forget_non_finite_state(self._optimizers)
         if word["changed"]:

@@ -24,8 +24,9 @@ from lightning_async_localsgd.outer import GlobalState
 from lightning_async_localsgd.outer.layout import Layout
 from lightning_async_localsgd.protocol import machine as protocol
 from lightning_async_localsgd.protocol.budget import Budget
-from lightning_async_localsgd.protocol.header import PROTOCOL, Flag, Message
+from lightning_async_localsgd.protocol.header import PROTOCOL, Flag
 from lightning_async_localsgd.protocol.machine import Action, Machine
+from lightning_async_localsgd.protocol.messages import Cut, Message
 from lightning_async_localsgd.protocol.progress import Beat, OuterUpdate, Progress
 from lightning_async_localsgd.protocol.round_length import AUTO
 from lightning_async_localsgd.protocol.rounds import Rounds
@@ -136,7 +137,7 @@ class Worker:
         self._resumed_progress = False
         self._resumed_round: Mapping[str, Any] | None = None
         self._has_others_copies = False  # inner optimizers were loaded from another worker's
-        self.on_cut: Callable[[Message], None] | None = None
+        self.on_cut: Callable[[Cut], None] | None = None
         """Called on the training thread when the exchange stands still for a checkpoint; see :meth:`cut`."""
         self.on_progress: Callable[[], None] | None = None
         """Called on the training thread after each turn that it waits for: there may be messages to heed."""
@@ -420,7 +421,7 @@ class Worker:
         return self._mailbox.take_updates()
 
     def send(self, message: Message) -> None:
-        """Send a JSON object to all workers, this one included. It comes with the next exchange, which begins now.
+        """Send a message to all workers, this one included. It comes with the next exchange, which begins now.
 
         Raises:
             ValueError: if it is longer than a header has room for, about 4 KB.
@@ -479,17 +480,17 @@ class Worker:
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def cut(self, what: Message) -> Iterator[None]:
+    def cut(self, what: Cut) -> Iterator[None]:
         """Have the exchange stand still between two turns, on all workers, so that all can save the same moment.
 
         On the other workers ``on_cut(what)`` is called at the end of their current step; here the body of the ``with``
         runs at once. Each worker's exchange goes on when its own is done; their training does not wait for it.
 
         Args:
-            what: what the others are to do, as a JSON object of at most about 4 KB.
+            what: what the others are to do.
         """
         try:
-            self._mailbox.ask_for_cut(what)
+            self._mailbox.send(what)
             self._mailbox.wait_for_cut()
             self._adopt_if_ready()
             if self.has_lent and self._lent_for_cut:  # an update may have come since

@@ -11,6 +11,7 @@ import torch
 
 from lightning_async_localsgd.exchange import Mailbox, Push
 from lightning_async_localsgd.protocol.header import MESSAGE_BYTES, Flag
+from lightning_async_localsgd.protocol.messages import Abort, Message, Metrics, SaveNamed
 from lightning_async_localsgd.protocol.progress import Beat, Progress
 from lightning_async_localsgd.protocol.turn import PushedRound
 
@@ -18,7 +19,7 @@ PROGRESS = Progress(0, (0,), (0.0,), (5,), None, False, False, False, (0,), Beat
 PUSH = Push(torch.zeros(1), torch.ones(1), lambda: None, PushedRound(0, 5, 20, 1.0, 0, 0))
 
 
-def publish(mailbox: Mailbox, *messages: tuple[int, dict[str, Any]]) -> None:
+def publish(mailbox: Mailbox, *messages: tuple[int, Message]) -> None:
     mailbox.publish(PROGRESS, [], list(messages), None)
 
 
@@ -47,31 +48,32 @@ def test_the_exchange_waits_for_a_push_that_is_being_extended_but_not_for_one_th
     exchange.join(10)
     live, push = taken[0]
     assert push is None and Flag.ABORT in live.flags
-    assert live.message == {"reason": "RuntimeError:  [31mfrozen "}
+    assert live.message == Abort("RuntimeError:  [31mfrozen ")
 
 
 def test_one_message_rides_on_each_header_and_the_last_header_comes_after_all() -> None:
     mailbox = Mailbox(PROGRESS)
-    mailbox.send({"n": 1})
-    mailbox.send({"n": 2})
+    one, two = Metrics({"n": 1.0}), Metrics({"n": 2.0})
+    mailbox.send(one)
+    mailbox.send(two)
     mailbox.flag(Flag.FINAL)
     first, second, third = (mailbox.take()[0] for _ in range(3))
-    assert (first.message, second.message, third.message) == ({"n": 1}, {"n": 2}, None)
+    assert (first.message, second.message, third.message) == (one, two, None)
     assert [Flag.FINAL in live.flags for live in (first, second, third)] == [False, True, True]
     with pytest.raises(ValueError, match="too long"):
-        mailbox.send({"x": "y" * MESSAGE_BYTES})
-    publish(mailbox, (1, {"n": 1}), (0, {"n": 2}))
-    assert mailbox.take_messages() == [(1, {"n": 1}), (0, {"n": 2})]
+        mailbox.send(Metrics({"y" * MESSAGE_BYTES: 1.0}))
+    publish(mailbox, (1, one), (0, two))
+    assert mailbox.take_messages() == [(1, one), (0, two)]
     assert mailbox.take_messages() == []
 
 
 def test_a_cut_stops_the_exchange_until_it_is_released() -> None:
     mailbox = Mailbox(PROGRESS)
-    mailbox.ask_for_cut({"path": "x"})
+    mailbox.send(SaveNamed("x", 0))
     message = mailbox.take()[0].message
     assert message is not None
     publish(mailbox, (0, message))
-    assert mailbox.cut == {"path": "x"} and mailbox.take_messages() == []
+    assert mailbox.cut == SaveNamed("x", 0) and mailbox.take_messages() == []
     mailbox.wait_for_cut()
     exchange = threading.Thread(target=mailbox.wait_for_release, daemon=True)
     exchange.start()
@@ -85,7 +87,7 @@ def test_a_cut_stops_the_exchange_until_it_is_released() -> None:
 def test_nobody_waits_for_a_training_thread_that_has_left() -> None:
     mailbox = Mailbox(PROGRESS)
     mailbox.abort("gone")
-    publish(mailbox, (0, {"cut": {"path": "x"}}))
+    publish(mailbox, (0, SaveNamed("x", 0)))
     mailbox.wait_for_release()
     assert mailbox.cut is None
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from lightning_async_localsgd.protocol.header import HEADER_BYTES, MESSAGE_BYTES, Flag, Header
+from lightning_async_localsgd.protocol.messages import Abort
 
 HEADER = Header(
     worker=3,
@@ -24,7 +25,7 @@ HEADER = Header(
     round_seconds=12.25,
     shard=2,
     start_version=5,
-    message={"reason": "größer"},
+    message=Abort("größer"),
 )
 
 
@@ -41,9 +42,10 @@ def test_a_thousand_headers_stay_small() -> None:
 
 
 def test_a_message_that_does_not_fit_is_refused() -> None:
-    Header(worker=0, turn=0, message={"m": "x" * (MESSAGE_BYTES - 9)}).pack()
+    room = MESSAGE_BYTES - len('{"kind": "abort", "reason": ""}')
+    Header(worker=0, turn=0, message=Abort("x" * room)).pack()
     with pytest.raises(ValueError, match="too long"):
-        Header(worker=0, turn=0, message={"m": "x" * (MESSAGE_BYTES - 8)}).pack()
+        Header(worker=0, turn=0, message=Abort("x" * (room + 1))).pack()
 
 
 DATA, TEXT = HEADER.pack()
@@ -58,8 +60,9 @@ DATA, TEXT = HEADER.pack()
         (DATA[:4] + b"\xff\xff" + DATA[6:], TEXT),  # another protocol
         (DATA[:8] + b"\xff\xff\xff\xff" + DATA[12:], TEXT),  # a message that is too long
         (DATA, TEXT[:-1]),
-        (DATA, TEXT.replace(b'{"reason"', b'["reason"')),
-        (Header(worker=0, turn=0, message={"a": 1}).pack()[0], b"12345678"),
+        (DATA, TEXT.replace(b'{"kind"', b'["kind"')),
+        (DATA, TEXT.replace(b'"abort"', b'"other"')),
+        (Header(worker=0, turn=0, message=Abort("")).pack()[0], b"1" * 31),
     ],
 )
 def test_malformed_headers_are_refused(data: bytes, text: bytes) -> None:

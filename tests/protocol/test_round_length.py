@@ -9,6 +9,7 @@ from torch.distributed import PrefixStore
 from torch.utils.data import DataLoader
 
 from lightning_async_localsgd import RunSummary, Settings, make_method
+from lightning_async_localsgd.protocol.messages import SaveNamed
 from lightning_async_localsgd.protocol.round_length import RoundLength
 from lightning_async_localsgd.simulation import Network, simulate
 from lightning_async_localsgd.worker.worker import Worker
@@ -102,7 +103,7 @@ def resuming(rank: int, size: int, then: int | str, now: int | str) -> int:
     before.worker.start(4000)
     before.train_step()
     before.worker.step()
-    with before.worker.cut({}):
+    with before.worker.cut(SaveNamed("", 0)):
         state = before.worker.global_state_dict()
     before.worker.finish(stop=True)
     settings = Settings(local_steps=now)

@@ -15,7 +15,7 @@ from lightning_async_localsgd.trainer.followers import FollowedMetrics, metric_m
 def test_metrics_go_in_as_few_messages_as_hold_them() -> None:
     metrics = {f"{i}/{'a long name' * 20}": i / 3 for i in range(20)} | {"naïve": math.inf}
     messages = list(metric_messages(metrics))
-    assert {name: value for message in messages for name, value in message["metrics"].items()} == metrics
+    assert {name: value for message in messages for name, value in message.values.items()} == metrics
     assert 1 < len(messages) < 5
     for message in messages:
         encode_message(message)  # refuses one that is too long

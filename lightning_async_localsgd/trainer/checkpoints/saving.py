@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_async_localsgd.internals import WrappingCheckpointIO, dump_checkpoint
-from lightning_async_localsgd.protocol.header import Message
+from lightning_async_localsgd.protocol.messages import CheckpointReplaced, Cut, SaveSide, SaveSideAgain, SideSaved
 from lightning_async_localsgd.trainer.checkpoints.files import CheckpointFiles, SideFiles
 from lightning_async_localsgd.trainer.checkpoints.writing import BackgroundWriter, FileRecord, save_with
 from lightning_async_localsgd.trainer.fit import Fit, Phase
@@ -85,7 +85,7 @@ class JobCheckpoints:
                 self._moment = {}
             return
         checkpoint_id = self.files.begin(path)
-        checkpoint[KEY] |= self._take_moment({"id": checkpoint_id, "path": path}) | {"id": checkpoint_id}
+        checkpoint[KEY] |= self._take_moment(SaveSide(path, checkpoint_id)) | {"id": checkpoint_id}
         self._io.save_checkpoint(checkpoint, path)
 
     @cached_property
@@ -96,11 +96,12 @@ class JobCheckpoints:
             return AsyncCheckpointIO(_LeaderFile(io.checkpoint_io, self.files, self._background))
         return _LeaderFile(io, self.files, self._background)
 
-    def _take_moment(self, where: Message) -> dict[str, Any]:
+    def _take_moment(self, where: SaveSide) -> dict[str, Any]:
         """This library's entry in a checkpoint of now, or of the moment that the others have saved already."""
         assert isinstance(self._worker, Worker)
         if self._moment is not None:
-            self._worker.send({"also": [self._moment["where"], where]})
+            saved: SaveSide = self._moment["where"]
+            self._worker.send(SaveSideAgain(where.path, where.checkpoint_id, saved.path, saved.checkpoint_id))
             entry: dict[str, Any] = self._moment["entry"]
             return entry
         fetches = self._fetches()  # the other ranks of worker 0 follow until the cut
@@ -123,22 +124,22 @@ class JobCheckpoints:
         self._moment = None
         self._tensors = {}
 
-    def hear_saved(self, worker: int, message: Message) -> None:
+    def hear_saved(self, worker: int, message: SideSaved) -> None:
         """Worker 0 is told that a worker has written its side."""
-        record = FileRecord(*message["record"])
-        self._background.submit(self.files.part_written, message["saved"], worker, record)
+        record = FileRecord(message.size, message.crc32)
+        self._background.submit(self.files.part_written, message.checkpoint_id, worker, record)
 
     def _tell_replaced(self, path: str, checkpoint_id: str | None) -> None:
         if self._fit.phase is Phase.MEETING:
             return  # the learning-rate finder removes its own before the workers start
         if isinstance(self._fit.worker, Worker) and self._fit.place.workers > 1:
-            self._fit.worker.send({"replaced": [path, checkpoint_id]})
+            self._fit.worker.send(CheckpointReplaced(path, checkpoint_id))
 
     # ---- the other workers ------------------------------------------------------------------------------------------
 
-    def save_part(self, what: Message) -> None:
+    def save_part(self, what: Cut) -> None:
         """Save this worker's side of the checkpoint that worker 0 writes."""
-        assert isinstance(self._worker, Worker)
+        assert isinstance(self._worker, Worker) and isinstance(what, SaveSide)
         part = {
             "worker": self._worker.local_state_dict(),
             "scheduler_steps": self._fit.scheduler_steps,
@@ -162,37 +163,38 @@ class JobCheckpoints:
         finally:
             self._saving_side = False
 
-    def _write_part(self, what: Message, side: dict[str, Any]) -> None:
+    def _write_part(self, what: SaveSide, side: dict[str, Any]) -> None:
         try:
-            record = self._sides.write(what["path"], what["id"], side)
+            record = self._sides.write(what.path, what.checkpoint_id, side)
         except OSError as error:
             raise OSError(
-                f"Worker {self._fit.place.worker_rank} could not write its side of the checkpoint {what['path']}: "
+                f"Worker {self._fit.place.worker_rank} could not write its side of the checkpoint {what.path}: "
                 f"{error}. Go on from the one before it, which is still there."
             ) from error
-        self._tell_saved(what["id"], record)
+        self._tell_saved(what.checkpoint_id, record)
 
-    def save_part_again(self, before: Message, again: Message) -> None:
+    def save_part_again(self, what: SaveSideAgain) -> None:
         """Make this worker's side of one checkpoint that of another one as well, which worker 0 has just written."""
         if isinstance(self._worker, Worker):
-            self._background.submit(self._link_part, before, again)
+            self._background.submit(self._link_part, what)
 
-    def _link_part(self, before: Message, again: Message) -> None:
-        self._tell_saved(again["id"], self._sides.link(before["path"], before["id"], again["path"], again["id"]))
+    def _link_part(self, what: SaveSideAgain) -> None:
+        record = self._sides.link(what.saved_path, what.saved_id, what.path, what.checkpoint_id)
+        self._tell_saved(what.checkpoint_id, record)
 
     def _tell_saved(self, checkpoint_id: str, record: FileRecord) -> None:
         worker = self._fit.worker
         if isinstance(worker, Worker):
-            worker.send({"saved": checkpoint_id, "record": list(record)})
+            worker.send(SideSaved(checkpoint_id, record.size, record.crc32))
 
-    def forget_replaced(self, path: str, checkpoint_id: str | None) -> None:
+    def forget_replaced(self, what: CheckpointReplaced) -> None:
         """Worker 0 has told that a checkpoint is whole, or that all of a name are gone: older sides go, here too."""
         if not isinstance(self._worker, Worker):
             return
-        if checkpoint_id is None:
-            self._background.submit(self._sides.forget, path)
+        if what.checkpoint_id is None:
+            self._background.submit(self._sides.forget, what.path)
         else:
-            self._background.submit(self._sides.forget_older, path, checkpoint_id)
+            self._background.submit(self._sides.forget_older, what.path, what.checkpoint_id)
 
     # ---- all --------------------------------------------------------------------------------------------------------
 
