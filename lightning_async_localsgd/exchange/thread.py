@@ -103,8 +103,10 @@ class ExchangeThread:
         self._causes = Causes(store, roster, settings.timeout)
         self._roster = roster
         self._settings = settings
-        self._ledger = Ledger(state, settings, budget, mailbox.progress)
-        self._codec = make_codec(settings.codec)
+        self._codecs = settings.codecs()
+        choice = settings.codec_choice(state.flat.numel())
+        self._ledger = Ledger(state, settings, budget, mailbox.progress, choice)
+        self._largest = min(codec.largest for codec in self._codecs.values())
         self._timeout = settings.timeout.total_seconds()
         self._turn = 0
         self._opened = -math.inf  # the time of the latest turn that applied deltas
@@ -203,12 +205,15 @@ class ExchangeThread:
         updates, applied = self._apply(headers)
         if applied:
             self._opened = began
+        codec = self._ledger.codec
         with self._mailbox.global_state():
             progress = self._ledger.close_turn(
                 headers, applied, self._transport.bytes_sent, self._transport.bytes_received
             )
+        if progress.codec != codec:
+            self._exchanges.clear()  # others take another time
         adoption = self._adopt(applied)
-        if adoption is not None:
+        if adoption is not None and progress.codec == codec:
             self._exchanges.append(_Exchange(time.monotonic() - began, time.thread_time() - busy_since))
         if not self._mailbox.wait_for_bell(self._turn, self._timeout):
             raise self._roster.store_lost(TimeoutError("the bell has not been heard"))
@@ -238,7 +243,7 @@ class ExchangeThread:
         with record_function("async_localsgd::encode"):
             push.ready()
             buffers = self._state.flat[self._state.layout.parameter_numel :]
-            return write_delta(self._state, push.base, push.snapshot, buffers, push.base, self._codec.largest)
+            return write_delta(self._state, push.base, push.snapshot, buffers, push.base, self._largest)
 
     def _header(self, live: Live) -> Header:
         header = Header(
@@ -312,7 +317,8 @@ class ExchangeThread:
         updates: list[OuterUpdate] = []
         groups = self._ledger.due(headers)
         own = None if self._pending is None else self._pending.base
-        sums = self._trade.sums([[header.worker for header in group] for group in groups], own)
+        codec = self._codecs[self._ledger.codec]
+        sums = self._trade.sums([[header.worker for header in group] for group in groups], own, codec)
         for group, _ in zip(groups, sums, strict=True):
             measures = self._state.measure(len(group)) if self._mailbox.measure_updates else (None, None)
             self._watch_direction(group)

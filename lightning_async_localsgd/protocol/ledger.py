@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from lightning_async_localsgd.protocol.budget import Budget
+from lightning_async_localsgd.protocol.codec_choice import CodecChoice
 from lightning_async_localsgd.protocol.header import Flag, Header
 from lightning_async_localsgd.protocol.pace import make_pace
 from lightning_async_localsgd.protocol.progress import Beat, OuterUpdate, Progress
@@ -49,9 +50,17 @@ class Ledger:
         rules: settings of the run.
         budget: how many local steps the run has.
         progress: what the run starts or goes on from.
+        codec_choice: chooses the codec of each turn; None: nothing is written.
     """
 
-    def __init__(self, state: LedgerState, rules: Rules, budget: Budget, progress: Progress) -> None:
+    def __init__(
+        self,
+        state: LedgerState,
+        rules: Rules,
+        budget: Budget,
+        progress: Progress,
+        codec_choice: CodecChoice | None = None,
+    ) -> None:
         self._state = state
         self._rules = rules
         self._budget = budget
@@ -66,6 +75,9 @@ class Ledger:
         self._beat = progress.beat
         self._round_length = rules.round_length(budget.max_steps)
         self._local_steps = progress.local_steps
+        self._codec_choice = codec_choice
+        self.codec = "" if codec_choice is None else codec_choice.first()
+        """Name of the codec of the turn of now."""
         state.set_round_length(self._local_steps)
 
     def due(self, headers: Sequence[Header]) -> list[list[Header]]:
@@ -147,6 +159,7 @@ class Ledger:
             [h.exchange_cost for h in headers],
         )
         self._state.set_round_length(self._local_steps)
+        self._choose_codec(headers)
         round_steps = self._pace.steps(speeds, self._local_steps)
         under_way = self._under_way(headers)
         final = [Flag.FINAL in h.flags for h in headers]
@@ -162,6 +175,7 @@ class Ledger:
             shard_samples=tuple(self._shard_samples),
             beat=self._beat,
             local_steps=self._local_steps,
+            codec=self.codec,
             updates=self._updates,
             total_staleness=self._total_staleness,
             max_staleness=self._max_staleness,
@@ -169,6 +183,12 @@ class Ledger:
             bytes_sent=bytes_sent,
             bytes_received=bytes_received,
         )
+
+    def _choose_codec(self, headers: Sequence[Header]) -> None:
+        if self._codec_choice is not None:
+            fastest = max(h.speed for h in headers)
+            round_seconds = self._local_steps / fastest if fastest else 0.0
+            self.codec = self._codec_choice.next(self.codec, [h.exchange_seconds for h in headers], round_seconds)
 
     @staticmethod
     def _under_way(headers: Sequence[Header]) -> list[bool]:

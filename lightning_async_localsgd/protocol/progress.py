@@ -67,6 +67,8 @@ class Progress:
     beat: Beat
     local_steps: int
     """H, local steps per round of the fastest worker."""
+    codec: str = ""
+    """Name of the codec of the next turn; empty where nothing is written."""
     updates: int = 0
     total_staleness: int = 0
     max_staleness: int = 0

@@ -13,11 +13,13 @@ import torch
 from lightning_async_localsgd.codecs import Codec, make_codec
 from lightning_async_localsgd.outer import Constraint, OuterOptimizerFactory, Transform
 from lightning_async_localsgd.outer.transforms import check_transforms
+from lightning_async_localsgd.protocol.codec_choice import Candidate, CodecChoice
 from lightning_async_localsgd.protocol.pace import FixedPace, Pace, make_pace
 from lightning_async_localsgd.protocol.round_length import AUTO, RoundLength
 
 __all__ = ["Settings"]
 
+_CHOSEN_CODECS = ("fp32", "bf16", "int8", "int4")
 _EXCHANGES = ("auto", "reduce", "gather")
 _PLAIN = (str, int, float, list, tuple, dict)
 
@@ -89,7 +91,7 @@ class Settings:
                 f"{self.local_buffers!r}."
             )
         make_pace(self.pace)
-        make_codec(self.codec)
+        self.codecs()
 
     def check_workers(self, workers: int) -> None:
         """Refuse settings that this number of workers cannot keep.
@@ -102,6 +104,21 @@ class Settings:
                 f"`quorum={self.quorum}` is larger than the number of workers, {workers}: no outer update could ever "
                 f"take place. Pass at most {workers}."
             )
+
+    def codecs(self) -> dict[str, Codec]:
+        """The codecs of a run by name, the widest first: of ``"auto"`` all that it chooses from, else one."""
+        if self.codec == AUTO:
+            return {name: make_codec(name) for name in _CHOSEN_CODECS}
+        codec = make_codec(self.codec)
+        return {codec.name: codec}
+
+    def codec_choice(self, elements: int) -> CodecChoice:
+        """The policy that chooses among :meth:`codecs`.
+
+        Args:
+            elements: of a delta.
+        """
+        return CodecChoice([Candidate(name, codec.wire_bytes(elements)) for name, codec in self.codecs().items()])
 
     def round_length(self, max_steps: int | None) -> RoundLength:
         """What decides on H in a run of that many local steps per worker; None: its length is not known."""
@@ -135,7 +152,7 @@ class Settings:
             "quorum": self.quorum,
             "overlap": self.overlap,
             "budget": self.budget,
-            "codec": _describe_object(make_codec(self.codec)),
+            "codec": self.codec if isinstance(self.codec, str) else _describe_object(self.codec),
             "exchange": self.exchange,
             "turns_per_round": self.turns_per_round,
             "outer_device": torch.device(self.outer_device).type,  # kinds of devices may round differently
