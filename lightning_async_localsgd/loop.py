@@ -309,8 +309,8 @@ class AsyncLocalSGD:
             "job_steps": what.job_steps,
             "steps_before": self._steps_before,
             "size": self.size,
-            "global": self.worker.global_state_dict(),
-            "worker": self.worker.local_state_dict(),
+            "global": self.worker.saved_state.global_state_dict(),
+            "worker": self.worker.saved_state.local_state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "settings": self.settings.credentials(),
             "random": RandomState(self._device).state_dict(),
@@ -330,11 +330,11 @@ class AsyncLocalSGD:
 
     def _resume(self, worker: Worker, state: Mapping[str, Any]) -> None:
         same_workers = state["size"] == self.size
-        worker.load_global_state_dict(state["global"], same_workers, state.get("settings"))
+        worker.saved_state.load_global_state_dict(state["global"], same_workers, state.get("settings"))
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         if same_workers:
-            worker.load_local_state_dict(state["worker"])
+            worker.saved_state.load_local_state_dict(state["worker"])
             if "random" in state:
                 set_random_state(state["random"], self._device)
         self._steps_before = state["steps_before"] if same_workers else state["job_steps"]

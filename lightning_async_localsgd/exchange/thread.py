@@ -31,7 +31,6 @@ import torch
 from torch.distributed import Store
 from torch.profiler import record_function
 
-from lightning_async_localsgd.codecs import make_codec
 from lightning_async_localsgd.errors import PeerAbortedError, PeerLostError, ReplicaDivergedError
 from lightning_async_localsgd.exchange.accelerator import synchronize
 from lightning_async_localsgd.exchange.causes import LOOK_UP, Causes

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
@@ -81,7 +82,7 @@ class _Vector:
         of_buffers = codec if codec.lossless else BF16()
         return [
             _Piece(Span(start, min(start + CHUNK, stop)), codec if start < self._parameters else of_buffers)
-            for begin, stop in zip(bounds, bounds[1:], strict=False)
+            for begin, stop in pairwise(bounds)
             for start in range(begin, stop, CHUNK)
         ]
 
@@ -180,7 +181,7 @@ class _Sum:
                 self._post(step)
             if 0 <= step - _UNDER_WAY < steps:
                 self._merge(step - _UNDER_WAY)
-            if 0 <= step - 2 * _UNDER_WAY:
+            if step >= 2 * _UNDER_WAY:
                 self._collect()
         self._settle(keep=0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 __all__ = ["UNIT", "Span", "owned_slices", "shares"]
@@ -60,4 +60,4 @@ def owned_slices(numel: int, parts: Sequence[float]) -> list[Span]:
     units = -(-numel // UNIT)
     bounds = [0, *(min(numel, UNIT * round(units * part)) for part in accumulate(parts))]
     bounds[-1] = numel
-    return [Span(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [Span(start, stop) for start, stop in pairwise(bounds)]

@@ -59,7 +59,8 @@ class Settings:
             raise ValueError(f"`grace_period` must be at least 0 seconds, got {self.grace_period}.")
         if not self.turns_per_round >= 1:
             raise ValueError(
-                f"`turns_per_round` must be at least 1 turn in a round of the fastest worker, got {self.turns_per_round}."
+                "`turns_per_round` must be at least 1: turns in a round of the fastest worker, got "
+                f"{self.turns_per_round}."
             )
         if self.exchange not in _EXCHANGES:
             raise ValueError(f"`exchange` must be one of {', '.join(map(repr, _EXCHANGES))}, got {self.exchange!r}.")

@@ -40,8 +40,7 @@ from lightning_async_localsgd.trainer.mixing import mix_in, mix_out
 from lightning_async_localsgd.trainer.progress_bar import JobBar, NamedByJob
 from lightning_async_localsgd.trainer.same_data import SameData
 from lightning_async_localsgd.trainer.schedulers import JobSchedulers
-from lightning_async_localsgd.worker.device_group import FollowingRank
-from lightning_async_localsgd.worker.worker import Worker
+from lightning_async_localsgd.worker.rank import WorkerRank
 
 __all__ = ["WorkerCallback"]
 
@@ -155,7 +154,7 @@ class WorkerCallback(pl.Callback):
         return self._trainer.callbacks  # type: ignore[attr-defined, no-any-return]  # set by a connector, where mypy does not look
 
     @property
-    def _worker(self) -> Worker | FollowingRank:
+    def _worker(self) -> WorkerRank:
         worker = self._fit.worker
         assert worker is not None
         return worker
@@ -370,9 +369,8 @@ class WorkerCallback(pl.Callback):
 
     def _let_guard_see(self, guard: Guard, updates: list[OuterUpdate]) -> None:
         if any(update.worker == 0 for update in updates):
-            worker = self._fit.worker
-            assert isinstance(worker, Worker)  # on worker 0's first process
-            for sentence in guard.see_round(self._loss.take(), worker.alignment, worker.summary().round_length):
+            length = self._worker.summary().round_length
+            for sentence in guard.see_round(self._loss.take(), self._worker.alignment, length):
                 rank_zero_warn(sentence, category=SettingsWarning)
 
 

@@ -15,9 +15,9 @@ from lightning_async_localsgd.settings.advice import warn_of_useless_settings
 from lightning_async_localsgd.trainer.checkpoints.resumed import Resumed
 from lightning_async_localsgd.trainer.fetches import SavedFetches
 from lightning_async_localsgd.trainer.meetings import meet_before_training
-from lightning_async_localsgd.worker import RunSummary, Worker
-from lightning_async_localsgd.worker.device_group import FollowingRank
+from lightning_async_localsgd.worker.rank import WorkerRank
 from lightning_async_localsgd.worker.step_watch import StepWatch
+from lightning_async_localsgd.worker.summary import RunSummary
 
 __all__ = ["Fit", "Phase", "Place", "Position", "Together"]
 
@@ -114,7 +114,7 @@ class Fit:
         self.phase = Phase.MEETING
         self.failed = False
         """This process has met an error; the phase stays the one in which it did."""
-        self.worker: Worker | FollowingRank | None = None
+        self.worker: WorkerRank | None = None
         self.steps: StepWatch | None = None
         self.position: Position | None = None
         self.goes_on = False
@@ -155,12 +155,12 @@ class Fit:
         self.saved_fetches = resumed.fetches
         self.saved_scheduler_steps = resumed.scheduler_steps
 
-    def set_worker(self, worker: Worker | FollowingRank) -> None:
+    def set_worker(self, worker: WorkerRank) -> None:
         """Have this worker train, from the checkpoint if there is one."""
         self.worker = worker
         resumed, self._resumed = self._resumed, None
-        if resumed is not None and isinstance(worker, Worker):
-            resumed.load_into(worker)
+        if resumed is not None and worker.saved_state is not None:
+            resumed.load_into(worker.saved_state)
 
     def begin_training(self, max_steps: int | None, open_end: bool) -> None:
         """Wait for the other processes and start the worker."""

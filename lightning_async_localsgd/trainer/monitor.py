@@ -15,7 +15,6 @@ from lightning_async_localsgd.internals import batches_that_stepped, should_upda
 from lightning_async_localsgd.protocol.progress import OuterUpdate
 from lightning_async_localsgd.trainer.strategy import AsyncLocalSGDStrategy
 from lightning_async_localsgd.worker.summary import RunSummary
-from lightning_async_localsgd.worker.worker import Worker
 
 __all__ = ["AsyncLocalSGDMonitor"]
 
@@ -77,8 +76,7 @@ class AsyncLocalSGDMonitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         worker = trainer.strategy.worker  # type: ignore[attr-defined]
-        if isinstance(worker, Worker):
-            self._goodput.note(worker.exchanged_at, worker.summary().total_local_steps)
+        self._goodput.note(worker.exchanged_at, worker.summary().total_local_steps)
         if should_update_logs(trainer):
             self._log(trainer)
 

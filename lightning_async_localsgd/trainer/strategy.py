@@ -49,6 +49,7 @@ from lightning_async_localsgd.trainer.loaders import TrainingLoaders
 from lightning_async_localsgd.trainer.meetings import meet_before_training
 from lightning_async_localsgd.version import __version__
 from lightning_async_localsgd.worker.device_group import Crew, FollowingRank, LeadingWorker
+from lightning_async_localsgd.worker.rank import WorkerRank
 from lightning_async_localsgd.worker.step_watch import StepWatch
 from lightning_async_localsgd.worker.summary import RunSummary
 from lightning_async_localsgd.worker.worker import Worker
@@ -221,7 +222,7 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
         return self.place.device_rank
 
     @property
-    def worker(self) -> Worker | FollowingRank | None:
+    def worker(self) -> WorkerRank | None:
         """This process' worker, during ``fit``."""
         return self._fit.worker if self._fit is not None else None
 
@@ -345,7 +346,7 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
         self._callback = WorkerCallback(self._fit, self._checkpoints)
         self._global_checkpoints = GlobalCheckpoints(trainer, self._fit)
 
-    def _make_worker(self, fit: Fit, checkpoints: JobCheckpoints) -> Worker | FollowingRank:
+    def _make_worker(self, fit: Fit, checkpoints: JobCheckpoints) -> WorkerRank:
         assert self.lightning_module is not None
         trainer, place = fit.trainer, fit.place
         settings = replace(self.settings, exchange_frozen=self._unfreezes(trainer))
@@ -469,8 +470,9 @@ class AsyncLocalSGDStrategy(CollectiveStrategy):
                 checkpoints.save(checkpoint, os.path.abspath(filepath))
                 return
             checkpoints.wait_until_written()  # it may be of the same name
-            if resumable and isinstance(fit.worker, Worker):
-                checkpoint[KEY] |= {"state": fit.worker.global_state_dict(), "fetches": [fit.fetches_state()]}
+            if resumable and fit.worker.saved_state is not None:
+                state = fit.worker.saved_state.global_state_dict()
+                checkpoint[KEY] |= {"state": state, "fetches": [fit.fetches_state()]}
             super().save_checkpoint(checkpoint, filepath, storage_options)
             if local and self.is_global_zero:
                 checkpoints.files.forget(os.path.abspath(filepath))

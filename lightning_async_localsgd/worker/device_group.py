@@ -7,6 +7,7 @@ exchange changes, it changes on the first rank, which gives it to the others at 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
@@ -26,6 +27,7 @@ from lightning_async_localsgd.protocol.messages import Cut, Message, message_fro
 from lightning_async_localsgd.protocol.progress import OuterUpdate
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.worker.replica import Replica, forget_non_finite_state, unversioned
+from lightning_async_localsgd.worker.saved_state import SavedState
 from lightning_async_localsgd.worker.summary import RunSummary
 from lightning_async_localsgd.worker.worker import Worker
 
@@ -164,7 +166,7 @@ class LeadingWorker(Worker):
 
     @contextmanager
     def cut(self, what: Cut) -> Iterator[None]:
-        """See :meth:`Worker.cut`; the other ranks call :meth:`FollowingRank.follow`."""
+        """See :meth:`Worker.cut`; the other ranks call :meth:`FollowingRank.cut`."""
         with ExitStack() as stack:
             with self._leading():
                 stack.enter_context(super().cut(what))
@@ -200,8 +202,7 @@ class LeadingWorker(Worker):
         self._untold["updates"] += updates
         self._untold["messages"] += [(sender, message.to_json()) for sender, message in messages]
 
-    def _adopt(self, adoption: Adoption) -> None:
-        super()._adopt(adoption)
+    def _adopted(self, adoption: Adoption) -> None:
         self._changed = True
         self._restarted |= adoption.restart
 
@@ -240,7 +241,7 @@ class LeadingWorker(Worker):
 
 
 class FollowingRank:
-    """Another rank of a worker: has the face of a :class:`Worker`, and does what the first rank does.
+    """Another rank of a worker, a :class:`WorkerRank`: does what the first rank does.
 
     Args:
         crew: the crew.
@@ -254,6 +255,8 @@ class FollowingRank:
         self, crew: Crew, module: nn.Module, optimizers: Sequence[Optimizer], rank: int, settings: Settings
     ) -> None:
         self.rank = rank
+        self.saved_state: SavedState | None = None  # the first rank has it
+        self.alignment = self.exchanged_at = math.nan  # the first rank knows
         self.shard = rank
         self.share = 1.0
         self.job_steps = 0
@@ -325,6 +328,20 @@ class FollowingRank:
         """See :meth:`Worker.lend_global`."""
         self._replica.put_aside()
         self._crew.share(unversioned(self._replica.in_module))
+
+    @contextmanager
+    def cut(self, what: Cut) -> Iterator[None]:
+        """The first rank has the exchange stand still, and tells what has become of it."""
+        self.follow()
+        yield
+
+    def global_tensors(self) -> dict[str, Tensor]:
+        """The first rank has them."""
+        return {}
+
+    def gather_from_devices(self) -> list[Tensor]:
+        """The first rank gathers; see ``on_gather``."""
+        return []
 
     def take_back_own(self) -> None:
         """See :meth:`Worker.take_back_own`."""

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from typing_extensions import Self
+
+from lightning_async_localsgd.protocol.progress import Progress
+
 __all__ = ["RunSummary"]
 
 
@@ -35,3 +39,20 @@ class RunSummary:
     last local step (not the wait for the others after it)."""
     digest: str
     """Hash (hex) of the final global parameters and outer state; empty while the run goes on."""
+
+    @classmethod
+    def of(cls, progress: Progress, blocked_seconds: float, digest: str) -> Self:
+        """The summary of a run whose shared progress is this."""
+        return cls(
+            version=progress.version,
+            total_local_steps=sum(progress.steps),
+            local_steps=progress.steps,
+            mean_staleness=progress.total_staleness / max(1, progress.updates),
+            max_staleness=progress.max_staleness,
+            round_length=progress.local_steps,
+            dropped=progress.dropped,
+            bytes_sent=progress.bytes_sent,
+            bytes_received=progress.bytes_received,
+            blocked_seconds=blocked_seconds,
+            digest=digest,
+        )

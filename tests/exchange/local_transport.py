@@ -70,7 +70,7 @@ class LocalTransport:
 
 
 def run_threads(function: Callable[[LocalTransport], _T], size: int) -> list[_T]:
-    """Call ``function(transport)`` in ``size`` threads that are connected to each other; returns the results by rank."""
+    """Call ``function(transport)`` in threads that are connected to each other; returns the results by rank."""
     queues = {(a, b, channel): Queue[Tensor]() for a in range(size) for b in range(size) for channel in Channel}
     transports = [LocalTransport(rank, queues, size) for rank in range(size)]
     with ThreadPoolExecutor(size) as pool:

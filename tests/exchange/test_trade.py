@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def turns(draw: st.DrawFn) -> tuple[int, list[list[int]], int]:
     size = draw(st.integers(1, 5))
     workers = draw(st.lists(st.integers(0, size - 1), unique=True, min_size=1).map(sorted))
     bounds = sorted(draw(st.sets(st.integers(1, len(workers)), max_size=3)) | {0, len(workers)})
-    groups = [workers[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    groups = [workers[a:b] for a, b in pairwise(bounds)]
     return size, groups, draw(st.integers(BUFFERS + 1, 6 * UNIT))
 
 

@@ -104,11 +104,11 @@ def resuming(rank: int, size: int, then: int | str, now: int | str) -> int:
     before.train_step()
     before.worker.step()
     with before.worker.cut(SaveNamed("", 0)):
-        state = before.worker.global_state_dict()
+        state = before.worker.saved_state.global_state_dict()
     before.worker.finish(stop=True)
     settings = Settings(local_steps=now)
     again = Worker(make_net(), [], PrefixStore("again", job_store()), rank, size, settings)
-    again.load_global_state_dict(state, same_workers=True)
+    again.saved_state.load_global_state_dict(state, same_workers=True)
     again.start(200)
     length = again.summary().round_length
     again.finish(stop=True)

@@ -80,15 +80,21 @@ class RecordedWorker(Worker):
         self.events: list[tuple[Any, ...]] = []
         super().__init__(*args, **kwargs)
 
-    def _push(self, *args: Any, **kwargs: Any) -> None:
-        pushed = ("push", self.round)
-        if pushed in self.events:  # the round was extended: it ends here instead
-            self.events.remove(pushed)
-        self.events.append(pushed)
-        super()._push(*args, **kwargs)
+    def start(self, *args: Any, **kwargs: Any) -> None:
+        super().start(*args, **kwargs)
+        trip = self._steps.trip
+        push = trip.push
 
-    def _adopt(self, adoption: Any) -> None:
-        super()._adopt(adoption)
+        def recorded(*args: Any, **kwargs: Any) -> None:
+            pushed = ("push", self.round)
+            if pushed in self.events:  # the round was extended: it ends here instead
+                self.events.remove(pushed)
+            self.events.append(pushed)
+            push(*args, **kwargs)
+
+        trip.push = recorded  # type: ignore[method-assign]
+
+    def _adopted(self, adoption: Any) -> None:
         self.events.append(("adopt", self.version))
 
 

@@ -23,6 +23,7 @@ from lightning_async_localsgd.exchange.transport import GlooTransport
 from lightning_async_localsgd.protocol.header import Header
 from lightning_async_localsgd.protocol.pace import DynamicLocalUpdates
 from lightning_async_localsgd.protocol.speed_meter import Stopwatch
+from lightning_async_localsgd.worker.round_trip import RoundTrip
 from tests.modules import SPEEDS, Batches, make_net
 from tests.processes import STILL_RUNNING, Outcome, job_store, results, run_processes
 
@@ -337,7 +338,7 @@ class StepClock:
 
 def timed(rank: int, size: int, settings: Settings) -> list[tuple[int, float]]:
     loop, clock = Loop(rank, size, settings), StepClock()
-    vars(sys.modules[Worker.__module__])["time"] = clock
+    vars(sys.modules[RoundTrip.__module__])["time"] = clock
     worker = loop.worker
     worker.start(20)
     wait = worker._mailbox.wait_for_adoption

@@ -22,8 +22,7 @@ from lightning_async_localsgd.protocol.messages import CheckpointReplaced, Cut, 
 from lightning_async_localsgd.trainer.checkpoints.files import CheckpointFiles, SideFiles
 from lightning_async_localsgd.trainer.checkpoints.writing import BackgroundWriter, FileRecord, save_with
 from lightning_async_localsgd.trainer.fit import Fit, Phase
-from lightning_async_localsgd.worker.device_group import FollowingRank
-from lightning_async_localsgd.worker.worker import Worker
+from lightning_async_localsgd.worker.rank import WorkerRank
 
 __all__ = ["KEY", "JobCheckpoints"]
 
@@ -69,7 +68,7 @@ class JobCheckpoints:
 
     def put_global(self, state: dict[str, Any]) -> dict[str, Any]:
         """Put the global parameters in the place of the worker's own in a module's ``state_dict``."""
-        if isinstance(self._worker, Worker) and not self._saving_side:
+        if not self._saving_side:
             if self._moment is None or not self._tensors:
                 self._tensors = self._worker.global_tensors()
             for shared, aliases in _aliases(self._fit.trainer.lightning_module).items():
@@ -79,14 +78,18 @@ class JobCheckpoints:
 
     def save(self, checkpoint: dict[str, Any], path: str) -> None:
         """Write a checkpoint of the whole job. All ranks of worker 0 call this at the same step."""
-        if isinstance(self._worker, FollowingRank):
-            if self._moment is None:
-                self._worker.follow()
-                self._moment = {}
+        if self._worker.saved_state is None:
+            self._follow(SaveSide(path, ""))
             return
         checkpoint_id = self.files.begin(path)
         checkpoint[KEY] |= self._take_moment(SaveSide(path, checkpoint_id)) | {"id": checkpoint_id}
         self._io.save_checkpoint(checkpoint, path)
+
+    def _follow(self, where: SaveSide) -> None:
+        """The part of another rank of worker 0 than the first in :meth:`_take_moment`."""
+        if self._moment is None:
+            with self._worker.cut(where):
+                self._moment = {}
 
     @cached_property
     def _io(self) -> CheckpointIO:
@@ -98,21 +101,22 @@ class JobCheckpoints:
 
     def _take_moment(self, where: SaveSide) -> dict[str, Any]:
         """This library's entry in a checkpoint of now, or of the moment that the others have saved already."""
-        assert isinstance(self._worker, Worker)
         if self._moment is not None:
-            saved: SaveSide = self._moment["where"]
-            self._worker.send(SaveSideAgain(where.path, where.checkpoint_id, saved.path, saved.checkpoint_id))
+            before: SaveSide = self._moment["where"]
+            self._worker.send(SaveSideAgain(where.path, where.checkpoint_id, before.path, before.checkpoint_id))
             entry: dict[str, Any] = self._moment["entry"]
             return entry
         fetches = self._fetches()  # the other ranks of worker 0 follow until the cut
+        saved = self._worker.saved_state
+        assert saved is not None
         with self._worker.cut(where):
             entry = {
                 "job_steps": self._fit.job_steps,
                 "steps_before_fit": self._fit.steps_before_fit(),
                 # An update may have come since they were put into the checkpoint.
-                "state": self._worker.global_state_dict(self._tensors),
+                "state": saved.global_state_dict(self._tensors),
                 "settings": self._fit.settings.credentials(),
-                "worker": self._worker.local_state_dict(),
+                "worker": saved.local_state_dict(),
                 "scheduler_steps": self._fit.scheduler_steps,
                 "fetches": fetches,
             }
@@ -132,16 +136,17 @@ class JobCheckpoints:
     def _tell_replaced(self, path: str, checkpoint_id: str | None) -> None:
         if self._fit.phase is Phase.MEETING:
             return  # the learning-rate finder removes its own before the workers start
-        if isinstance(self._fit.worker, Worker) and self._fit.place.workers > 1:
+        if self._fit.worker is not None and self._fit.place.workers > 1:
             self._fit.worker.send(CheckpointReplaced(path, checkpoint_id))
 
     # ---- the other workers ------------------------------------------------------------------------------------------
 
     def save_part(self, what: Cut) -> None:
         """Save this worker's side of the checkpoint that worker 0 writes."""
-        assert isinstance(self._worker, Worker) and isinstance(what, SaveSide)
+        saved = self._worker.saved_state
+        assert saved is not None and isinstance(what, SaveSide)
         part = {
-            "worker": self._worker.local_state_dict(),
+            "worker": saved.local_state_dict(),
             "scheduler_steps": self._fit.scheduler_steps,
             "fetches": self._fetches(),
         }
@@ -175,7 +180,7 @@ class JobCheckpoints:
 
     def save_part_again(self, what: SaveSideAgain) -> None:
         """Make this worker's side of one checkpoint that of another one as well, which worker 0 has just written."""
-        if isinstance(self._worker, Worker):
+        if self._worker.saved_state is not None:
             self._background.submit(self._link_part, what)
 
     def _link_part(self, what: SaveSideAgain) -> None:
@@ -183,13 +188,12 @@ class JobCheckpoints:
         self._tell_saved(what.checkpoint_id, record)
 
     def _tell_saved(self, checkpoint_id: str, record: FileRecord) -> None:
-        worker = self._fit.worker
-        if isinstance(worker, Worker):
-            worker.send(SideSaved(checkpoint_id, record.size, record.crc32))
+        if self._fit.worker is not None:
+            self._fit.worker.send(SideSaved(checkpoint_id, record.size, record.crc32))
 
     def forget_replaced(self, what: CheckpointReplaced) -> None:
         """Worker 0 has told that a checkpoint is whole, or that all of a name are gone: older sides go, here too."""
-        if not isinstance(self._worker, Worker):
+        if self._worker.saved_state is None:
             return
         if what.checkpoint_id is None:
             self._background.submit(self._sides.forget, what.path)
@@ -200,7 +204,6 @@ class JobCheckpoints:
 
     def _fetches(self) -> list[Any]:
         """Where each process of the worker is in its data: this one's, and the others' as files of ``torch.save``."""
-        assert isinstance(self._worker, Worker)
         return [self._fit.fetches_state(), *self._worker.gather_from_devices()]
 
     def pack_fetches(self) -> bytes:
@@ -233,7 +236,7 @@ class JobCheckpoints:
         self._background.wait()
 
     @property
-    def _worker(self) -> Worker | FollowingRank:
+    def _worker(self) -> WorkerRank:
         worker = self._fit.worker
         assert worker is not None
         return worker

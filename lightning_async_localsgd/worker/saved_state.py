@@ -1,0 +1,205 @@
+"""The saved state of a worker: what checkpoints hold of it, and how it goes on from that."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_async_localsgd.exchange import ExchangeThread, Mailbox
+from lightning_async_localsgd.outer import GlobalState
+from lightning_async_localsgd.protocol.budget import Budget
+from lightning_async_localsgd.protocol.progress import Beat, Progress
+from lightning_async_localsgd.protocol.round_length import AUTO
+from lightning_async_localsgd.protocol.rounds import Rounds
+from lightning_async_localsgd.settings import Settings
+from lightning_async_localsgd.worker.replica import Replica
+from lightning_async_localsgd.worker.round_trip import RoundTrip
+
+__all__ = ["SavedState"]
+
+_SAVED_PROGRESS = (
+    "steps",
+    "round_steps",
+    "local_steps",
+    "shard_samples",
+    "updates",
+    "total_staleness",
+    "max_staleness",
+    "dropped",
+)
+
+
+class SavedState:
+    """Saves a worker's state during a cut, and has a worker that has not started go on from a saved one.
+
+    Args:
+        rank: the worker.
+        size: number of workers.
+        settings: settings of the run.
+        rounds: its rounds.
+        replica: its replica.
+        state: the global state.
+    """
+
+    def __init__(
+        self, rank: int, size: int, settings: Settings, rounds: Rounds, replica: Replica, state: GlobalState
+    ) -> None:
+        self.progress = Progress.at_start(size, settings.round_length(None).first())
+        """Shared progress that the run starts from."""
+        self.version = 0
+        """Version of the global parameters that the run starts from."""
+        self._rank = rank
+        self._size = size
+        self._settings = settings
+        self._rounds = rounds
+        self._replica = replica
+        self._state = state
+        self._has_progress = False  # of a run of as many workers
+        self._has_others_copies = False  # inner optimizers were loaded from another worker's
+        self._round: Mapping[str, Any] | None = None  # to go on with
+        self._mailbox: Mailbox
+        self._exchange: ExchangeThread
+        self._trip: RoundTrip
+
+    # ---- going on ---------------------------------------------------------------------------------------------------
+
+    def load_global_state_dict(
+        self, state_dict: Mapping[str, Any], same_workers: bool, settings: Mapping[str, Any] | None = None
+    ) -> None:
+        """Go on from a saved global state, with the settings of now. To be called before the worker starts.
+
+        Args:
+            state_dict: what :meth:`global_state_dict` gave.
+            same_workers: whether the workers are as many as they were; else their counts begin anew.
+            settings: the settings of then, as ``Settings.credentials`` gave them; None: they are not known.
+
+        Raises:
+            ValueError: if it belongs to another model, or to an outer optimizer that cannot be this one.
+        """
+        differences = self._state.load_state_dict(state_dict["global"]) + self._settings.differences(settings or {})
+        if differences and self._rank == 0:
+            warnings.warn(
+                "Training goes on with the settings of now, which differ from those of the checkpoint: "
+                f"{'; '.join(differences)}.",
+                stacklevel=2,
+            )
+        if not same_workers:
+            self._state.begin_rounds(range(self._size))
+        self._replica.load(self._state.flat)
+        self._has_others_copies = not same_workers
+        self.version = self._state.version
+        self.progress = replace(self.progress, version=self.version)
+        if same_workers:
+            saved: dict[str, Any] = state_dict["progress"] | {"beat": Beat(*state_dict["progress"]["beat"])}
+            saved.setdefault("local_steps", max(saved["round_steps"]))  # of a version that did not tell
+            if self._settings.local_steps not in (AUTO, saved["local_steps"]):  # it was another number
+                saved |= {"round_steps": self.progress.round_steps, "local_steps": self.progress.local_steps}
+            self._has_progress = True
+            self._rounds.beat = saved["beat"]
+            self.progress = replace(self.progress, **saved)
+
+    def load_local_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from where this worker was. To be called after :meth:`load_global_state_dict`."""
+        self._rounds.round = state_dict["round"]
+        self._rounds.shard = state_dict["shard"]
+        self._rounds.local_steps = state_dict["local_steps"]
+        self._rounds.shard_generator.set_state(state_dict["shard_generator"])
+        self._round = state_dict
+
+    def start(self, budget: Budget) -> Progress:
+        """Shared progress that a run with this budget starts from."""
+        if not self._has_progress:  # only now the length of the run is known
+            length = self._settings.round_length(budget.max_steps)
+            self.progress = replace(Progress.at_start(self._size, length.first()), version=self.version)
+        steps, round_steps = self.progress.steps, self.progress.round_steps
+        caps, exhausted = budget.caps(steps, round_steps), budget.exhausted(steps)
+        return replace(self.progress, caps=caps, exhausted=exhausted, stop=False, over=False)
+
+    def begin(self, mailbox: Mailbox, exchange: ExchangeThread, trip: RoundTrip) -> None:
+        """Go on with the saved round, if there is one. From here on the state can be saved.
+
+        Args:
+            mailbox: where the worker's two threads meet.
+            exchange: the exchange thread, which has not started.
+            trip: pushes the worker's rounds.
+        """
+        self._mailbox, self._exchange, self._trip = mailbox, exchange, trip
+        trip.version = trip.start_version = self.version
+        if self._has_others_copies:
+            self._replica.copies.reset(self._replica.layout.by_name(self._state.flat))
+        saved, self._round = self._round, None
+        if saved is not None:
+            self._resume_round(saved)
+
+    @torch.no_grad()
+    def _resume_round(self, saved: Mapping[str, Any]) -> None:
+        self._rounds.round_steps = saved["round_steps"]
+        self._rounds.round_samples = saved["round_samples"]
+        torch._foreach_copy_(self._replica.in_module, saved["tensors"])
+        self._trip.start_version = saved.get("start_version", self.version)  # the round stays as stale as it was
+        assert self._replica.base is not None
+        if saved["base"] is not None:
+            if self._trip.start_version == self._state.version:
+                self._replica.base.copy_(saved["base"])
+            else:  # learned on top of older global parameters
+                correction = self._state.flat - saved["base"].to(self._state.flat.device)
+                self._state.clear_holes(correction)
+                self._replica.rebase(self._state.flat, correction)
+        next_shard = saved.get("next_shard")
+        if next_shard is not None or self._rounds.push_is_due(self._mailbox.progress, wanted=False):
+            self._trip.push(shard=None if next_shard is None else saved["shard"])
+        if next_shard is not None:
+            self._rounds.shard = next_shard
+
+    # ---- saving -----------------------------------------------------------------------------------------------------
+
+    def global_state_dict(self, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        """The global state and the run's shared progress: equal on all workers during a cut.
+
+        Args:
+            tensors: where to copy the global parameters and buffers, by name, and what the state then holds; None: new
+                tensors.
+        """
+        progress = self._mailbox.progress
+        with self._mailbox.global_state():
+            state = self._state.state_dict(tensors)
+            self._replica.synchronize()
+        counts = {name: getattr(progress, name) for name in _SAVED_PROGRESS}
+        return {"global": state, "progress": counts | {"beat": tuple(progress.beat)}}
+
+    def local_state_dict(self) -> dict[str, Any]:
+        """What this worker alone knows: its own parameters and where in its round it is. To be called during a cut.
+
+        Progress that is not applied yet, pushed or not, is the difference between ``tensors`` and ``base``. The former
+        are the module's own, and what this worker holds between two pushes is not copied either: it is to be saved or
+        copied before the next step.
+        """
+        steps, samples, shard = self._rounds.round_steps, self._rounds.round_samples, self._rounds.shard
+        base, version = self._replica.base, self._trip.start_version
+        push = self._mailbox.untaken_push() or self._exchange.pending
+        if push is not None:
+            pushed = push.round
+            steps, samples, shard = steps + pushed.steps, samples + pushed.samples, pushed.shard
+            base, version = push.base, pushed.start_version
+        same = version == self._state.version and not self._replica.rounds_base
+        if push is not None and not same:  # the exchange thread makes it the delta, or has done so
+            base = push.base + push.snapshot if push is self._exchange.pending else push.base.to("cpu", copy=True)
+        assert base is not None
+        return {
+            "tensors": [t.detach() for t in self._replica.own],
+            # Without updates since the round began, the base is the global state itself (if the module can hold it).
+            "base": None if same else base,
+            "round": self._rounds.round - (push is not None),
+            "start_version": version,
+            "round_steps": steps,
+            "round_samples": samples,
+            "shard": shard,
+            "next_shard": None if push is None else self._rounds.shard,  # it has been drawn already
+            "local_steps": self._rounds.local_steps,
+            "shard_generator": self._rounds.shard_generator.get_state(),
+        }
