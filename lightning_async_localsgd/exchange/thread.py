@@ -105,7 +105,7 @@ class ExchangeThread:
         self._codecs = settings.codecs()
         choice = settings.codec_choice(state.flat.numel())
         self._ledger = Ledger(state, settings, budget, mailbox.progress, choice)
-        self._largest = min(codec.largest for codec in self._codecs.values())
+        self._largest = settings.largest
         self._timeout = settings.timeout.total_seconds()
         self._turn = 0
         self._opened = -math.inf  # the time of the latest turn that applied deltas

@@ -23,7 +23,7 @@ from lightning_async_localsgd.codecs import BF16, Codec, ErrorFeedback
 from lightning_async_localsgd.exchange.transport import Channel, Transport, Wait
 from lightning_async_localsgd.protocol.slices import Span, owned_slices
 
-__all__ = ["CHUNK", "Gather", "Reduce", "Trade"]
+__all__ = ["CHUNK", "Gather", "Reduce", "Trade", "WireVector"]
 
 CHUNK = 1 << 18
 """Maximum number of elements of a message: the timeout applies to each one."""
@@ -50,7 +50,7 @@ class Trade(Protocol):
         """
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
     """A part of the vector that makes up one message."""
 
     span: Span
@@ -61,7 +61,7 @@ class _Piece(NamedTuple):
         return self.codec.wire_bytes(self.span.stop - self.span.start)
 
 
-class _Vector:
+class WireVector:
     """The target of a trade, cut into pieces, and the worker's side of writing and reading them.
 
     Args:
@@ -76,36 +76,46 @@ class _Vector:
         self.feedback = feedback
         self._parameters = parameters
 
-    def pieces(self, span: Span, codec: Codec) -> list[_Piece]:
+    def pieces(self, span: Span, codec: Codec) -> list[Piece]:
         """A slice of the vector in messages."""
         bounds = sorted({span.start, min(max(self._parameters, span.start), span.stop), span.stop})
         of_buffers = codec if codec.lossless else BF16()
         return [
-            _Piece(Span(start, min(start + CHUNK, stop)), codec if start < self._parameters else of_buffers)
+            Piece(Span(start, min(start + CHUNK, stop)), codec if start < self._parameters else of_buffers)
             for begin, stop in pairwise(bounds)
             for start in range(begin, stop, CHUNK)
         ]
 
-    def part(self, piece: _Piece) -> Tensor:
+    def part(self, piece: Piece) -> Tensor:
         """The part of the target."""
         return self.target[piece.span.start : piece.span.stop]
 
-    def encode(self, own: Tensor, piece: _Piece) -> Tensor:
+    def encode(self, own: Tensor, piece: Piece) -> Tensor:
         """The wire form of a part of this worker's delta, on the device of the delta."""
         chunk = own[piece.span.start : piece.span.stop]
         return self.feedback.encode(piece.codec, chunk, piece.span.start)
 
-    def inbox(self, piece: _Piece) -> Tensor:
+    def inbox(self, piece: Piece) -> Tensor:
         """Memory on the CPU to receive a part in: that of the target itself, if the wire form is the final form."""
         if piece.codec.lossless and self.target.device.type == "cpu":
             return self.part(piece).view(torch.uint8)
         return torch.empty(piece.wire_bytes, dtype=torch.uint8)
 
-    def decode(self, wire: Tensor, piece: _Piece, add: bool = False) -> None:
+    def decode(self, wire: Tensor, piece: Piece, add: bool = False) -> None:
         """Write or add what a wire form says to the target."""
         part = self.part(piece)
         if add or wire.data_ptr() != part.data_ptr():
             piece.codec.decode(wire.to(part.device), part, add)
+
+    def encode_sum(self, piece: Piece) -> Tensor:
+        """The wire form of a sum in the target, which from now on holds what the wire form says."""
+        total = self.part(piece)
+        wire = piece.codec.encode(total)
+        if not piece.codec.lossless:
+            error = total.clone()
+            piece.codec.decode(wire, total)
+            self.feedback.keep(error.sub_(total), piece.span.start)
+        return wire
 
 
 class Reduce:
@@ -134,7 +144,7 @@ class Reduce:
         self._transport = transport
         self._rank = rank
         self._others = [worker for worker in range(len(parts)) if worker != rank]
-        self._vector = _Vector(target, parameters, feedback)
+        self._vector = WireVector(target, parameters, feedback)
         self._slices = owned_slices(target.numel(), parts)
 
     def sums(self, groups: Sequence[Sequence[int]], own: Tensor | None, codec: Codec) -> Iterator[None]:
@@ -154,8 +164,8 @@ class _Sum:
         transport: Transport,
         rank: int,
         others: Sequence[int],
-        vector: _Vector,
-        slices: Sequence[Sequence[_Piece]],
+        vector: WireVector,
+        slices: Sequence[Sequence[Piece]],
         group: Sequence[int],
         own: Tensor | None,
     ) -> None:
@@ -169,7 +179,7 @@ class _Sum:
         self._is_single = len(group) == 1
         self._needs_sums = [w for w in others if not (self._is_single and w in group)]  # who sent all knows the sum
         self._deltas: deque[list[tuple[Tensor, Wait | None]]] = deque()  # parts of the own slice, by sender
-        self._sums: deque[list[tuple[_Piece, Tensor, Wait]]] = deque()  # parts of the others' slices
+        self._sums: deque[list[tuple[Piece, Tensor, Wait]]] = deque()  # parts of the others' slices
         self._sent: deque[Wait] = deque()
 
     def bring(self) -> None:
@@ -190,7 +200,7 @@ class _Sum:
         while len(self._sent) > keep:
             self._sent.popleft()()
 
-    def _piece(self, owner: int, step: int) -> _Piece | None:
+    def _piece(self, owner: int, step: int) -> Piece | None:
         pieces = self._slices[owner]
         return pieces[step] if step < len(pieces) else None
 
@@ -232,19 +242,9 @@ class _Sum:
             if wait is not None:
                 wait()
             self._vector.decode(wire, piece, add=i > 0)
-        wire = deltas[0][0] if self._is_single else self._encode_sum(piece)
+        wire = deltas[0][0] if self._is_single else self._vector.encode_sum(piece)
         wire = wire.cpu()
         self._sent += [self._transport.send(wire, worker, Channel.SUM) for worker in self._needs_sums]
-
-    def _encode_sum(self, piece: _Piece) -> Tensor:
-        """The wire form of a sum in the target, in the place of which comes what the wire form says."""
-        total = self._vector.part(piece)
-        wire = piece.codec.encode(total)
-        if not piece.codec.lossless:
-            error = total.clone()
-            piece.codec.decode(wire, total)
-            self._vector.feedback.keep(error.sub_(total), piece.span.start)
-        return wire
 
     def _collect(self) -> None:
         """Take the others' sums."""
@@ -272,7 +272,7 @@ class Gather:
     ) -> None:
         self._transport = transport
         self._rank = rank
-        self._vector = _Vector(target, parameters, feedback)
+        self._vector = WireVector(target, parameters, feedback)
 
     def sums(self, groups: Sequence[Sequence[int]], own: Tensor | None, codec: Codec) -> Iterator[None]:
         """See :meth:`Trade.sums`."""
@@ -286,7 +286,7 @@ class Gather:
                         self._finish(self._post(worker, piece, own, in_place=i == 0), piece, add=i > 0)
             yield
 
-    def _post(self, worker: int, piece: _Piece, own: Tensor | None, in_place: bool) -> tuple[Tensor, Wait]:
+    def _post(self, worker: int, piece: Piece, own: Tensor | None, in_place: bool) -> tuple[Tensor, Wait]:
         if worker == self._rank:
             assert own is not None
             wire = self._vector.encode(own, piece).cpu()
@@ -294,11 +294,11 @@ class Gather:
             wire = self._vector.inbox(piece) if in_place else _empty(piece)
         return wire, self._transport.broadcast(wire, worker)
 
-    def _finish(self, transfer: tuple[Tensor, Wait], piece: _Piece, add: bool) -> None:
+    def _finish(self, transfer: tuple[Tensor, Wait], piece: Piece, add: bool) -> None:
         wire, wait = transfer
         wait()
         self._vector.decode(wire, piece, add)
 
 
-def _empty(piece: _Piece) -> Tensor:
+def _empty(piece: Piece) -> Tensor:
     return torch.empty(piece.wire_bytes, dtype=torch.uint8)

@@ -106,12 +106,22 @@ class Settings:
                 f"take place. Pass at most {workers}."
             )
 
+    @property
+    def sums(self) -> bool | None:
+        """Whether the deltas of a turn are added up on their way; None: if the outer optimizer can take their sum."""
+        return {"auto": None, "reduce": True, "gather": False}[self.exchange]
+
     def codecs(self) -> dict[str, Codec]:
         """The codecs of a run by name, the widest first: of ``"auto"`` all that it chooses from, else one."""
         if self.codec == AUTO:
             return {name: make_codec(name) for name in _CHOSEN_CODECS}
         codec = make_codec(self.codec)
         return {codec.name: codec}
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude that every codec of the run can write."""
+        return min(codec.largest for codec in self.codecs().values())
 
     def codec_choice(self, elements: int) -> CodecChoice:
         """The policy that chooses among :meth:`codecs`.

@@ -24,8 +24,9 @@ _PUSH_STREAMS = 2  # training thread: a copy of the parameters
 _ADOPT_STREAMS = 3  # training thread: parameters += correction
 _OWN_STREAMS = 10  # exchange thread, per turn: the delta, whether it is finite, the checksum, what is adopted
 _RECEIVE_STREAMS = 2  # from the socket to where it is used
-_ADD_STREAMS = 3  # with a quorum, each delta to the sum of those before
+_ADD_STREAMS = 3  # each delta, or slice of one, to the sum of those before
 _UPDATE_STREAMS = 7  # delayed Nesterov's step; other optimizers are about the same
+_CODEC_STREAMS = 10  # a codec that rounds: to write or to read a vector, about (benchmarks/codecs.py)
 
 
 class Costs:
@@ -39,24 +40,38 @@ class Costs:
 
     def __init__(self, parameters: int, settings: Settings, memory_bandwidth: float) -> None:
         stream = 4 * parameters / memory_bandwidth
-        together = settings.quorum * (_RECEIVE_STREAMS + _ADD_STREAMS) if settings.quorum > 1 else _RECEIVE_STREAMS
+        sums = takes_sums(settings)
+        codec = 0 if next(iter(settings.codecs().values())).lossless else _CODEC_STREAMS
+        if sums:
+            # Each worker adds up as much as one delta per delta in its slice; it writes a delta, and reads one and the sum.
+            own, update = 2 * codec + _ADD_STREAMS + _RECEIVE_STREAMS + codec, _UPDATE_STREAMS
+        elif settings.quorum > 1:
+            own, update = codec, settings.quorum * (codec + _RECEIVE_STREAMS + _ADD_STREAMS) + _UPDATE_STREAMS
+        else:
+            own, update = codec, codec + _RECEIVE_STREAMS + _UPDATE_STREAMS
         self.copies = (_PUSH_STREAMS + _ADOPT_STREAMS) * stream
         """Seconds per round for which the training thread copies."""
         self.delta = DeltaCosts(
             elements=parameters,
-            element_bytes=make_codec(settings.codec).wire_dtype.itemsize,
-            update_seconds=(together + _UPDATE_STREAMS) * stream,
-            turn_seconds=_OWN_STREAMS * stream,
+            sums=sums,
+            update_seconds=update * stream,
+            turn_seconds=(_OWN_STREAMS + own) * stream,
         )
         self._quorum = settings.quorum
 
-    def exchange_seconds(self, network: Network, workers: int) -> float:
+    def exchange_seconds(self, network: Network, workers: int, codec: Codec) -> float:
         """Seconds of a turn that brings the delta of each of so many workers."""
         everyone = range(workers)
-        delta = self.delta
-        sent = network.delta_seconds(everyone, everyone, delta.elements, delta.element_bytes)
         told = network.trip(everyone) + network.header_seconds(everyone)
-        return told + sent + delta.turn_seconds + math.ceil(workers / self._quorum) * delta.update_seconds
+        updates = 1 if self.delta.sums else math.ceil(workers / self._quorum)
+        sent = self.sent_seconds(network, workers, codec)
+        return told + sent + self.delta.turn_seconds + updates * self.delta.update_seconds
+
+    def sent_seconds(self, network: Network, workers: int, codec: Codec) -> float:
+        """The part of :meth:`exchange_seconds` in which deltas are on their way."""
+        everyone = range(workers)
+        seconds = network.reduce_seconds if self.delta.sums else network.gather_seconds
+        return seconds(everyone, everyone, self.delta.elements, codec.wire_bytes)
 
 
 def memory_bytes(parameters: int, settings: Settings, workers: int) -> int:

@@ -6,14 +6,16 @@ the :class:`~lightning_async_localsgd.protocol.ledger.Ledger` says what becomes 
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from lightning_async_localsgd.codecs import Codec
 from lightning_async_localsgd.protocol.header import HEADER_BYTES, Flag, Header
 from lightning_async_localsgd.protocol.ledger import Ledger, LedgerState
 from lightning_async_localsgd.protocol.progress import Progress
-from lightning_async_localsgd.protocol.turn import add_round, may_push
+from lightning_async_localsgd.protocol.turn import add_round, may_push, turn_interval
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.simulation.clock import Phase, VirtualClock
 from lightning_async_localsgd.simulation.interfaces import FinishedRound, Observer, Replicas
@@ -28,8 +30,8 @@ class DeltaCosts:
     """What a delta takes of the network and of the exchange threads."""
 
     elements: int
-    element_bytes: int
-    """Bytes of an element on the wire."""
+    sums: bool
+    """Whether the deltas of a turn are added up on their way."""
     update_seconds: float = 0.0
     """Virtual seconds that an outer update takes each exchange thread."""
     turn_seconds: float = 0.0
@@ -78,6 +80,7 @@ class VirtualExchange:
         self._settings = settings
         self._state = state
         self._ledger = ledger
+        self._codecs = settings.codecs()
         self._replicas = replicas
         self._observer = observer
         self._network = network
@@ -87,6 +90,7 @@ class VirtualExchange:
         self._latest = [(0.0, 0.0)] * size  # seconds that a worker's latest exchange took, and kept its processor busy
         self._present: list[int] = []  # workers that take part, in order of rank
         self._turn = 0
+        self._latest_deltas = -math.inf  # when the latest turn with deltas had its headers
         self._turn_open = False
         self._awaited: set[int] = set()  # who has not let go of the open turn yet
         self._held_by: set[int] = set()  # who holds it open for its push
@@ -118,6 +122,22 @@ class VirtualExchange:
             self._clock.after(0.0, Phase.EXCHANGE, self._open_turn)
         else:
             self._release(worker, self._turn)
+
+    def pushed(self, worker: int) -> None:
+        """There is a push from a worker that trains on: it opens a turn, unless the one before is too short ago."""
+        if self._turn_open:
+            self._release(worker, self._turn)
+            return
+        since = self._clock.now - self._latest_deltas
+        wait = turn_interval(self.progress, self._settings) - since
+        if wait > 0:
+            self._clock.after(wait, Phase.EXCHANGE, self._open_for_push, worker, self._turn)
+        else:
+            self.announce(worker)
+
+    def _open_for_push(self, worker: int, turn: int) -> None:
+        if turn == self._turn and not self._turn_open and self._mailboxes[worker].push is not None:
+            self.announce(worker)
 
     def wants_push(self, worker: int) -> bool:
         """Whether a turn is held open for a worker's push."""
@@ -191,31 +211,49 @@ class VirtualExchange:
         headers = [self._headers[worker] for worker in range(len(self._mailboxes))]
         groups = self._ledger.due(headers)
         senders = [header.worker for group in groups for header in group]
-        self._count_bytes(senders)
+        if senders:
+            self._latest_deltas = self._clock.now
         present = sorted({*self._present, *senders})
         costs = self._costs
         cost = len(groups) * costs.update_seconds + (costs.turn_seconds if senders else 0.0)
-        seconds = cost + self._network.delta_seconds(senders, present, costs.elements, costs.element_bytes)
+        codec = self._codecs[self._ledger.codec]
+        if costs.sums:
+            sums = [[header.worker for header in group] for group in groups]
+            sent = sum(self._network.reduce_seconds(s, present, costs.elements, codec.wire_bytes) for s in sums)
+        else:
+            sums = [[sender] for sender in senders]
+            sent = self._network.gather_seconds(senders, present, costs.elements, codec.wire_bytes)
+        self._count_bytes(sums, present, codec.wire_bytes(costs.elements))
         for sender in senders:
-            self._latest[sender] = (seconds, cost)
-        self._clock.after(seconds, Phase.EXCHANGE, self._publish, headers, groups)
+            self._latest[sender] = (cost + sent, cost)
+        self._clock.after(cost + sent, Phase.EXCHANGE, self._publish, headers, groups, codec)
 
-    def _count_bytes(self, senders: Sequence[int]) -> None:
-        told = HEADER_BYTES * (2 if self._settings.overlap else 1)
-        delta = self._costs.elements * self._costs.element_bytes
-        sending = set(senders)
-        peers = len(self._present) - 1
-        for worker in self._present:
-            sends = worker in sending
-            self.bytes_sent[worker] += peers * (told + delta * sends)
-            self.bytes_received[worker] += peers * told + delta * (len(senders) - sends)
+    def _count_bytes(self, sums: Sequence[Sequence[int]], present: Sequence[int], delta: int) -> None:
+        """Count the bytes of a turn.
 
-    def _publish(self, headers: list[Header], groups: list[list[Header]]) -> None:
-        for group in self._replicas.trade(groups):
+        Args:
+            sums: the workers whose deltas make up each sum.
+            present: the workers that take part.
+            delta: size of a delta on the wire.
+        """
+        told = HEADER_BYTES + (1 if self._settings.overlap else 0)
+        for worker in present:
+            self.bytes_sent[worker] += (len(present) - 1) * told
+            self.bytes_received[worker] += (len(present) - 1) * told
+            for senders in sums:
+                load = Network.reduce_load if self._costs.sums else Network.gather_load
+                sent, received = load(senders, present, worker)
+                self.bytes_sent[worker] += round(sent * delta)
+                self.bytes_received[worker] += round(received * delta)
+
+    def _publish(self, headers: list[Header], groups: list[list[Header]], codec: Codec) -> None:
+        for group in self._replicas.trade(groups, codec):
             self._observer.updated(self._clock.now, self._ledger.apply(group))
         applied = [header for group in groups for header in group]
         dropped = [header for header in headers if Flag.DROPPED in header.flags]
         self.progress = self._ledger.close_turn(headers, applied)
+        if self._codecs[self.progress.codec] is not codec:
+            self._latest = [(0.0, 0.0)] * len(self._mailboxes)  # exchanges take another time from now on
         settled = sorted(header.worker for header in applied + dropped)
         self._replicas.publish(settled)
         finished = []
@@ -232,6 +270,9 @@ class VirtualExchange:
         for worker, mailbox in enumerate(self._mailboxes):
             if mailbox.news and not self._turn_open:
                 self.announce(worker)
+        for worker, mailbox in enumerate(self._mailboxes):
+            if mailbox.push is not None and not self._turn_open:
+                self.pushed(worker)
 
     def _finished(self, worker: int, push: Push) -> FinishedRound:
         return FinishedRound(

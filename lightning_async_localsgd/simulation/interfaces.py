@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from lightning_async_localsgd.codecs import Codec
 from lightning_async_localsgd.protocol.header import Header
 from lightning_async_localsgd.protocol.progress import OuterUpdate, Progress
 from lightning_async_localsgd.protocol.rounds import Rounds
@@ -36,7 +37,7 @@ class Replicas(Protocol):
     def finite(self, worker: int) -> bool:
         """Whether the delta of the round that a worker has pushed can be sent."""
 
-    def trade(self, groups: Sequence[Sequence[Header]]) -> Iterator[Sequence[Header]]:
+    def trade(self, groups: Sequence[Sequence[Header]], codec: Codec) -> Iterator[Sequence[Header]]:
         """Bring the sum of one group's deltas after the other into the state's pseudo-gradient; yields whose."""
 
     def publish(self, workers: Sequence[int]) -> None:

@@ -175,6 +175,8 @@ class Lane:
         if self.waits_for is None:
             self._waits_since = self._clock.now
         self.waits_for = reason
+        if self._mailbox.push is not None:  # it does not train on until the exchange has it
+            self._exchange.announce(self.rank)
 
     # ---- rounds -----------------------------------------------------------------------------------------------------
 
@@ -201,7 +203,10 @@ class Lane:
         self._round_began = self._clock.now
         self._report()
         self._mailbox.flags |= flags
-        self._exchange.announce(self.rank)
+        if Flag.FINAL in flags:
+            self._exchange.announce(self.rank)
+        else:
+            self._exchange.pushed(self.rank)
 
     def _extend_push(self, most: int) -> None:
         push = self._mailbox.push

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from lightning_async_localsgd.codecs import Codec
 from lightning_async_localsgd.outer import Arrival
 from lightning_async_localsgd.protocol.header import Header
 from lightning_async_localsgd.protocol.progress import OuterUpdate, Progress
@@ -116,7 +117,7 @@ class _Nothing:
     def finite(self, worker: int) -> bool:
         return True
 
-    def trade(self, groups: Sequence[Sequence[Header]]) -> Iterator[Sequence[Header]]:
+    def trade(self, groups: Sequence[Sequence[Header]], codec: Codec) -> Iterator[Sequence[Header]]:
         yield from groups
 
     def publish(self, workers: Sequence[int]) -> None: ...

@@ -106,6 +106,12 @@ class Network:
         return 2 * self.trip(workers) + seconds
 
     @staticmethod
+    def gather_load(senders: Sequence[int], workers: Sequence[int], worker: int) -> tuple[int, int]:
+        """Deltas that a worker sends and receives in a gather; see :meth:`reduce_load`."""
+        sends = worker in senders
+        return (len(workers) - 1) * sends, len(senders) - sends
+
+    @staticmethod
     def reduce_load(senders: Sequence[int], workers: Sequence[int], worker: int) -> tuple[float, float]:
         """Deltas that a worker sends and receives in a reduce, in sizes of one delta.
 

@@ -11,11 +11,13 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_async_localsgd.codecs import make_codec
+from lightning_async_localsgd.codecs import Codec, ErrorFeedback
+from lightning_async_localsgd.exchange.trade import WireVector
 from lightning_async_localsgd.outer import Adopter, GlobalState, Unsendable, write_delta
 from lightning_async_localsgd.protocol.header import Header
 from lightning_async_localsgd.protocol.progress import Progress
 from lightning_async_localsgd.protocol.rounds import Rounds
+from lightning_async_localsgd.protocol.slices import Span, owned_slices
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.simulation.interfaces import Learned
 from lightning_async_localsgd.simulation.live import LiveModule, Own
@@ -43,8 +45,9 @@ class _Flat:
 class _Replica:
     """What is one worker's own."""
 
-    def __init__(self, steps: LocalSteps, drops: Drops) -> None:
+    def __init__(self, steps: LocalSteps, drops: Drops, wire: WireVector) -> None:
         self.own = Own()
+        self.wire = wire
         self.drops = drops
         self.steps = steps
         self.owed: list[_Owed] = []
@@ -89,15 +92,19 @@ class TrainingReplicas:
         self._state = state
         self._layout = state.layout
         self._constraint = settings.constraint
-        self._codec = make_codec(settings.codec)
+        self._largest = settings.largest
         self._device = next(module.parameters()).device
         self._live = LiveModule(module, state.layout)
         self._bases: WeakValueDictionary[int, _Flat] = WeakValueDictionary()
         self._adopter = Adopter(self._layout)
         self._replicas = [
-            _Replica(LocalSteps(trainer, make), Drops(f"Worker {worker}", self._layout))
+            _Replica(LocalSteps(trainer, make), Drops(f"Worker {worker}", self._layout), self._wire())
             for worker, make in enumerate(batches)
         ]
+
+    def _wire(self) -> WireVector:
+        feedback = ErrorFeedback(self._layout.numel, self._state.flat.device)
+        return WireVector(self._state.pseudo_gradient, self._layout.parameter_numel, feedback)
 
     # ---- see `Replicas` ---------------------------------------------------------------------------------------------
 
@@ -132,20 +139,27 @@ class TrainingReplicas:
         return not replica.unsendable.parameters
 
     @torch.no_grad()
-    def trade(self, groups: Sequence[Sequence[Header]]) -> Iterator[Sequence[Header]]:
+    def trade(self, groups: Sequence[Sequence[Header]], codec: Codec) -> Iterator[Sequence[Header]]:
         """See :meth:`Replicas.trade`."""
         target = self._state.pseudo_gradient
         buffers = self._global_buffers.clone()
         for group in groups:
             for i, header in enumerate(group):
-                delta = target if i == 0 else torch.empty_like(target)
-                self._write_delta(self._replicas[header.worker], buffers, delta)
-                received = self._codec.decode(self._codec.encode(delta))
-                if i > 0:
-                    target.add_(received)
-                elif received.data_ptr() != target.data_ptr():
-                    target.copy_(received)
+                replica = self._replicas[header.worker]
+                delta = target if i == 0 and codec.lossless else torch.empty_like(target)
+                self._write_delta(replica, buffers, delta)
+                for piece in replica.wire.pieces(Span(0, target.numel()), codec):
+                    replica.wire.decode(replica.wire.encode(delta, piece), piece, add=i > 0)
+            if len(group) > 1 and self._state.sums and not codec.lossless:
+                self._write_sum(codec)
             yield group
+
+    def _write_sum(self, codec: Codec) -> None:
+        """Put the sum in the target through the codec, as the owners of its slices do."""
+        size = len(self._replicas)
+        for replica, span in zip(self._replicas, owned_slices(self._layout.numel, [1 / size] * size), strict=True):
+            for piece in replica.wire.pieces(span, codec):
+                replica.wire.encode_sum(piece)
 
     def publish(self, workers: Sequence[int]) -> None:
         """See :meth:`Replicas.publish`."""
@@ -206,7 +220,7 @@ class TrainingReplicas:
         """
         assert replica.base is not None and replica.snapshot is not None
         replica.unsendable = write_delta(
-            self._state, replica.base.values, replica.snapshot, buffers, delta, self._codec.largest
+            self._state, replica.base.values, replica.snapshot, buffers, delta, self._largest
         )
 
     def _of_now(self) -> _Flat:

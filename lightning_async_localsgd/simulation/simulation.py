@@ -16,7 +16,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from lightning_async_localsgd.codecs import make_codec
 from lightning_async_localsgd.internals import (
     FitLoop,
     call_lightning_module_hook,
@@ -202,6 +201,7 @@ class Simulation:
             torch.device(settings.outer_device),
             settings.transforms,
             settings.constraint,
+            settings.sums,
         )
         state.begin(layout.tensors(self._module))
         loaders = VirtualLoaders(data, size, self._seed)
@@ -216,7 +216,7 @@ class Simulation:
             replicas,
             self,
             self._network,
-            DeltaCosts(layout.numel, make_codec(settings.codec).wire_dtype.itemsize, self._update_seconds),
+            DeltaCosts(layout.numel, state.sums, self._update_seconds),
             seed=self._seed,
         )
         try:

@@ -67,7 +67,7 @@ class Timeline:
             mailboxes,
             settings,
             state,
-            Ledger(state, settings, budget, start),
+            Ledger(state, settings, budget, start, settings.codec_choice(costs.elements)),
             start,
             replicas,
             observer,

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import Store
 
+from lightning_async_localsgd.codecs import ErrorFeedback
 from lightning_async_localsgd.errors import PeerLostError
-from lightning_async_localsgd.exchange import GlooTransport
+from lightning_async_localsgd.exchange import GlooTransport, Transport
 from lightning_async_localsgd.exchange.causes import Causes
+from lightning_async_localsgd.exchange.links import measure_links
 from lightning_async_localsgd.exchange.share import share
+from lightning_async_localsgd.exchange.trade import Gather, Reduce, Trade
 from lightning_async_localsgd.membership import Roster
+from lightning_async_localsgd.outer import GlobalState
 from lightning_async_localsgd.outer.layout import Layout
 from lightning_async_localsgd.protocol.header import PROTOCOL
+from lightning_async_localsgd.protocol.slices import shares
 from lightning_async_localsgd.settings import Settings
 
 __all__ = ["Connections"]
@@ -50,7 +56,7 @@ class Connections:
             | {"model": list(layout.describe())},
             settings.timeout,
         )
-        self.transport = GlooTransport(store, self.roster, settings.timeout)
+        self.transport: Transport = GlooTransport(store, self.roster, settings.timeout)
         self._rank = rank
         self._size = size
         self._timeout = settings.timeout
@@ -61,8 +67,30 @@ class Connections:
         Raises:
             PeerLostError: if a worker is lost. It names the lost one, also to a worker that waits for a third one.
         """
-        try:
+        with self._naming_the_lost():
             share(self.transport, tensors, self._rank, self._size)
+
+    def make_trade(self, state: GlobalState, feedback: ErrorFeedback) -> Trade:
+        """Make what brings the workers' deltas together; for that all measure their links at the same time.
+
+        Args:
+            state: the global state.
+            feedback: takes up the errors of the codec.
+
+        Raises:
+            PeerLostError: see :meth:`share`.
+        """
+        target, parameters = state.pseudo_gradient, state.layout.parameter_numel
+        if not state.sums:
+            return Gather(self.transport, self._rank, target, parameters, feedback)
+        with self._naming_the_lost():
+            links = measure_links(self.transport, self._rank, self._size, 4 * target.numel())
+        return Reduce(self.transport, self._rank, target, parameters, feedback, shares(links))
+
+    @contextmanager
+    def _naming_the_lost(self) -> Iterator[None]:
+        try:
+            yield
         except PeerLostError as error:
             raise Causes(self.store, self.roster, self._timeout).first(error) from None
 

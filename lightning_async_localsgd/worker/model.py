@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_async_localsgd.codecs import ErrorFeedback
 from lightning_async_localsgd.outer import GlobalState
 from lightning_async_localsgd.outer.layout import Layout
 from lightning_async_localsgd.settings import Settings
@@ -44,8 +45,11 @@ class WorkerModel:
             torch.device(settings.outer_device),
             settings.transforms,
             settings.constraint,
+            settings.sums,
         )
         """The global parameters and the outer optimizer."""
+        self.feedback = ErrorFeedback(self.layout.numel, self.state.flat.device)
+        """Errors of the codec, which the next delta of this worker makes up for."""
 
     def take_from_leader(self, connections: Connections) -> None:
         """Take worker 0's tensors before the run, and begin from them."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_async_localsgd.codecs import ErrorFeedback
 from lightning_async_localsgd.exchange import ExchangeThread, Mailbox
 from lightning_async_localsgd.outer import GlobalState
 from lightning_async_localsgd.protocol.budget import Budget
@@ -44,10 +45,18 @@ class SavedState:
         rounds: its rounds.
         replica: its replica.
         state: the global state.
+        feedback: errors of the codec that are not made up for yet.
     """
 
     def __init__(
-        self, rank: int, size: int, settings: Settings, rounds: Rounds, replica: Replica, state: GlobalState
+        self,
+        rank: int,
+        size: int,
+        settings: Settings,
+        rounds: Rounds,
+        replica: Replica,
+        state: GlobalState,
+        feedback: ErrorFeedback,
     ) -> None:
         self.progress = Progress.at_start(size, settings.round_length(None).first())
         """Shared progress that the run starts from."""
@@ -59,6 +68,7 @@ class SavedState:
         self._rounds = rounds
         self._replica = replica
         self._state = state
+        self._feedback = feedback
         self._has_progress = False  # of a run of as many workers
         self._has_others_copies = False  # inner optimizers were loaded from another worker's
         self._round: Mapping[str, Any] | None = None  # to go on with

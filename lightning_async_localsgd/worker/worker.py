@@ -83,8 +83,9 @@ class Worker:
         self._replica, self._state = model.replica, model.state
         self._connections = Connections(store, rank, size, model.layout, settings, credentials or {})
         model.take_from_leader(self._connections)
+        self._trade = self._connections.make_trade(self._state, model.feedback)
         self._rounds = Rounds(rank, size, settings)
-        self.saved_state = SavedState(rank, size, settings, self._rounds, self._replica, self._state)
+        self.saved_state = SavedState(rank, size, settings, self._rounds, self._replica, self._state, model.feedback)
         """What checkpoints hold of this worker, and what it goes on from."""
         self._measure_updates = False
         self._exchange: ExchangeThread | None = None  # until the start
@@ -107,7 +108,7 @@ class Worker:
         self._replica.begin(self._state.flat)
         links = self._connections
         exchange = self._exchange = ExchangeThread(
-            mailbox, self._state, links.transport, links.store, links.roster, self._settings, budget
+            mailbox, self._state, self._trade, links.transport, links.store, links.roster, self._settings, budget
         )
         drops = Drops(links.roster.name(self.rank), self._model.layout)
         trip = RoundTrip(self.rank, self._settings, self._rounds, self._replica, mailbox, drops, self._adopted)
