@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.distributed import PrefixStore, Store
 from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
 from lightning_async_localsgd.data.division import Division, Shards
 from lightning_async_localsgd.data.leases import Leases
@@ -38,18 +39,31 @@ class TrainingLoaders:
         self._before: object = None  # the loaders before those that are being set up
         self._place = 0
 
-    def divide(self, loader: DataLoader[Any], seed: int, trainer: pl.Trainer, store: Store) -> WorkerLoader:
+    def process(self, loader: object) -> object:
+        """This worker's part of a loader, if it is a map-style one for training whose data nobody else divides.
+
+        Raises:
+            MisconfigurationException: if its batches come in an order that nobody knows.
+        """
+        trainer = self._fit.trainer
+        overfitting = trainer.overfit_batches > 0  # type: ignore[attr-defined]
+        if not isinstance(loader, DataLoader) or not trainer.training or overfitting:
+            return loader
+        # With a batch sampler of the user's own, that is where Lightning puts the sampler.
+        sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+        # Lightning has just put a sampler over all of the data under a copy of it, unless the user asked for their own.
+        if not isinstance(sampler, DistributedSampler) or sampler.num_replicas != 1:
+            return loader
+        return self._divide(loader, sampler.seed)
+
+    def _divide(self, loader: DataLoader[Any], seed: int) -> WorkerLoader:
         """This worker's part of a map-style loader.
 
         Args:
             loader: the loader, which must not be used otherwise.
             seed: seed of the order of its samples.
-            trainer: whose loader.
-            store: the job's store in this ``fit``.
-
-        Raises:
-            MisconfigurationException: if its batches come in an order that nobody knows.
         """
+        trainer, store = self._fit.trainer, self._fit.job.store
         if loader.num_workers > 0 and not getattr(loader, "in_order", True):
             raise MisconfigurationException(
                 "With `DataLoader(in_order=False)` nobody knows which batches were trained. Leave it at True; or pass "

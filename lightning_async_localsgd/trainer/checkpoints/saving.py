@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -24,7 +25,7 @@ from lightning_async_localsgd.trainer.checkpoints.writing import BackgroundWrite
 from lightning_async_localsgd.trainer.fit import Fit, Phase
 from lightning_async_localsgd.worker.rank import WorkerRank
 
-__all__ = ["KEY", "JobCheckpoints"]
+__all__ = ["KEY", "JobCheckpoints", "is_local"]
 
 KEY = "async_localsgd"
 """Where this library's entry is in a Lightning checkpoint."""
@@ -67,8 +68,9 @@ class JobCheckpoints:
     # ---- worker 0 ---------------------------------------------------------------------------------------------------
 
     def put_global(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Put the global parameters in the place of the worker's own in a module's ``state_dict``."""
-        if not self._saving_side:
+        """Put the global parameters in the place of the worker's own, if a module's ``state_dict`` holds these."""
+        # After the last step the module's own: the global ones, or what callbacks have made of them.
+        if self._fit.own_in_module and not self._saving_side:
             if self._moment is None or not self._tensors:
                 self._tensors = self._worker.global_tensors()
             for shared, aliases in _aliases(self._fit.trainer.lightning_module).items():
@@ -76,8 +78,35 @@ class JobCheckpoints:
                     state.update({name: self._tensors[shared] for name in aliases if name in state})
         return state
 
-    def save(self, checkpoint: dict[str, Any], path: str) -> None:
-        """Write a checkpoint of the whole job. All ranks of worker 0 call this at the same step."""
+    def save(self, checkpoint: dict[str, Any], filepath: Any, write: Callable[[dict[str, Any], Any], None]) -> None:
+        """Write a checkpoint: of the whole job while workers train. All ranks of worker 0 call this at the same step.
+
+        Args:
+            checkpoint: the Lightning checkpoint.
+            filepath: its path or URL.
+            write: writes a Lightning checkpoint of this process alone.
+        """
+        fit = self._fit
+        if fit.worker is None or fit.phase is Phase.MEETING or fit.place.worker_rank > 0:
+            write(checkpoint, filepath)
+            return
+        # At the end of the run, or of a worker, nobody is left to ask.
+        alone = fit.phase is Phase.FINISHED or fit.failed
+        resumable, local = "optimizer_states" in checkpoint, is_local(filepath)
+        with fit.worker.paused():
+            if resumable and local and not alone:
+                self._save_job(checkpoint, os.path.abspath(filepath))
+                return
+            self.wait_until_written()  # it may be of the same name
+            if resumable and fit.worker.saved_state is not None:
+                state = fit.worker.saved_state.global_state_dict()
+                checkpoint[KEY] |= {"state": state, "fetches": [fit.fetches_state()]}
+            write(checkpoint, filepath)
+            if local and fit.place.global_rank == 0:
+                self.files.forget(os.path.abspath(filepath))
+
+    def _save_job(self, checkpoint: dict[str, Any], path: str) -> None:
+        """Write a checkpoint of the whole job."""
         if self._worker.saved_state is None:
             self._follow(SaveSide(path, ""))
             return
@@ -266,6 +295,11 @@ class _LeaderFile(WrappingCheckpointIO):
     @override
     def teardown(self) -> None:
         """The user's plugin ends with the strategy."""
+
+
+def is_local(path: Any) -> bool:
+    """Whether the other workers' sides can be written beside it."""
+    return "://" not in str(path)
 
 
 def _copied(tensor: Tensor) -> Tensor:

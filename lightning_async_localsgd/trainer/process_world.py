@@ -1,7 +1,8 @@
-"""Collectives of the strategy in ``fit``: of the whole job wherever all processes pass."""
+"""The process world of the strategy: places, launching, meeting, and collectives of the job wherever all pass."""
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -11,36 +12,47 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import PrefixStore, ProcessGroup, Store
 from typing_extensions import override
 
 from lightning_async_localsgd.errors import AsyncLocalSGDError
 from lightning_async_localsgd.internals import current_hook, has_trainer
-from lightning_async_localsgd.membership import StaticJob
+from lightning_async_localsgd.membership import StaticJob, join_job
+from lightning_async_localsgd.membership.address import listening_at
+from lightning_async_localsgd.trainer.fit import Place
+from lightning_async_localsgd.trainer.launching import ForkingLauncher, ScriptLauncher, check_start_method
 from lightning_async_localsgd.trainer.process_groups import NO_GROUP, Groups
 from lightning_async_localsgd.trainer.reading import Reading
 
-__all__ = ["CollectiveStrategy", "explain_missing_group"]
+__all__ = ["ProcessWorldStrategy", "explain_missing_group"]
 
 _LIBRARIES = ("lightning.", "pytorch_lightning.", "lightning_fabric.", "lightning_async_localsgd.")
 
 
-class CollectiveStrategy(DDPStrategy):
-    """The part of the strategy that has processes meet.
+class ProcessWorldStrategy(DDPStrategy):
+    """The part of the strategy that starts processes, and has them meet.
 
     From ``setup`` to ``on_train_start``, and from ``on_train_end`` to after ``fit``, all processes go through the same
     hooks: there a collective is of the whole job. In between workers are out of step, and it is of this worker alone;
     a user's call is warned of, once.
+
+    Args:
+        worker_size: consecutive ranks that form one worker.
+        validate_global: whether worker 0 alone validates in ``fit``.
+        **kwargs: arguments of Lightning's ``DDPStrategy``.
     """
 
-    worker_size: int
-    validate_global: bool
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, worker_size: int, validate_global: bool, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if worker_size < 1:
+            raise ValueError(f"`worker_size` must be at least 1, got {worker_size}.")
+        self.worker_size = worker_size
+        self.validate_global = validate_global
         self._job: StaticJob | None = None
         self._groups: Groups | None = None  # in `fit` and after it
         self._reading: Reading | None = None  # in `fit`
@@ -48,6 +60,115 @@ class CollectiveStrategy(DDPStrategy):
         self._torn_down = False  # the last `fit` is over, but for the hooks that Lightning calls after the strategy's
         self._run_complete = False  # the last update is made: who is lost from now on fails no other one
         self._told = False  # that a collective was of this worker alone
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a pickle, takes no part in the job."""
+        return super().__getstate__() | dict.fromkeys(("_job", "_groups", "_reading"))
+
+    # ---- processes --------------------------------------------------------------------------------------------------
+
+    @override
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        check_start_method(self._start_method, self.cluster_environment)
+        if self._start_method == "popen":
+            self._launcher = ScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        else:
+            self._launcher = ForkingLauncher(self, start_method=self._start_method)
+
+    @property
+    def place(self) -> Place:
+        """The place of this process among those of the job."""
+        return Place(self.global_rank, self.world_size, self.worker_size)
+
+    @property
+    def workers(self) -> int:
+        """Number of workers."""
+        return self.place.workers
+
+    @property
+    def worker_rank(self) -> int:
+        """The worker that this process belongs to."""
+        return self.place.worker_rank
+
+    @property
+    def device_rank(self) -> int:
+        """Rank of this process within its worker."""
+        return self.place.device_rank
+
+    def take_place(self) -> None:
+        """Find out the place of this process.
+
+        Raises:
+            ValueError: if the processes do not make workers of ``worker_size``.
+        """
+        reset_seed()
+        self.set_world_ranks()
+        if self.world_size % self.worker_size != 0:
+            raise ValueError(
+                f"{self.world_size} processes do not make workers of `worker_size={self.worker_size}`. Start a "
+                "multiple of it, or choose another size."
+            )
+
+    def meet(self) -> None:
+        """Meet the other processes. In ``fit`` several default process groups take turns; see :class:`Groups`.
+
+        Raises:
+            MisconfigurationException: if a default process group exists already.
+        """
+        if self._groups is not None:  # of the last `fit`
+            self._groups.close()
+            self._groups = None
+        if dist.is_initialized():
+            raise MisconfigurationException(
+                "A default process group exists already, and metrics would be reduced over it while workers are out of "
+                "step. Call `torch.distributed.destroy_process_group()` before this."
+            )
+        assert self.cluster_environment is not None
+        os.environ["MASTER_ADDR"] = self.cluster_environment.main_address
+        os.environ["MASTER_PORT"] = str(self.cluster_environment.main_port)
+        assert self._timeout is not None
+        self._job = join_job(self.global_rank, self.world_size, self._timeout, self.worker_size)
+        store = self._job.next_stage()
+        if not self._fitting:
+            self._init_process_group(store, self.global_rank, self.world_size)
+        elif self.worker_size > 1:
+            own_store = PrefixStore(f"worker{self.place.worker_rank}", store)
+            self._init_process_group(own_store, self.place.device_rank, self.worker_size)
+
+    def _init_process_group(self, store: Store, rank: int, size: int) -> None:
+        assert self._job is not None
+        self._process_group_backend = self._get_process_group_backend()
+        with listening_at(self._job.address):
+            dist.init_process_group(
+                self._process_group_backend,
+                store=store,
+                rank=rank,
+                world_size=size,
+                timeout=self._job.timeout,
+                device_id=self.root_device if self.root_device.type == "cuda" else None,
+            )
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """In ``fit`` the devices of a worker share validation data; :meth:`process_dataloader` divides the rest."""
+        if not self._fitting:
+            return super().distributed_sampler_kwargs
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.training:
+            return {"num_replicas": 1, "rank": 0}
+        return {"num_replicas": self.worker_size, "rank": self.place.device_rank}
+
+    @override
+    def configure_ddp(self) -> None:
+        """A worker of one device needs no DDP. Several devices wrap the module while their own group is the default."""
+        if self.worker_size > 1:
+            assert self._groups is not None
+            with self._groups.of_worker():
+                super().configure_ddp()
+
+    # ---- collectives ------------------------------------------------------------------------------------------------
 
     @property
     def job(self) -> StaticJob:
