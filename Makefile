@@ -9,7 +9,7 @@ ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: train test lint format clean
+.PHONY: train test lint format docs clean
 
 train: $(INSTALLED)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
@@ -26,6 +26,10 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
 
 clean:
 	rm -rf .venv runs build dist .mypy_cache .pytest_cache .ruff_cache
