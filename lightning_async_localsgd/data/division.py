@@ -1,7 +1,7 @@
 """Division of each pass over the data among the workers, and shards that each worker walks through at its own pace.
 
-A *unit* is what a worker trains on in one step: a batch of the data, or one batch for each of its devices. Each pass
-over the data has a name, alike on all workers, and numbers its units from 0.
+A *unit* is the data of one step of a worker: one batch, or one batch for each of its devices. Each pass over the data
+has a name, which is the same on all workers, and numbers its units from 0.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ __all__ = [
 ]
 
 Pass = tuple[int, int]
-"""A pass over the data: its epoch, and how many passes of the same epoch came before (a short loader beside a long one
-is begun anew)."""
+"""A pass over the data: its epoch, and the number of earlier passes in the same epoch (a short loader beside a long one
+starts again)."""
 
 
 class Division(ABC):
-    """Divides the units of each pass over the data among the workers, and knows which ones this worker has made.
+    """Divides the units of each pass over the data among the workers, and records the units this worker has trained on.
 
-    What is drawn is trained later (loaders draw ahead), or never (the job dies, or a loader begins anew). So
-    :meth:`units` gives what was drawn in vain again, and a checkpoint holds what was trained. One object serves all
-    loaders that come one after the other in the same place.
+    A drawn unit is trained on later (loaders draw ahead), or never (the job dies, or a loader starts again). So
+    :meth:`units` yields drawn units without a step again, and a checkpoint holds the trained units. One object serves
+    all loaders that follow each other in the same place.
     """
 
     @abstractmethod
     def length(self, total: int) -> int:
-        """Units per worker of a pass with ``total``, on average."""
+        """Mean number of units per worker in a pass of ``total`` units."""
 
     @abstractmethod
     def units(self, name: Pass, total: int) -> Iterator[int]:
-        """This worker's units, from 0 to ``total`` - 1, of the pass; from where it is, if it has begun with it."""
+        """This worker's units of the pass, from 0 to ``total`` - 1; the rest of them if the pass has begun."""
 
     @abstractmethod
     def trained(self, name: Pass, unit: int) -> None:
-        """Note that this worker has trained on a unit. Units are trained in the order in which they were drawn."""
+        """Record that this worker has trained on a unit. Units are trained in the order in which they were drawn."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Where this worker is."""
+        """The position of this worker in the data."""
 
     @abstractmethod
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from there; see :func:`merge_positions`."""
+        """Restore a position; see :func:`merge_positions`."""
 
     @abstractmethod
     def check_order(self, name: Pass, batches: Sequence[Any]) -> None:
@@ -58,28 +58,28 @@ class Division(ABC):
 
         Args:
             name: the pass.
-            batches: all of its batches, as lists of indices.
+            batches: all batches of the pass, as lists of indices.
 
         Raises:
-            ValueError: if they do not.
+            ValueError: if the numbering differs between workers.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of threads and connections."""
+        """Release threads and connections."""
 
 
 class Shards(Division):
-    """Each worker reads from whichever shard its current round has drawn, in passes of its own.
+    """Each worker reads from the shard that its current round has drawn, in passes of its own.
 
     Shard ``s`` of ``k`` is every k-th unit from the s-th on. Worker ``w`` enters each shard at w/k of its length and
-    goes on from where it left it, so that workers who walk the same order at different speeds seldom meet the same unit
-    in the same pass. A pass has as many units as a shard.
+    later continues at its last position there. Workers that read the same order at different speeds thus seldom read
+    the same unit in the same pass. A pass has as many units as a shard.
 
     Args:
-        worker: this worker.
+        worker: rank of this worker.
         workers: k, the number of workers and of shards.
-        current_shard: tells the shard that the worker's current round has drawn.
+        current_shard: returns the shard that the worker's current round has drawn.
     """
 
     def __init__(self, worker: int, workers: int, current_shard: Callable[[], int]) -> None:
@@ -94,25 +94,25 @@ class Shards(Division):
         return -(-total // self._workers)
 
     def units(self, name: Pass, total: int) -> Iterator[int]:
-        """One shard's length of units, each from the shard of the moment."""
+        """As many units as a shard has, each from the current shard."""
         sizes = [len(range(s, total, self._workers)) for s in range(self._workers)]
         if name != self._pass:
             self._pass, self._cursors = name, [0] * self._workers
         cursors = list(self._cursors)
         for _ in range(self.length(total) - sum(cursors)):
-            # Data with fewer units than there are workers leaves shards empty: their units come from shard 0.
+            # With fewer units than workers some shards are empty: shard 0 stands in for them.
             s = self._current_shard() if sizes[self._current_shard()] else 0
             position = sizes[s] * self._worker // self._workers + cursors[s]
             cursors[s] += 1
             yield s + position % sizes[s] * self._workers
 
     def trained(self, name: Pass, unit: int) -> None:
-        """Move on in the unit's shard."""
+        """Advance the position in the unit's shard."""
         if name == self._pass:
             self._cursors[unit % self._workers] += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Units read from each shard in the current pass."""
+        """Number of units read from each shard in the current pass."""
         return {"pass": self._pass, "cursors": list(self._cursors)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -124,15 +124,15 @@ class Shards(Division):
         """Workers may read their shards in any order."""
 
     def close(self) -> None:
-        """There is nothing to let go of."""
+        """Do nothing: there is nothing to release."""
 
 
 def merge_positions(states: Sequence[Mapping[str, Any]], own: int) -> dict[str, Any]:
-    """Where a worker goes on, from where all were.
+    """The position from which a worker continues, computed from the positions of all workers.
 
     Args:
         states: ``Division.state_dict()`` of every worker.
-        own: the worker in whose place it goes on.
+        own: rank of the worker that continues.
     """
     merged = dict(states[own])
     if not all("trained" in state for state in states):

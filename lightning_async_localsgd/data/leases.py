@@ -23,17 +23,17 @@ _COMPARED = 256  # batches of a pass that workers compare
 
 
 class Leases(Division):
-    """Workers draw units as they need them, so that each unit of an epoch is drawn exactly once whatever their speeds.
+    """Workers draw units as they need them. Each unit of an epoch is drawn exactly once, whatever the workers' speeds.
 
-    Further passes within an epoch are a worker's own, and through all of the data.
+    Further passes within an epoch are each worker's own, over all of the data.
 
     Args:
-        tickets: who gets which unit.
-        worker: this worker.
+        tickets: assigns units to workers.
+        worker: rank of this worker.
         workers: number of workers.
         store: a part of the job's store, this loader's own.
-        timeout: how long the store may give no answer.
-        local_steps: tells this worker's local steps.
+        timeout: maximum time for an answer of the store.
+        local_steps: returns the number of this worker's local steps.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class Leases(Division):
         local_steps: Callable[[], int] = int,
     ) -> None:
         self.limit: int | None = None
-        """At most that many units make an epoch."""
+        """Maximum number of units of an epoch."""
         self.workers = workers
         self.begun: list[tuple[int, int]] = []
-        """The epoch that each worker was in when this one began with its own, and its local steps as it began with it.
-        Empty while some worker had not begun at all."""
+        """The epoch of each worker when this worker began its own, and its local steps at the start of that epoch.
+        Empty if some worker had not begun."""
         self._tickets = tickets
         self._local_steps = local_steps
         self._worker = worker
@@ -58,24 +58,24 @@ class Leases(Division):
         self._pass: Pass | None = None
         self._drawing: Iterator[int] = iter(())
         self._drawn: list[int] = []  # not trained yet
-        self._over: int | None = None  # the last epoch of which this worker has nothing more to draw
-        self._trained: dict[int, Tensor] = {}  # by this worker, by epoch
-        self._before: dict[int, Tensor] = {}  # by all workers, in what this run goes on from
+        self._over: int | None = None  # the last epoch that this worker has drawn to its end
+        self._trained: dict[int, Tensor] = {}  # by epoch: the units trained by this worker
+        self._before: dict[int, Tensor] = {}  # by epoch: the units trained by all workers, in the resumed checkpoint
         self._over_before: list[int | None] = [None] * workers
 
     def length(self, total: int) -> int:
-        """A worker's part, if all were equal."""
+        """Number of units of a worker if all workers were equally fast."""
         return -(-total // self.workers)
 
     def trained_before(self, epoch: int) -> int:
-        """Units of an epoch that all workers together had trained in what this run goes on from."""
+        """Number of units of an epoch that all workers together had trained in the resumed checkpoint."""
         return int(self._before[epoch].sum()) if epoch in self._before else 0
 
     def _limited(self, total: int) -> int:
         return total if self.limit is None else min(total, self.limit)
 
     def units(self, name: Pass, total: int) -> Iterator[int]:
-        """What was drawn in vain, then leases until the epoch is over."""
+        """Units drawn without a step, then leases until the end of the epoch."""
         epoch, earlier = name
         if name != self._pass:
             self._pass, self._drawn = name, []
@@ -105,12 +105,12 @@ class Leases(Division):
         left: Sequence[int] = range(total)
         if epoch in self._before:
             left = self._before[epoch].logical_not().nonzero().flatten().tolist()
-        # Whose part was over when the checkpoint was written, for it is so now.
+        # A worker that was at the end of the epoch in the checkpoint is still there.
         comers = [worker for worker, over in enumerate(self._over_before) if over is None or over < epoch]
         return self._tickets.draw(epoch, left, comers) if self._worker in comers else iter(())
 
     def _forget(self, epoch: int) -> None:
-        """Tell the others that this worker begins with an epoch, and forget those that all are through with."""
+        """Tell the others that this worker begins an epoch, and forget epochs that all workers have ended."""
         at = [f"at/{worker}" for worker in range(self.workers)]
         self._store.set(at[self._worker], f"{epoch} {self._local_steps()}")
         if not self._store.check(at):
@@ -133,17 +133,17 @@ class Leases(Division):
             self._drawn.remove(unit)
 
     def state_dict(self) -> dict[str, Any]:
-        """What this worker has trained on, by epoch, and what all had before."""
+        """Units trained by this worker, by epoch, and units trained by all workers before."""
         masks = dict(self._before)
         for epoch, mask in self._trained.items():
             masks[epoch] = masks[epoch] | mask if epoch in masks else mask.clone()
         over = self._over
         if over is not None and self._pass == (over, 0) and self._drawn:
-            over -= 1  # drawn ahead: it will be over when that is trained
+            over -= 1  # drawn ahead: the epoch ends when these units are trained
         return {"trained": masks, "over": [over]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Leave out what was trained."""
+        """Leave out the units that were trained."""
         if "trained" not in state_dict:
             return
         self._before = dict(state_dict["trained"])
@@ -152,7 +152,7 @@ class Leases(Division):
             self._over_before, self._over = list(over), over[self._worker]
 
     def check_order(self, name: Pass, batches: Sequence[Any]) -> None:
-        """Compare with the worker that came first, through the job's store."""
+        """Compare the order with the first worker's, through the job's store."""
         if name[1] > 0:
             return
         own = _describe_order(batches)
@@ -185,7 +185,7 @@ class Leases(Division):
 
 
 def _describe_order(batches: Sequence[Any]) -> dict[str, int]:
-    """What tells two orders of the batches of a pass apart."""
+    """A fingerprint of the order of the batches of a pass."""
     compared = batches[:: max(1, len(batches) // _COMPARED)]
     sizes = [len(batch) for batch in compared if isinstance(batch, (list, tuple))]
     return {

@@ -1,4 +1,4 @@
-"""The training loaders of one worker: the user's own, over the part of each pass that falls to the worker."""
+"""The training loaders of one worker: the user's own, over the worker's part of each pass."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 
 
 class _Drawn(NamedTuple):
-    """A batch on its way from the sampler to the training step."""
+    """A batch between the sampler and the training step."""
 
     name: Pass
     unit: int
@@ -35,22 +35,22 @@ class _Drawn(NamedTuple):
 
 
 class WorkerLoader:
-    """A map-style loader of which this worker gets its part of each pass, and which knows its position.
+    """A map-style loader over this worker's part of each pass, with a position.
 
-    Everything else of the loader (collation, its own processes, its attributes) stays as it is.
+    Everything else of the loader (collation, its own processes, its attributes) is unchanged.
 
     Args:
-        loader: the loader. Its batch sampler is replaced: it must not be used otherwise.
+        loader: the loader. Its batch sampler is replaced: the loader must not be used otherwise.
         division: divides the batches among the workers.
         seed: seed of the order of the samples, for samplers that draw it from global generators.
-        fetches: tells how many batches have been fetched in this epoch (with several loaders, from all together), and
-            how many of these are not trained yet.
+        fetches: returns the number of batches fetched in this epoch (with several loaders, from all together), and the
+            number of these not trained yet.
         device: rank of this process within its worker.
-        devices: processes of the worker; each gets one batch of a unit.
-        orders: the orders of passes that have been drawn already, where several workers of one process share them.
-        for_training: tells whether it is the training loop that iterates. Whoever else does gets a process' part of the
-            data, as under DDP, and takes nothing from the training.
-        place: this process, and the number of processes, by which that part is cut.
+        devices: number of processes of the worker; each gets one batch of a unit.
+        orders: orders that have already been drawn, shared by several workers of one process.
+        for_training: returns whether the training loop iterates. Any other iteration is over this process's part of the
+            data, as under DDP, and draws nothing from the training.
+        place: rank of this process and the number of processes, for that part.
     """
 
     def __init__(
@@ -70,15 +70,15 @@ class WorkerLoader:
         self._place = place
         self._loader = loader
         self._fetches = fetches
-        self._ended_after = 0  # so many fetches
+        self._ended_after = 0  # number of fetches
         self._fetched: deque[_Drawn] = deque()
         source = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
         self.sampler = _WorkerBatches(source, division, seed, device, devices, orders)
-        # DataLoader refuses to have its sampler exchanged, for an iterator may be at work: here there is none yet.
+        # DataLoader forbids a new sampler because an iterator may exist: here there is none yet.
         vars(loader)["batch_sampler" if loader.batch_sampler is not None else "sampler"] = self.sampler
 
     def __getattr__(self, name: str) -> Any:
-        # Where it is, the job's part of a checkpoint holds. Lightning's part is to be one that other strategies take.
+        # The position is in the job's part of a checkpoint. Lightning's part must remain readable to other strategies.
         if name in ("state_dict", "load_state_dict"):
             raise AttributeError(name)
         return getattr(self._loader, name)
@@ -95,61 +95,61 @@ class WorkerLoader:
         if not self._for_training():
             return iter(self._looked_at())
         self._settle()
-        # Making an iterator draws a random number, which is not to be part of the first fetch.
+        # Making an iterator draws a random number, which must not count to the first fetch.
         return UnderWay(self._batches(iter(self._loader) if self._loader.num_workers == 0 else self._loader))
 
     def __reduce__(self) -> Any:
-        """A copy takes no part in the division: it is the user's loader, over all of the data."""
+        """Copy as the user's loader, over all of the data: a copy takes no part in the division."""
         users = copy(self._loader)
         name = "batch_sampler" if users.batch_sampler is not None else "sampler"
         vars(users).update({name: self.sampler.source, "_iterator": None})
         return _itself, (users,)
 
     def _looked_at(self) -> DataLoader[Any]:
-        """The same loader, with processes of its own if it has any, over this process' part of the data."""
+        """The same loader, with processes of its own if it has any, over this process's part of the data."""
         loader = copy(self._loader)
         name = "batch_sampler" if loader.batch_sampler is not None else "sampler"
         vars(loader).update({name: _Part(self.sampler.first_order, *self._place), "_iterator": None})
         return loader
 
     def _batches(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Nothing is drawn before the first batch is asked for: Lightning makes iterators that it does not use."""
+        """The batches; nothing is drawn before the first is requested, because Lightning makes iterators in vain."""
         self._fetched.clear()
         for batch in batches:
             self._fetched.append(self.sampler.drawn.popleft())
             yield batch
-            self._note_trained(but=2)  # at most one is ahead of the one that is about to be trained
+            self._note_trained(but=2)  # the batch that is about to be trained, and at most one fetched ahead
         self._ended_after, _ = self._fetches()
         self.sampler.end_pass()
 
     def _settle(self) -> None:
-        """Note what has been trained. A batch whose step has raised, or is not over yet, has not."""
+        """Record the trained batches. A batch is trained when its step has ended without an error."""
         fetched, untrained = self._fetches()
-        if self.sampler.at_the_end:  # what was fetched after it came from other loaders
+        if self.sampler.at_the_end:  # later fetches came from other loaders
             untrained -= max(0, fetched - self._ended_after)
         self._note_trained(but=max(0, untrained))
 
     def _note_trained(self, but: int) -> None:
-        """Note that all batches fetched have been trained, but for the last ones."""
+        """Record that all fetched batches except the last ``but`` have been trained."""
         while len(self._fetched) > but:
             drawn = self._fetched.popleft()
             self.division.trained(drawn.name, drawn.unit)
 
     @property
     def samples(self) -> int | None:
-        """Samples of the batch that has been trained last; None if the loader does not make batches."""
+        """Number of samples of the batch trained last; None if the loader does not make batches."""
         _, untrained = self._fetches()
         place = len(self._fetched) - 1 - untrained
         return self._fetched[place].samples if place >= 0 else None
 
     def division_state(self) -> dict[str, Any]:
-        """What this worker has trained on, as the division's ``state_dict``."""
+        """The ``state_dict`` of the division, with all trained batches recorded."""
         self._settle()
         return self.division.state_dict()
 
 
 class _Part(Sampler[Any]):
-    """Every k-th batch of a pass; all k processes get as many, as under DDP."""
+    """Every k-th batch of a pass; all k processes get the same number, as under DDP."""
 
     def __init__(self, order: Callable[[], list[Any]], rank: int, size: int) -> None:
         self._order = order
@@ -163,7 +163,7 @@ class _Part(Sampler[Any]):
 
 
 class UnderWay:
-    """An iterator over batches. A copy has none left: they are this process' own."""
+    """An iterator over batches. A copy is empty: the batches are this process's own."""
 
     def __init__(self, batches: Iterator[Any]) -> None:
         self._batches = batches
@@ -183,10 +183,10 @@ def _itself(value: Any) -> Any:
 
 
 class Orders:
-    """The batches of the latest passes, in the order in which all workers number them.
+    """The batches of the latest passes, in the common order of all workers.
 
     Args:
-        kept: how many passes are remembered.
+        kept: number of passes to remember.
     """
 
     def __init__(self, kept: int) -> None:
@@ -194,20 +194,20 @@ class Orders:
         self._orders: dict[Pass, list[Any]] = {}
 
     def get(self, name: Pass, draw: Callable[[], list[Any]]) -> list[Any]:
-        """The batches of a pass, from ``draw`` if they are not remembered."""
+        """The batches of a pass; from ``draw`` if they are not remembered."""
         order = self._orders.pop(name, None)
         if order is None:
             order = draw()
-        self._orders[name] = order  # now the last to be forgotten
+        self._orders[name] = order  # last in the order of deletion
         while len(self._orders) > self._kept:
             del self._orders[next(iter(self._orders))]
         return order
 
 
 class _WorkerBatches(Sampler[Any]):
-    """Those batches of ``source`` that fall to this worker.
+    """This worker's batches of ``source``.
 
-    Begun again within an epoch, it goes on where it was; after the end of a pass with the next pass of the epoch.
+    A new iteration within an epoch continues the pass; after the end of a pass it begins the next pass of the epoch.
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class _WorkerBatches(Sampler[Any]):
     ) -> None:
         self.source = source
         self.drawn: deque[_Drawn] = deque()
-        """What was drawn and has not been fetched yet."""
+        """Batches that were drawn and have not been fetched yet."""
         self._division = division
         self._seed = seed
         self._device = device
@@ -227,16 +227,16 @@ class _WorkerBatches(Sampler[Any]):
 
     @property
     def batch_size(self) -> int | None:
-        """That of the user's batch sampler, which Lightning and others read."""
+        """The ``batch_size`` of the user's batch sampler; Lightning and other libraries read it."""
         return getattr(self.source, "batch_size", None)
 
     @property
     def drop_last(self) -> bool:
-        """As :attr:`batch_size`."""
+        """The ``drop_last`` of the user's batch sampler."""
         return getattr(self.source, "drop_last", False)
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin with an epoch, or go on with it; samplers that shuffle by it are told."""
+        """Begin or continue an epoch, and pass its number to samplers that shuffle by it."""
         if epoch != self._pass[0]:
             self._pass = epoch, 0
         self.at_the_end = False
@@ -249,7 +249,7 @@ class _WorkerBatches(Sampler[Any]):
                 set_epoch(epoch)
 
     def end_pass(self) -> None:
-        """The last batch has been fetched: who begins again wants another pass."""
+        """Mark the pass as ended, after its last batch was fetched: the next iteration is another pass."""
         self.at_the_end = True
 
     def __len__(self) -> int:
@@ -266,19 +266,19 @@ class _WorkerBatches(Sampler[Any]):
         draw = partial(self._draw_order, name)
         batches = draw() if self._orders is None else self._orders.get(name, draw)
         for unit in self._division.units(name, self._units(len(batches))):
-            # Where the last unit has too few batches, devices begin again with the first: all need one.
+            # If the last unit has too few batches, the first batches fill it: each device needs one.
             batch = batches[(unit * self._devices + self._device) % len(batches)]
             self.drawn.append(_Drawn(name, unit, len(batch) if isinstance(batch, (list, tuple)) else None))
             yield batch
 
     def _draw_order(self, name: Pass) -> list[Any]:
-        """All batches of a pass, in an order that is found to be the same on all workers."""
+        """All batches of a pass, in an order that has been checked to be the same on all workers."""
         batches = self._order(name[0])
         self._division.check_order(name, batches)
         return batches
 
     def first_order(self) -> list[Any]:
-        """All batches of the first epoch. Workers may be in different ones, and their parts of it are disjoint."""
+        """All batches of the first epoch: workers may be in different epochs, and their parts must be disjoint."""
         self._tell_samplers(0)
         try:
             return self._order(0)
@@ -286,7 +286,7 @@ class _WorkerBatches(Sampler[Any]):
             self._tell_samplers(max(0, self._pass[0]))
 
     def _order(self, epoch: int) -> list[Any]:
-        """All batches of an epoch, in an order that all workers have in common."""
+        """All batches of an epoch, in the same order on all workers."""
         generators = list(_generators(self.source))
         states = [generator.get_state() for generator in generators]
         with isolate_rng(include_cuda=False):
@@ -310,7 +310,7 @@ def generators_of(loader: Any) -> Iterator[torch.Generator]:
 
 
 def _generators(sampler: Any) -> Iterator[torch.Generator]:
-    """The generators of a sampler and of those under it, the user's own and those that Lightning wraps them in."""
+    """The generators of a sampler and of its inner samplers: the user's own and Lightning's wrappers."""
     if isinstance(getattr(sampler, "generator", None), torch.Generator):
         yield sampler.generator
     for name in ("sampler", "_sampler", "dataset"):
@@ -320,7 +320,7 @@ def _generators(sampler: Any) -> Iterator[torch.Generator]:
 
 
 def count_samples(batch: Any) -> int:
-    """Samples in a batch: as it says itself, or entries of its first tensor; 0 where it has none."""
+    """Number of samples in a batch: by its own attribute, or by the length of its first tensor; 0 without one."""
     for name in ("num_graphs", "batch_size"):
         said = getattr(batch, name, None)
         if isinstance(said, int):

@@ -13,12 +13,12 @@ __all__ = ["RandomState", "set_random_state"]
 
 
 class RandomState:
-    """The states of Python's, NumPy's and torch's global generators as of now.
+    """The current states of Python's, NumPy's and torch's global generators.
 
-    Taking one is cheap: it may be done at every fetch of a batch, most of which no checkpoint asks for.
+    Construction is cheap: it may take place at every fetch of a batch.
 
     Args:
-        device: an accelerator, for the state of its generator as well; None or the CPU: none.
+        device: an accelerator, to include the state of its generator; None or the CPU: none.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -39,11 +39,11 @@ class RandomState:
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device | None = None) -> None:
-    """Put the global generators where they were.
+    """Restore the global generators.
 
     Args:
-        state: what :meth:`RandomState.state_dict` gave.
-        device: the accelerator to set; one of another kind than the state's keeps its own.
+        state: the result of :meth:`RandomState.state_dict`.
+        device: the accelerator to set; an accelerator of another kind than the state's keeps its state.
     """
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))

@@ -1,4 +1,4 @@
-"""Tickets: which worker gets which unit of an epoch."""
+"""Tickets: the assignment of the units of an epoch to workers."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ _A_MOMENT = 5.0  # seconds
 
 
 class Tickets(Protocol):
-    """Who gets which unit of an epoch, so that each goes to one of the workers."""
+    """Assigns each unit of an epoch to one worker."""
 
     def draw(self, epoch: int, left: Sequence[int], comers: Sequence[int]) -> Iterator[int]:
-        """This worker's units among those that are ``left``; ``comers`` are the workers that draw of them."""
+        """This worker's units among ``left``; ``comers`` are all workers that draw from these."""
 
     def forget(self, epoch: int) -> None:
-        """Nobody will draw of earlier epochs any more."""
+        """Release earlier epochs: no worker will draw from them again."""
 
     def close(self) -> None:
-        """Let go of threads and connections."""
+        """Release threads and connections."""
 
 
 class StridedTickets:
-    """Every k-th unit for each of k workers, for those who make their steps in lockstep.
+    """Every k-th unit for each of k workers, for workers in lockstep.
 
     Args:
-        worker: this worker.
-        workers: k.
+        worker: rank of this worker.
+        workers: k, the number of workers.
     """
 
     def __init__(self, worker: int, workers: int) -> None:
@@ -54,29 +54,29 @@ class StridedTickets:
         yield from (unit for unit in left if unit % self._workers == self._worker)
 
     def forget(self, epoch: int) -> None:
-        """There is nothing to forget."""
+        """Do nothing: no epoch is stored."""
 
     def close(self) -> None:
-        """There is nothing to let go of."""
+        """Do nothing: there is nothing to release."""
 
 
 class SharedTickets:
-    """Leases of units from a counter in the job's store: as many at a time as suit the worker's pace.
+    """Leases of units from a counter in the job's store, sized by the worker's pace.
 
-    A lease is half of the worker's share of what is left, so leases shrink towards the end of an epoch and all workers
-    get there together (guided self-scheduling). The next lease is taken, on a thread of its own, when the worker begins
-    with one: nobody waits for it. The first units belong to the workers, one to each, so that nobody, however slow,
-    finds an epoch over before its first batch.
+    A lease is half of the worker's share of the remaining units, so leases shrink towards the end of an epoch and all
+    workers end it together (guided self-scheduling). At the start of a lease the next one is taken on a thread of its
+    own, so that training does not wait for it. The first units are assigned to the workers, one to each: even the
+    slowest worker gets a batch of every epoch.
 
-    In a worker of several devices the first takes the leases and the others find them in the store.
+    In a worker of several devices the first takes the leases and the others read them from the store.
 
     Args:
         store: a part of the job's store, this loader's own.
-        worker: this worker.
-        share: this worker's share of the pace of all, in (0, 1].
+        worker: rank of this worker.
+        share: returns this worker's share of the pace of all, in (0, 1].
         device: rank of this process within its worker.
-        devices: processes of the worker.
-        timeout: how long to wait for the first process of the worker.
+        devices: number of processes of the worker.
+        timeout: maximum time to wait for the first process of the worker.
 
     References:
         Polychronopoulos and Kuck 1987, Guided Self-Scheduling.
@@ -99,7 +99,7 @@ class SharedTickets:
         self._device = device
         self._devices = devices
         self._timeout = timeout
-        self._leases: dict[int, int] = {}  # how many this worker has taken of each epoch
+        self._leases: dict[int, int] = {}  # number of leases that this worker has taken, by epoch
 
     def draw(self, epoch: int, left: Sequence[int], comers: Sequence[int]) -> Iterator[int]:
         """This worker's units, one lease after the other."""
@@ -116,14 +116,14 @@ class SharedTickets:
             yield from left[start:end]
 
     def _begin_lease(self, epoch: int, left: int) -> Callable[[], tuple[int, int]]:
-        """Begin to take a lease; returns what waits for it. It is a range of numbers."""
+        """Begin to take a lease. Returns a function that waits for it and returns its range of numbers."""
         self._leases[epoch] = self._leases.get(epoch, 0) + 1
         relay = f"{epoch}/{self._worker}/{self._leases[epoch]}"
         if self._device > 0:
             return partial(self._hear, relay)
         size = max(1, min(_MOST_AT_ONCE, int(left * self._share() / 2)))
         lease: Future[tuple[int, int]] = Future()
-        # A thread for each: one that waits for the next lease would outlive the loaders that are given up midway.
+        # One thread per lease: a permanent one would outlive loaders that are abandoned midway.
         args = (lease, self._lease, f"{epoch}/drawn", size, relay)
         self._ahead = Thread(target=_fulfil, args=args, name="async-localsgd-lease", daemon=True)
         self._ahead.start()
@@ -142,7 +142,7 @@ class SharedTickets:
         return int(start), int(end)
 
     def forget(self, epoch: int) -> None:
-        """Delete what the store holds of earlier epochs, but for the last, which other devices may still look up."""
+        """Delete the store's keys of earlier epochs, except the last, which other devices may still read."""
         for old in [e for e in self._leases if e < epoch - 1]:
             leases = self._leases.pop(old)
             if self._device == 0 and self._devices > 1:
@@ -152,7 +152,7 @@ class SharedTickets:
                 self._store.delete_key(f"{old}/drawn")
 
     def close(self) -> None:
-        """End the thread, which a store that is alive answers at once."""
+        """Wait for the thread to end; a store that is alive answers it at once."""
         if self._ahead is not None:
             self._ahead.join(_A_MOMENT)
         self._ahead_store.close()

@@ -1,4 +1,4 @@
-"""Where each worker listens for the others: the address at which its host is reached from elsewhere."""
+"""The address at which each worker listens for the others, reachable from other hosts."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, Store
 __all__ = ["INTERFACE_VARIABLE", "Route", "choose_addresses", "listening_at", "make_gloo_group", "route_to"]
 
 INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
-"""By which gloo is told the network interface to use."""
+"""The environment variable that names gloo's network interface."""
 
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a network interface
 
 
 class Route(NamedTuple):
-    """The way from a host to the job's store. Both ends are IP addresses; None: unknown."""
+    """The network route from a host to the job's store. Both ends are IP addresses; None: unknown."""
 
     source: str | None
-    """This host's own address on that way."""
+    """This host's own address on the route."""
     target: str | None
     """The store's address, as this host resolves it."""
 
 
 def route_to(store: Store) -> Route:
-    """The way from this host to ``store``. Unknown if the store is not a TCP one, or the user names the interface.
+    """The route from this host to ``store``. Unknown if the store is not a TCP one, or the user names the interface.
 
-    The interface on the way to ``MASTER_ADDR`` is the one that reaches the other hosts. Gloo takes that of the host's
-    name instead, which on many systems is the loopback interface.
+    The interface on the route to ``MASTER_ADDR`` is the one that reaches the other hosts. Gloo takes the interface of
+    the host's name instead. On many systems it is the loopback interface.
     """
     while isinstance(store, PrefixStore):
         store = store.underlying_store
@@ -46,11 +46,11 @@ def route_to(store: Store) -> Route:
         found = socket.getaddrinfo(host, store.port, type=socket.SOCK_DGRAM)  # type: ignore[attr-defined]
     except OSError:
         return Route(None, None)
-    # Gloo cannot connect an IPv4 address to an IPv6 one, so that all hosts must prefer the same.
+    # Gloo cannot connect an IPv4 address to an IPv6 one: all hosts must prefer the same family.
     for family, kind, protocol, _, target in sorted(found, key=lambda entry: entry[0] != socket.AF_INET):
         try:
             with socket.socket(family, kind, protocol) as probe:
-                probe.connect(target)  # of a datagram socket: chooses the way and sends nothing
+                probe.connect(target)  # a datagram socket: this chooses the route and sends nothing
                 return Route(str(probe.getsockname()[0]), str(target[0]))
         except OSError:
             continue
@@ -58,12 +58,12 @@ def route_to(store: Store) -> Route:
 
 
 def choose_addresses(routes: Sequence[Route]) -> list[str | None]:
-    """The address at which each worker is to listen; None: what gloo chooses.
+    """The address at which each worker is to listen; None: gloo's choice.
 
-    On the host of the store the way to it may not leave the host: then its address is the one that others see.
+    On the store's own host the route may not leave the host. Its address is then the one that other hosts use.
 
     Args:
-        routes: of each worker.
+        routes: the route of each worker.
     """
     seen = [route.target for route in routes if route.target is not None and not _is_loopback(route.target)]
     return [
@@ -77,14 +77,14 @@ def _is_loopback(address: str) -> bool:
 
 
 def make_gloo_group(store: Store, rank: int, size: int, timeout: timedelta, address: str | None) -> ProcessGroupGloo:
-    """A gloo group beside whatever default group there is.
+    """A gloo group beside the default group, if there is one.
 
     Args:
-        store: for the processes to meet, the group's own.
-        rank: this process.
+        store: the group's own store, for its rendezvous.
+        rank: rank of this process.
         size: number of processes.
-        timeout: of its operations.
-        address: where this process is to listen; None: what gloo chooses.
+        timeout: timeout of the group's operations.
+        address: the address at which this process is to listen; None: gloo's choice.
     """
     if address is None:
         return ProcessGroupGloo(store, rank, size, timeout)
@@ -96,10 +96,10 @@ def make_gloo_group(store: Store, rank: int, size: int, timeout: timedelta, addr
 
 @contextmanager
 def listening_at(address: str | None) -> Iterator[None]:
-    """In the body, groups that torch makes listen at this address; it can only be told the name of an interface.
+    """Groups that torch makes in the body listen at this address. Torch only accepts the name of an interface.
 
     Args:
-        address: None: what gloo chooses.
+        address: the address; None: gloo's choice.
     """
     interface = _interface_of(address) if address is not None else None
     if interface is None or INTERFACE_VARIABLE in os.environ:

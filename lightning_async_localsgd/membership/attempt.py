@@ -1,4 +1,4 @@
-"""The name space of one attempt of a job: what a dead attempt has left in the same store is nobody's any more."""
+"""The name space of one attempt of a job: no attempt reads keys that a dead attempt has left in the same store."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ _SLICE = timedelta(seconds=0.2)
 
 
 class Attempt(NamedTuple):
-    """What the processes of one attempt have in common."""
+    """The name and addresses that all processes of one attempt agree on."""
 
     name: str
-    """That no attempt before this one had."""
+    """A name that no earlier attempt had."""
     addresses: list[str | None]
-    """The address at which each process is to listen; None: what gloo chooses."""
+    """The address at which each process is to listen; None: gloo's choice."""
 
 
 def agree(store: JobStore, rank: int, size: int, timeout: timedelta) -> Attempt:
-    """Find a name that the living processes of a job have in common, and no attempt before this one had.
+    """Agree with the other processes of a job on a name that no earlier attempt had.
 
     Launchers keep a store over restarts (torchrun's static rendezvous and c10d alike), and their count of restarts is
-    not the same on all machines. So process 0 invents a name and writes it to the store. Every other process answers
-    under that name with one of its own. When process 0 has heard all, it writes down which answers it has taken. A
-    process that is not among them has read the name of a dead attempt, and waits for another one.
+    not the same on all machines. So process 0 invents a name and writes it to the store. Every other process writes an
+    answer, a name of its own, under that name. When process 0 has read all answers, it lists the ones it has taken. A
+    process without an answer in that list has read the name of a dead attempt, and waits for another one.
 
     Args:
         store: a part of the store that all attempts share.
-        rank: this process.
+        rank: rank of this process.
         size: number of processes.
-        timeout: how long to wait for the others.
+        timeout: maximum time to wait for the others.
 
     Raises:
-        PeerLostError: if some do not come within ``timeout``.
+        PeerLostError: if some processes do not come within ``timeout``.
     """
     deadline = time.monotonic() + timeout.total_seconds()
     answer = json.dumps([uuid.uuid4().hex, route_to(store.native)])
@@ -71,7 +71,7 @@ def _follow(store: JobStore, own: str, rank: int, size: int, deadline: float) ->
             continue
         if own in json.loads(store.get(f"{name}/taken")):
             return name
-        time.sleep(_SLICE.total_seconds())  # that attempt is over: its process 0 will never answer
+        time.sleep(_SLICE.total_seconds())  # a dead attempt: its process 0 will never answer
     raise _missing([0], size)
 
 

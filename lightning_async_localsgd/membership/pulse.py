@@ -1,4 +1,4 @@
-"""The pulse of each process of a job: that it lives, and what has become of it in the stage that it is in."""
+"""The pulse of each process of a job: its signs of life, and its phase in the current stage."""
 
 from __future__ import annotations
 
@@ -18,41 +18,41 @@ from lightning_async_localsgd.membership.store import JobStore
 __all__ = ["Phase", "Pulse", "Watch"]
 
 _MOST_SECONDS = 2.0
-_TOLD_SECONDS = 10.0  # a process that ends before the store has its last word is found by silence only
+_TOLD_SECONDS = 10.0  # the others notice a process that ends without a last beat only by its silence
 _REASON_LENGTH = 4000
 
 
 class Phase(str, Enum):
-    """What has become of a process in its stage of the job (a fit, a validation)."""
+    """The state of a process in its stage of the job (a fit, a validation)."""
 
     HERE = "here"
     """It takes part: it meets the others, trains, or takes over the final module."""
     LEFT = "left"
-    """It has done its part, and needs nothing more of the others."""
+    """It has done its part and needs nothing more from the others."""
     FAILED = "failed"
     """It has stopped because of an error."""
 
 
 class Beat(NamedTuple):
-    """What a process has last said."""
+    """The latest message of a process."""
 
     number: int
     host: str
     stage: int
     phase: Phase
     reason: tuple[str, str]
-    """Of a process that failed: the class of its error, and its text."""
+    """The class and the text of the error of a failed process."""
 
 
 class Pulse:
-    """Says every now and then, from a thread of its own, that this process lives.
+    """Writes a sign of life of this process to the store every few seconds, on a thread of its own.
 
-    The process owns one key in the store, ``pulse/<rank>``, which holds its latest :class:`Beat`. A change is said at
-    once. The thread ends with the process; or when the store does not answer, which others learn by the silence.
+    The process owns one key in the store, ``pulse/<rank>``, which holds its latest :class:`Beat`. A change is written
+    at once. The thread ends with the process, or when the store does not answer; others then notice the silence.
 
     Args:
         store: the job's part of the store.
-        rank: this process.
+        rank: rank of this process.
     """
 
     def __init__(self, store: JobStore, rank: int) -> None:
@@ -66,22 +66,22 @@ class Pulse:
 
     @property
     def phase(self) -> Phase:
-        """That of this process in its stage."""
+        """The phase of this process in its stage."""
         return self._beat.phase
 
     def set_timeout(self, timeout: timedelta) -> None:
-        """How long others wait for a sign of life from now on."""
+        """Set the maximum time that others wait for a sign of life from now on."""
         with self._changed:
             self._store.timeout = timeout
             self._changed.notify_all()
 
     def say(self, stage: int, phase: Phase, error: BaseException | None = None) -> None:
-        """Tell all what has become of this process; returns when the store has it, or does not answer.
+        """Publish the phase of this process. Returns when the store has it, or does not answer.
 
         Args:
-            stage: the stage that it is in.
-            phase: what has become of it there.
-            error: why it has failed.
+            stage: number of the stage.
+            phase: the phase of this process in that stage.
+            error: the error by which it has failed.
         """
         reason = (type(error).__name__, str(error)[:_REASON_LENGTH]) if error is not None else ("", "")
         with self._changed:
@@ -100,14 +100,14 @@ class Pulse:
             while True:
                 beat = self._beat
                 self._store.set(self._key, json.dumps(beat))
-                self._store.check([self._key])  # which the host must answer: a write alone is never missed
+                self._store.check([self._key])  # a write alone would not notice that the host is gone
                 self._wait(beat)
         with self._changed:
             self._ended = True
             self._changed.notify_all()
 
     def _wait(self, said: Beat) -> None:
-        """Until it is time to say the next."""
+        """Wait until the next beat is due."""
         with self._changed:
             self._said = said.number
             self._changed.notify_all()
@@ -116,14 +116,14 @@ class Pulse:
 
 
 class Watch:
-    """Tells those who wait for other processes whether these still come. Made when the wait begins.
+    """Checks, during a wait for other processes, that these may still come. Made when the wait begins.
 
     Args:
         store: the job's part of the store.
-        stage: the stage in which they are waited for.
+        stage: the stage of the wait.
         size: number of processes.
-        worker_size: processes of a worker, for their names.
-        timeout: how long a process may say nothing.
+        worker_size: number of processes of a worker, for the names in messages.
+        timeout: maximum time without a sign of life.
     """
 
     def __init__(self, store: JobStore, stage: int, size: int, worker_size: int, timeout: timedelta) -> None:
@@ -133,15 +133,15 @@ class Watch:
         self._worker_size = worker_size
         self._timeout = timeout.total_seconds()
         self._began = time.monotonic()
-        self._heard: dict[int, tuple[int, float]] = {}  # the latest beat of each, and when it came
+        self._heard: dict[int, tuple[int, float]] = {}  # number and time of each one's latest beat
 
     def check(self, missing: Sequence[int]) -> None:
-        """Make sure that those who are waited for may still come.
+        """Make sure that the missing processes may still come.
 
         Raises:
             PeerAbortedError: if one has failed by an error of its own.
-            AsyncLocalSGDError: the error of one that has failed because of a third.
-            PeerLostError: if one has left, or has said nothing for the timeout.
+            AsyncLocalSGDError: if one has failed because of a third process; of the same class as its error.
+            PeerLostError: if one has left, or has shown no sign of life for the timeout.
         """
         beats = {rank: beat for rank in missing if (beat := self._read(rank)) is not None}
         for rank, beat in beats.items():
@@ -159,7 +159,7 @@ class Watch:
             raise self._lost(silent, beats)
 
     def find(self, rank: int) -> AsyncLocalSGDError | None:
-        """What has become of a process that does not come; None while it may come."""
+        """The reason for which a process will not come; None while it may come."""
         try:
             self.check([rank])
         except AsyncLocalSGDError as error:
@@ -174,7 +174,7 @@ class Watch:
         return Beat(count, host, stage, Phase(phase), tuple(reason))
 
     def _silence(self, rank: int, beat: Beat | None) -> float:
-        """For how long a process has said nothing, in seconds, as far as this one can know."""
+        """Seconds without a sign of life of a process, as far as this process can know."""
         now = time.monotonic()
         count, since = self._heard.get(rank, (-1, self._began))
         if beat is not None and beat.number != count:
@@ -189,7 +189,7 @@ class Watch:
 
     def _failed(self, rank: int, beat: Beat) -> AsyncLocalSGDError:
         kind, text = beat.reason
-        # An error about another process already is the same for all.
+        # An error about a third process is passed on unchanged.
         return error_by_name(kind, text) or PeerAbortedError(
             f"{self._name(rank, beat)} stopped: {': '.join(filter(None, beat.reason))}"
         )

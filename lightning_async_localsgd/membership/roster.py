@@ -1,4 +1,4 @@
-"""The roster: the workers of a run, introduced to each other and found to agree."""
+"""The roster: the workers of a run, after their hosts and settings have been exchanged and compared."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["Roster"]
 
 
 class Roster:
-    """Who is in the run, by rank.
+    """The workers of a run, by rank.
 
     Args:
-        rank: this worker.
+        rank: rank of this worker.
         hosts: the host name of each worker.
-        addresses: the address at which each worker listens; None: what gloo chooses.
+        addresses: the address at which each worker listens; None: gloo's choice.
     """
 
     def __init__(self, rank: int, hosts: Sequence[str], addresses: Sequence[str | None] | None = None) -> None:
@@ -38,7 +38,7 @@ class Roster:
         return len(self.hosts)
 
     def name(self, worker: int) -> str:
-        """How errors call a worker: its rank and host."""
+        """The name of a worker in messages: its rank and host."""
         return f"Worker {worker} (host {self.hosts[worker]})"
 
     def silence(self, worker: int, timeout: timedelta) -> PeerLostError:
@@ -50,11 +50,11 @@ class Roster:
         )
 
     def store_lost(self, error: BaseException, met: PeerLostError | None = None) -> PeerLostError:
-        """The error about the job's store, which is gone or does not answer.
+        """The error about a job's store that is gone or does not answer.
 
         Args:
-            error: what its client has met.
-            met: what was noticed before, if anything: probably a consequence.
+            error: the error of the store's client.
+            met: an error noticed before, if any: probably a consequence.
         """
         lost = PeerLostError(
             f"The job's store does not answer: its host, {self.name(0)} or the launcher beside it, has died or froze, "
@@ -68,18 +68,18 @@ class Roster:
     def introduce(
         cls, store: Store, rank: int, size: int, credentials: Mapping[str, Any], timeout: timedelta
     ) -> Roster:
-        """Tell every worker what this one was started with, and hear the same of all.
+        """Exchange and compare the workers' hosts and credentials.
 
         Args:
             store: the run's part of the job's store.
-            rank: this worker.
+            rank: rank of this worker.
             size: number of workers.
-            credentials: what must be equal everywhere: name to JSON value.
-            timeout: how long to wait for the others.
+            credentials: values that must be equal on all workers: name to JSON value.
+            timeout: maximum time to wait for the others.
 
         Raises:
             PeerLostError: if some workers do not come within ``timeout``.
-            WorkerMismatchError: on every worker, if two were started with different credentials; names the difference.
+            WorkerMismatchError: on every worker, if the credentials of two differ; names the difference.
         """
         text = json.dumps(dict(credentials), sort_keys=True)
         digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -103,7 +103,7 @@ class Roster:
 
 
 def _find_difference(calls: JobStore, rank: int, text: str, odd: int, timeout: timedelta) -> str:
-    """What differs between the credentials of worker 0 and those of ``odd``: these two show theirs, and all look."""
+    """The difference between the credentials of worker 0 and of ``odd``: both publish theirs, and all compare them."""
     keys = {worker: f"credentials/{worker}" for worker in (0, odd)}
     if rank in keys:
         calls.set(keys[rank], text)

@@ -1,8 +1,7 @@
-"""The sockets that connections to other processes are made of: recorded as they are opened, for gloo hides its own.
+"""The sockets of connections to other processes, recorded as they are opened, because gloo hides its own.
 
-Whoever holds a socket can see to it that a frozen or unplugged peer is noticed, can interrupt a transfer that is under
-way, and can keep processes forked later (the workers of a ``DataLoader``) from holding a connection open when this
-process is gone.
+With its socket, a connection can notice a frozen or unplugged peer, and a transfer can be interrupted. Processes forked
+later (the workers of a ``DataLoader``) can be kept from holding a connection open after the end of this process.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from typing import NamedTuple
 __all__ = ["Sockets", "recorded_sockets"]
 
 _DESCRIPTORS = "/dev/fd"
-_PROBES = 4  # unanswered ones that end a connection
+_PROBES = 4  # a connection ends after as many unanswered probes
 
 
 class _Socket(NamedTuple):
-    """An open socket. The number of its descriptor may come to belong to another file; that file has another inode."""
+    """An open socket. Its descriptor may later be reused for another file; that file has another inode."""
 
     descriptor: int
     inode: int
@@ -35,7 +34,7 @@ class Sockets:
         self._sockets: set[_Socket] = set()
 
     def add(self, sockets: set[_Socket]) -> None:
-        """Take over those of ``sockets`` that are TCP's: processes started from now on do not inherit them."""
+        """Add the TCP sockets among ``sockets``. Processes started from now on do not inherit them."""
         for entry in sockets:
             with _open(entry) as opened:
                 if opened is not None:
@@ -45,30 +44,30 @@ class Sockets:
                     _not_for_children.add(entry)
 
     def watch(self, timeout: timedelta) -> None:
-        """Have the system end a connection that is silent for about ``timeout``, also one without traffic."""
+        """Have the system end a connection whose peer is silent for about ``timeout``, even without traffic."""
         for entry in self._sockets:
             with _open(entry) as opened:
                 if opened is not None:
                     _keep_alive(opened, timeout)
 
     def shut_down(self) -> None:
-        """End the connections at once: whoever waits in one, at either end, gets an error."""
+        """End the connections at once. Every transfer that waits in one, at either end, raises an error."""
         for entry in self._sockets:
             with _open(entry) as opened:
-                if opened is not None and _connected(opened):  # gloo takes an error of a listening one for fatal
+                if opened is not None and _connected(opened):  # an error of a listening socket is fatal to gloo
                     opened.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager
 def recorded_sockets() -> Iterator[Sockets]:
-    """Record the sockets that are opened in the body, by whatever thread of this process."""
+    """Record the sockets that any thread of this process opens in the body."""
     found = Sockets()
     before = _open_sockets()
     _not_for_children.intersection_update(before)
     try:
         yield found
     finally:
-        found.add(_open_sockets() - before - _not_for_children)  # another thread may have recorded some of its own
+        found.add(_open_sockets() - before - _not_for_children)  # another thread may have recorded some
 
 
 _not_for_children: set[_Socket] = set()
@@ -87,7 +86,7 @@ def _open_sockets() -> set[_Socket]:
 
 @contextmanager
 def _open(entry: _Socket) -> Iterator[socket.socket | None]:
-    """The socket for the body, by a descriptor of its own; None if it is closed or of another kind than TCP's."""
+    """The socket for the body, by a descriptor of its own; None if it is closed or not a TCP socket."""
     try:
         opened = socket.socket(fileno=os.dup(entry.descriptor))
     except OSError:
@@ -119,9 +118,9 @@ def _keep_alive(opened: socket.socket, timeout: timedelta) -> None:
 
 
 def _forget_in_child() -> None:
-    """Let go of the parent's connections in a forked process.
+    """Release the parent's connections in a forked process.
 
-    Their descriptors are led elsewhere instead of being closed: what refers to them by number may close them once more.
+    Their descriptors are redirected instead of closed: their owners may close them once more, by number.
     """
     if not _not_for_children:
         return

@@ -23,28 +23,28 @@ from lightning_async_localsgd.membership.values import as_json, from_json
 
 __all__ = ["StaticJob", "join_job"]
 
-_SLICE = timedelta(seconds=1)  # of a wait, after which those who are waited for are looked at
+_SLICE = timedelta(seconds=1)  # of a wait, between two checks of the missing processes
 _LAST_WORDS = timedelta(seconds=3)
 
 
 class StaticJob:
-    """The processes of one launch, and the store through which they find each other.
+    """The processes of one launch and their common store.
 
-    Every process goes through the same stages (a fit, a validation) in the same order; each stage gets a part of the
-    store of its own, so that nothing left over from one can be taken for another's.
+    Every process goes through the same stages (a fit, a validation) in the same order. Each stage has a part of the
+    store of its own, so that keys left over from one stage are not read in another.
 
-    Whoever waits for a process here waits as long as that one shows signs of life (see
+    A wait for a process lasts as long as that process shows signs of life (see
     :class:`~lightning_async_localsgd.membership.pulse.Pulse`): it may prepare data or validate for longer than
     ``timeout``.
 
     Args:
         store: a store that all processes share, and no other job.
-        rank: this process.
+        rank: rank of this process.
         size: number of processes.
-        timeout: how long a process may show no sign of life, and the store give no answer.
-        hosts_store: whether the store is gone when this process ends.
-        worker_size: processes of a worker, for their names.
-        address: where this process is to listen for others; None: what gloo chooses.
+        timeout: maximum time without a sign of life of a process, or an answer of the store.
+        hosts_store: whether the store ends with this process.
+        worker_size: number of processes of a worker, for the names in messages.
+        address: the address at which this process is to listen for others; None: gloo's choice.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class StaticJob:
         self.store = store
         """The stage's part of the store, for groups of ``torch.distributed``."""
         self.calls = JobStore(store, timeout)
-        """The same with bounded calls, for the thread that owns this object."""
+        """The same part with bounded calls, for the thread that owns this object."""
         self._everything = JobStore(store, timeout)
         self._hosts_store = hosts_store
         self._pulse = Pulse(self._everything, rank)
@@ -73,16 +73,16 @@ class StaticJob:
 
     @property
     def timeout(self) -> timedelta:
-        """How long a process may show no sign of life, and the store give no answer."""
+        """Maximum time without a sign of life of a process, or an answer of the store."""
         return self._everything.timeout
 
     def set_timeout(self, timeout: timedelta) -> None:
-        """Another one, from the next stage on."""
+        """Set the timeout, from the next stage on."""
         self._everything.timeout = timeout
         self._pulse.set_timeout(timeout)
 
     def next_stage(self) -> Store:
-        """Go on to the next stage; returns its part of the store, also found as ``store`` from now on."""
+        """Go on to the next stage. Returns its part of the store, which is ``store`` from now on."""
         self._stage += 1
         self._messages = 0
         self.store = PrefixStore(f"stage{self._stage}", self._everything.native)
@@ -93,26 +93,28 @@ class StaticJob:
     # ---- meetings ---------------------------------------------------------------------------------------------------
 
     def barrier(self) -> None:
-        """Wait until every process is here.
+        """Wait until every process has called this.
 
         Raises:
-            AsyncLocalSGDError: what has become of one that does not come.
+            AsyncLocalSGDError: if a process does not come; tells why.
         """
         key = self._next_key("barrier")
         self.calls.set(f"{key}/{self.rank}", "1")
         self.wait_for({rank: f"{key}/{rank}" for rank in range(self.size)})
 
     def broadcast(self, value: Any, root: int = 0, key: str | None = None) -> Any:
-        """Worker ``root``'s ``value`` on every process.
+        """Process ``root``'s ``value`` on every process.
 
         Args:
-            value: what :func:`~lightning_async_localsgd.membership.values.as_json` takes; of worker ``root`` alone.
-            root: the worker that knows.
-            key: what the message is called in this stage; None: by its number, so that all must come to it alike.
+            value: on ``root``, a value that :func:`~lightning_async_localsgd.membership.values.as_json` takes; ignored
+                on other processes.
+            root: rank of the sender.
+            key: name of the message in this stage; None: its number, so that all processes must make the same calls in
+                the same order.
 
         Raises:
             TypeError: on every process, if ``value`` is or holds something else. Nothing is pickled.
-            AsyncLocalSGDError: what has become of ``root`` if it does not come.
+            AsyncLocalSGDError: if ``root`` does not come; tells why.
         """
         key = key or self._next_key("broadcast")
         if self.rank == root:
@@ -122,13 +124,13 @@ class StaticJob:
         return self.hear(key)
 
     def gather(self, value: Any) -> list[Any]:
-        """What each process has called this with, by rank. All processes must come to it alike.
+        """The ``value`` of each process, by rank. All processes must call this, in the same order as other calls.
 
         Args:
-            value: what :func:`~lightning_async_localsgd.membership.values.as_json` takes.
+            value: a value that :func:`~lightning_async_localsgd.membership.values.as_json` takes.
 
         Raises:
-            AsyncLocalSGDError: what has become of a process that does not come.
+            AsyncLocalSGDError: if a process does not come; tells why.
         """
         key = self._next_key("gather")
         self.tell(f"{key}/{self.rank}", value)
@@ -140,14 +142,14 @@ class StaticJob:
         """Wait until each process has set its key in this stage's part of the store.
 
         Raises:
-            AsyncLocalSGDError: what has become of one that does not.
+            AsyncLocalSGDError: if a process will not set it; tells why.
         """
         watch = self._watch()
         while not self._come(keys):
             watch.check([rank for rank, key in keys.items() if not self.calls.check([key])])
 
     def tell(self, key: str, value: Any) -> None:
-        """Set a key to a value; or, before the error is raised here, to why it cannot be sent."""
+        """Set a key to a value. If the value cannot be sent, set the key to the reason and raise the error."""
         try:
             word = json.dumps({"value": as_json(value)})
         except TypeError as error:
@@ -156,21 +158,21 @@ class StaticJob:
         self.calls.set(key, word)
 
     def hear(self, key: str) -> Any:
-        """What a key has been set to, or the error."""
+        """The value of a key; raises the error if the sender has set one."""
         word = json.loads(self.calls.get(key))
         if "error" in word:
             raise TypeError(word["error"])
         return from_json(word["value"])
 
     def wait_for_living(self, keys: Mapping[int, str], patience: timedelta = timedelta.max) -> dict[int, Exception]:
-        """Wait until each process has set its key, but for those that will not.
+        """Wait until each process has set its key, except for processes that will not.
 
         Args:
-            keys: by process, in this stage's part of the store.
-            patience: how long at most.
+            keys: the key of each process, in this stage's part of the store.
+            patience: maximum time to wait.
 
         Returns:
-            What has become of those that will not, by process.
+            The error of each process that will not set its key, by process.
 
         Raises:
             PeerLostError: if the store does not answer.
@@ -186,23 +188,23 @@ class StaticJob:
     # ---- the end ----------------------------------------------------------------------------------------------------
 
     def leave(self) -> None:
-        """This process needs this stage's store no more. If it hosts it, wait until that is so for all processes."""
+        """Release this stage's store. The process that hosts it waits until all processes have released it."""
         try:
             self._go(Phase.LEFT)
             lost = self.wait_for_living(self._gone) if self._hosts_store else {}
         except AsyncLocalSGDError as error:
             lost = {0: error}
-        for reason in lost.values():  # one may have failed, which is for its own log to tell
+        for reason in lost.values():  # a process that has failed says so in its own log
             warnings.warn(f"The run is over, but not all workers have left it. {reason}", stacklevel=2)
 
     def fail(self, error: BaseException) -> None:
-        """Tell those who wait for this process that it has failed, and why; at most once in a stage.
+        """Publish that this process has failed, and why, for processes that wait for it; at most once in a stage.
 
-        If it hosts the store, wait a while until all have heard it.
+        If it hosts the store, wait a while until all have read it.
         """
         if self._stage < 0 or self._pulse.phase is not Phase.HERE:
             return
-        with suppress(AsyncLocalSGDError):  # without a store nobody can be told
+        with suppress(AsyncLocalSGDError):  # without a store there is no way to publish it
             self._go(Phase.FAILED, error)
             if self._hosts_store:
                 self.wait_for_living(self._gone, _LAST_WORDS)
@@ -219,11 +221,11 @@ class StaticJob:
         return Watch(self._everything, self._stage, self.size, self.worker_size, self.timeout)
 
     def _come(self, keys: Mapping[int, str]) -> bool:
-        """Wait a moment for keys; returns whether all are there."""
+        """Wait briefly for keys. Returns whether all exist."""
         return self.calls.wait(list(keys.values()), min(_SLICE, self.timeout / 4))
 
     def _next_key(self, kind: str) -> str:
-        if self._pulse.phase is Phase.LEFT:  # after a `fit`, say: who meets again does so in a stage of its own
+        if self._pulse.phase is Phase.LEFT:  # a meeting after a `fit`, for example, is a stage of its own
             self.next_stage()
         self._messages += 1
         return f"{kind}{self._messages}"
@@ -238,10 +240,10 @@ def join_job(rank: int, size: int, timeout: timedelta, worker_size: int = 1) -> 
     Under torchrun the store is the agent's; elsewhere process 0 hosts it, for as long as it lives.
 
     Args:
-        rank: this process.
+        rank: rank of this process.
         size: number of processes.
-        timeout: how long to wait for the others.
-        worker_size: processes of a worker, for their names.
+        timeout: maximum time to wait for the others.
+        worker_size: number of processes of a worker, for the names in messages.
 
     Raises:
         PeerLostError: if the others cannot be reached within ``timeout``.
@@ -262,7 +264,7 @@ def join_job(rank: int, size: int, timeout: timedelta, worker_size: int = 1) -> 
 
 
 def _say_goodbye(job: StaticJob, process: int) -> None:
-    """At the end of the process: others may wait for it."""
+    """Publish the end of the process, because others may wait for it."""
     if os.getpid() == process:  # not in one that was forked from it
-        reason = getattr(sys, "last_value", None)  # an exception that nobody has caught
+        reason = getattr(sys, "last_value", None)  # an uncaught exception
         job.fail(reason if reason is not None else SystemExit("its process has ended"))

@@ -1,4 +1,4 @@
-"""The job's store with bounded calls: its host may be stopped or cut off, and whoever asks it still gets an answer."""
+"""The job's store with bounded calls: each call returns or raises in time, even if the host is stopped or cut off."""
 
 from __future__ import annotations
 
@@ -27,19 +27,18 @@ _Call = tuple[Callable[[Store], Any], "Future[Any]"]
 
 
 class JobStore:
-    """A part of the job's store, of which every call ends in time.
+    """A part of the job's store; every call ends in time.
 
-    A call of libtorch's TCP store blocks until the store's host answers, whatever timeout it is given. So calls are
-    made one after the other on a thread of this object's own, over a connection of its own, and are left to themselves
-    when their time is up. (Libtorch releases the interpreter's lock in all of them.) A connection that is cut
-    is noticed by the next call;
+    A call of libtorch's TCP store blocks until the store's host answers, whatever its timeout. So calls are made one
+    after the other on a thread of this object's own, over a connection of its own, and are abandoned when their time is
+    up. (Libtorch releases the interpreter's lock in all of them.) The next call notices a connection that is cut;
     :class:`~lightning_async_localsgd.membership.pulse.Pulse` makes one every few seconds.
 
-    One thread at a time: what blocks for long on another thread uses :meth:`clone`.
+    The object serves one thread at a time. Another thread uses :meth:`clone`.
 
     Args:
         native: the store, as groups of ``torch.distributed`` use it.
-        timeout: how long its host may take to answer.
+        timeout: maximum time for an answer of its host.
     """
 
     def __init__(self, native: Store, timeout: timedelta) -> None:
@@ -51,21 +50,21 @@ class JobStore:
         weakref.finalize(self, self._calls.put, None)
 
     def within(self, name: str) -> JobStore:
-        """The part of this part whose keys begin with ``name``."""
+        """The part of this store with the prefix ``name`` for all keys."""
         return JobStore(PrefixStore(name, self.native), self.timeout)
 
     def clone(self) -> JobStore:
-        """The same part over another connection, for another thread."""
+        """The same part of the store over another connection, for another thread."""
         return JobStore(self.native, self.timeout)
 
     def close(self) -> None:
-        """End the thread; another call would begin a new one."""
+        """End the thread. A later call would begin a new one."""
         if self._thread is not None:
             self._calls.put(None)
             self._thread = None
 
     # ---- calls ------------------------------------------------------------------------------------------------------
-    # Each raises PeerLostError if the store is gone, or its host does not answer within the timeout.
+    # Each call raises PeerLostError if the store is gone, or its host does not answer within the timeout.
 
     def set(self, key: str, value: str | bytes) -> None:
         """Write a key."""
@@ -76,7 +75,7 @@ class JobStore:
         return self.get_bytes(key).decode()
 
     def get_bytes(self, key: str) -> bytes:
-        """The value of a key that exists, as it is."""
+        """The value of a key that exists, undecoded."""
         return self._call(lambda store: store.get(key))
 
     def multi_get(self, keys: Sequence[str]) -> list[str]:
@@ -89,20 +88,20 @@ class JobStore:
         return self._call(lambda store: store.check(list(keys)))
 
     def add(self, key: str, amount: int) -> int:
-        """Add to a counter; returns what it has become."""
+        """Add to a counter. Returns its new value."""
         return self._call(lambda store: store.add(key, amount))
 
     def compare_set(self, key: str, expected: str, value: str) -> str:
-        """Write a key if it holds ``expected`` (``""``: if there is none); returns what it holds now."""
+        """Write a key if its value is ``expected`` (``""``: if the key does not exist). Returns its value now."""
         return self._call(lambda store: store.compare_set(key, expected, value)).decode()
 
     def delete_key(self, key: str) -> bool:
-        """Delete a key; returns whether there was one."""
+        """Delete a key. Returns whether it existed."""
         return self._call(lambda store: store.delete_key(key))
 
     def wait(self, keys: Sequence[str], timeout: timedelta) -> bool:
-        """Wait until all of these keys exist; returns whether they came within ``timeout``."""
-        # By looking, more and more seldom: each wait of libtorch's own that ends in vain writes warnings to the log.
+        """Wait until all of these keys exist. Returns whether they came within ``timeout``."""
+        # Polls at growing intervals: each wait of libtorch's own that times out writes warnings to the log.
         pause, end = _SHORTEST_PAUSE, time.monotonic() + timeout.total_seconds()
         while not self.check(keys):
             left = end - time.monotonic()
@@ -113,7 +112,7 @@ class JobStore:
         return True
 
     def _call(self, operation: Callable[[Store], T]) -> T:
-        """Make one call, of the store over this object's own connection."""
+        """Make one call over this object's own connection."""
         if self._unanswered is not None and not self._unanswered.done():
             raise self._lost()
         if self._thread is None:
@@ -138,17 +137,17 @@ class JobStore:
 
 
 def bounded(call: Callable[[], T], timeout: timedelta) -> T:
-    """The result of ``call``, which is left to itself if it takes longer.
+    """The result of ``call``, which is abandoned if it takes longer.
 
     Raises:
-        TimeoutError: if it does.
+        TimeoutError: if it takes longer than ``timeout``.
     """
     answer: Future[T] = Future()
     _start("async-localsgd-bounded", _answer, call, answer)
     try:
         return answer.result(timeout.total_seconds())
     except FutureTimeoutError:
-        if answer.done():  # a timeout of the call's own
+        if answer.done():  # the call itself has raised it
             raise
         raise TimeoutError(f"no result within {timeout.total_seconds():g} s") from None
 
@@ -158,10 +157,10 @@ def connect(host: bool, timeout: timedelta) -> Store:
 
     Args:
         host: whether this process is to host it.
-        timeout: how long to wait for its host, or for a port that a dead process has not let go of yet.
+        timeout: maximum time to wait for its host, or for a port that a dead process has not released yet.
 
     Raises:
-        PeerLostError: if it does not come about in that time.
+        PeerLostError: if there is no store within ``timeout``.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     deadline = time.monotonic() + timeout.total_seconds()
@@ -195,7 +194,7 @@ def _not_met(address: str, port: int, host: bool, timeout: timedelta) -> PeerLos
 
 
 def store_address(store: Store) -> str:
-    """Where a TCP store is, to be put into a sentence; nothing for another kind of store."""
+    """The location of a TCP store as part of a sentence; empty for another kind of store."""
     while isinstance(store, PrefixStore):
         store = store.underlying_store
     host, port = getattr(store, "host", None), getattr(store, "port", None)
@@ -209,7 +208,7 @@ def _start(name: str, function: Callable[..., None], *args: Any) -> threading.Th
 
 
 def _serve(native: Store, calls: SimpleQueue[_Call | None]) -> None:
-    """Make calls until there will be no more. Holds no reference to the object whose calls they are."""
+    """Make calls until None comes. Holds no reference to the :class:`JobStore`."""
     store: Store | None = None
     while (call := calls.get()) is not None:
         operation, answer = call

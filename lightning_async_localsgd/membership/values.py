@@ -1,4 +1,4 @@
-"""Values in messages between processes: JSON with the types that JSON does not know. Nothing is pickled."""
+"""Values in messages between processes: JSON, extended by types that JSON lacks. Nothing is pickled."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _PLAIN = (type(None), bool, int, float, str)
 
 
 def as_json(value: Any) -> Any:
-    """``value`` in what JSON can say; :func:`from_json` gives it back with the same types.
+    """``value`` as plain JSON values; :func:`from_json` restores the types.
 
     Args:
         value: ``None``, numbers, strings, bytes, lists, tuples, sets and dictionaries of such with any keys, paths,
-            times, tensors, NumPy arrays and numbers, ``torch.dtype`` and ``torch.device``. Tensors come back on the
-            CPU, without their history.
+            times, tensors, NumPy arrays and numbers, ``torch.dtype`` and ``torch.device``. Tensors are restored on the
+            CPU, without their autograd history.
 
     Raises:
-        TypeError: if ``value`` is or holds something else; names its type, and where it is.
+        TypeError: if ``value`` is or holds something else; names its type and its place.
     """
     return _as_json(value, "the value")
 
 
 def from_json(value: Any) -> Any:
-    """What :func:`as_json` was given."""
+    """The value that :func:`as_json` has converted."""
     if isinstance(value, list):
         return [from_json(item) for item in value]
     if not isinstance(value, dict):
@@ -120,7 +120,8 @@ _WRITERS: dict[str, tuple[type | tuple[type, ...], Callable[[Any], Any]]] = {
     "dtype": (torch.dtype, _name),
     "device": (torch.device, str),
 }
-"""By the name of the type on the wire: what is written so, and how. NumPy's complex numbers are numbers of NumPy's."""
+"""By the type's name on the wire: the types written under it, and their conversions. NumPy's complex numbers are NumPy
+numbers."""
 
 _READERS: dict[str, Callable[[Any], Any]] = {
     "tuple": lambda items: tuple(map(from_json, items)),
