@@ -1,1 +1,1 @@
-"""The protocol: what workers and their exchange decide. Pure: no clock, no thread, no network, no model."""
+"""The protocol: the decisions of workers and their exchange. Pure: no clock, no thread, no network, no model."""

@@ -1,4 +1,4 @@
-"""The budget of a run: how many local steps are left, and who makes them. Pure functions of shared progress."""
+"""The budget of a run: its remaining local steps and their division. Pure functions of shared progress."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def allocate(amount: int, weights: Sequence[int]) -> list[int]:
     """Split ``amount`` steps in proportion to ``weights``, by largest remainder, ties to the lower rank.
 
     Args:
-        amount: steps to hand out, at least 0.
+        amount: number of steps, at least 0.
         weights: one weight per worker, at least 0; one of them positive.
 
     Returns:
@@ -28,14 +28,14 @@ def allocate(amount: int, weights: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Budget:
-    """How many local steps a run has.
+    """The number of local steps of a run.
 
     Args:
         max_steps: local steps per worker, on average (``shared``) or exactly; None: no limit.
         workers: number of workers.
         shared: whether the workers spend ``max_steps * workers`` together, the fast ones more of it.
-        open_end: whether ``max_steps`` is only what the data is expected to last for. Nobody stops by it; what is known
-            of the end is for those who plan for it.
+        open_end: whether ``max_steps`` is only an estimate from the amount of data. No worker stops by an estimate;
+            it serves planning alone.
 
     References:
         Liu et al. 2024 (arXiv 2401.09135), Algorithm 4: a run ends when the sum of local updates reaches its budget.
@@ -53,17 +53,17 @@ class Budget:
         under_way: Sequence[bool] = (),
         final: Sequence[bool] = (),
     ) -> tuple[int, ...] | None:
-        """How far each worker may go, so that all end at the same time; None: no limit.
+        """The local steps at which each worker stops, so that all end at the same time; None: no limit.
 
-        Computed anew at every exchange from the same numbers on every worker: what is left is shared out by pace. A
-        worker that reaches its cap early gets part of what slower ones have not done yet, so that together they spend
+        Computed at every exchange from the same numbers on every worker: the remaining steps are divided by pace. A
+        worker that reaches its cap early gets part of the remaining steps of slower ones, so that together they spend
         the budget.
 
         Args:
-            steps: local steps each worker has made.
+            steps: local steps of each worker so far.
             weights: each worker's pace, in local steps per round.
-            under_way: which workers are making a step now, which counts as made; none if empty.
-            final: which workers have ended already; the others share what is left. None if empty.
+            under_way: whether each worker is making a step now; such a step counts as made. Empty: no worker is.
+            final: whether each worker has ended; the others share the remaining steps. Empty: no worker has.
 
         Returns:
             Cumulative local steps at which each worker stops.
@@ -79,7 +79,7 @@ class Budget:
         return tuple(done + share for done, share in zip(made, allocate(remaining, weights), strict=True))
 
     def exhausted(self, steps: Sequence[int], under_way: Sequence[bool] = ()) -> bool:
-        """Whether a shared budget is spent, or will be by the steps that are under way."""
+        """Whether a shared budget is spent, steps under way included."""
         if not self.shared or self.max_steps is None or self.open_end:
             return False
         return sum(steps) + sum(under_way) >= self.max_steps * self.workers
@@ -92,16 +92,16 @@ def estimate_steps(steps: Sequence[int], weights: Sequence[int], worker: int, ow
 
 
 def estimate_total(steps: Sequence[int], weights: Sequence[int], worker: int, own_steps: int) -> int:
-    """Local steps of all workers now, as one worker can know it between two exchanges.
+    """One worker's estimate, between two exchanges, of the current local steps of all workers.
 
-    The others are taken to have advanced since the last exchange in proportion to their pace. No clock is read, so
-    equal workers in synchronous mode count alike.
+    It assumes that the others have advanced since the last exchange in proportion to their pace. No clock is read, so
+    equal workers in synchronous mode get equal estimates.
 
     Args:
         steps: local steps of each worker at the last exchange.
         weights: each worker's pace, in steps per round.
-        worker: who estimates.
-        own_steps: its own local steps now.
+        worker: rank of the estimating worker.
+        own_steps: current local steps of that worker.
     """
     advance = own_steps - steps[worker]
     return sum(steps) + advance * sum(weights) // weights[worker]

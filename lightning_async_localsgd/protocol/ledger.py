@@ -1,4 +1,4 @@
-"""The ledger: what a turn's headers make of the global state and the shared progress. Pure: no clock, no network."""
+"""The ledger: the effect of a turn's headers on global state and shared progress. Pure: no clock, no network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Arrival(NamedTuple):
 
 
 class LedgerState(Protocol):
-    """What the ledger moves: a :class:`~lightning_async_localsgd.outer.GlobalState`, or what stands in for one."""
+    """The state that the ledger updates: a :class:`~lightning_async_localsgd.outer.GlobalState` or a stand-in."""
 
     version: int
 
@@ -32,24 +32,24 @@ class LedgerState(Protocol):
         """Make one outer update of the sum of these deltas."""
 
     def set_round_length(self, local_steps: int) -> None:
-        """Tell H, local steps per round of the fastest worker, from here on."""
+        """Set H, local steps per round of the fastest worker, from now on."""
 
     def begin_rounds(self, workers: Iterable[int]) -> None:
-        """These workers start their next rounds from the state of now."""
+        """Record that these workers start their next rounds from the current state."""
 
 
 class Ledger:
-    """Keeps the books of a run; every worker's comes to the same, because all read the same headers.
+    """Tracks the progress of a run, identically on every worker, because all read the same headers.
 
-    In each turn: :meth:`due` tells whose deltas are applied, in which groups; each group is brought together as the
-    state's pseudo-gradient and :meth:`apply` makes an outer update of it; :meth:`close_turn` gives the shared progress.
-    The real exchange and the simulated one share it.
+    In each turn, :meth:`due` returns the deltas to apply, in groups. The deltas of each group are summed as the state's
+    pseudo-gradient, and :meth:`apply` makes an outer update of it. :meth:`close_turn` returns the shared progress. The
+    real exchange and the simulated one share this class.
 
     Args:
         state: the global state.
         rules: settings of the run.
-        budget: how many local steps the run has.
-        progress: what the run starts or goes on from.
+        budget: the budget of the run.
+        progress: the progress at the start, zero or resumed.
         codec_choice: chooses the codec of each turn; None: nothing is written.
     """
 
@@ -83,15 +83,15 @@ class Ledger:
     def due(self, headers: Sequence[Header]) -> list[list[Header]]:
         """The deltas to apply in this turn, in rank order: each group makes one outer update.
 
-        With ``quorum=1`` each delta is a group of its own. Else all at hand are one group, once there are enough of
-        them, or nobody is left who could bring another.
+        With ``quorum=1`` each delta is a group of its own. Otherwise all deltas of the turn are one group, as soon as
+        there are enough of them, or no other worker will send one.
         """
         deltas = [h for h in headers if Flag.DELTA in h.flags]
         if self._rules.quorum == 1:
             return [[header] for header in deltas]
         none_to_come = Flag.DELTA | Flag.FINAL
         if not self._budget.exhausted([h.steps for h in headers], self._under_way(headers)):
-            none_to_come |= Flag.IDLE  # later these will push what they have, at the end of the run
+            none_to_come |= Flag.IDLE  # these push their remaining steps at the end of the run
         enough = len(deltas) >= self._rules.quorum or all(h.flags & none_to_come for h in headers)
         return [deltas] if deltas and enough else []
 
@@ -102,8 +102,8 @@ class Ledger:
 
         Args:
             group: the headers of those deltas.
-            norm: what is known of their mean.
-            alignment: what is known of their mean.
+            norm: L2 norm of their mean, if measured.
+            alignment: cosine between their mean and the outer momentum, if measured.
         """
         stalenesses = [self._state.version - header.start_version for header in group]
         self._state.apply([Arrival(h.worker, staleness) for h, staleness in zip(group, stalenesses, strict=True)])
@@ -137,10 +137,10 @@ class Ledger:
         """The shared progress after a turn.
 
         Args:
-            headers: of all workers.
-            applied: those whose deltas were applied.
-            bytes_sent: by this worker in all; the only thing, with what it has received, that is not alike everywhere.
-            bytes_received: by this worker in all.
+            headers: the headers of all workers.
+            applied: the headers of the applied deltas.
+            bytes_sent: total bytes sent by this worker; with ``bytes_received`` the only value of its own.
+            bytes_received: total bytes received by this worker.
         """
         dropped = [header.worker for header in headers if Flag.DROPPED in header.flags]
         self._state.begin_rounds(dropped + [header.worker for header in applied])
@@ -192,8 +192,8 @@ class Ledger:
 
     @staticmethod
     def _under_way(headers: Sequence[Header]) -> list[bool]:
-        """Which workers are making a step that their header does not count yet, or will after a pause.
+        """Whether each worker is making a step that its header does not count yet, or will after a pause.
 
-        One that is between two steps is not among them: it may learn that the budget is spent, and make no other.
+        A worker between two steps is not: it may learn that the budget is spent, and make no further step.
         """
         return [Flag.STEPPING in h.flags and not h.flags & (Flag.IDLE | Flag.FINAL) for h in headers]

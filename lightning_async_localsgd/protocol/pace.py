@@ -1,4 +1,4 @@
-"""Pace: how many local steps a worker makes per round."""
+"""Pace: the number of local steps per round of each worker."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ __all__ = ["DynamicLocalUpdates", "FixedPace", "Pace", "make_pace"]
 
 
 class Pace(Protocol):
-    """A policy that sets every worker's local steps per round. Pure: alike everywhere."""
+    """A policy that sets every worker's local steps per round. Pure: the result is the same on all workers."""
 
     tolerance: float
-    """Fraction of a round by which it may end early to share a turn of the exchange with others."""
+    """Fraction of a round by which the round may end early to share a turn of the exchange with others."""
 
     def steps(self, speeds: Sequence[float], local_steps: int) -> list[int]:
         """Local steps per round of each worker.
 
         Args:
-            speeds: measured speed of each worker in local steps per second; 0 while it is not known yet.
+            speeds: measured speed of each worker in local steps per second; 0 while unknown.
             local_steps: H, the local steps per round of the fastest worker.
         """
 
@@ -41,12 +41,12 @@ class FixedPace:
 class DynamicLocalUpdates:
     """DyLU: ``steps(w) = floor(v(w) / max_w' v(w') * H)``, at least 1, so that all rounds take the same time.
 
-    A worker whose speed is not known yet keeps ``H``. Rounds that take the same time could all end together, but for
-    the rounding to whole steps and for jitter. So when one worker opens a turn, the others who have made all but
-    ``tolerance`` of their round push at the end of their current step, so that deltas start from the same parameters.
+    A worker of unknown speed keeps ``H``. Rounds of equal duration would all end together, except for the rounding to
+    whole steps and for jitter. So when one worker opens a turn, each other worker with all but ``tolerance`` of its
+    round done pushes at the end of its current step. The deltas then start from the same parameters.
 
     Args:
-        tolerance: fraction of a round by which it may end early; 0 for Eq. 6 to the letter.
+        tolerance: fraction of a round by which the round may end early; 0: exactly Eq. 6.
 
     References:
         Liu et al. 2024, Asynchronous Local-SGD (arXiv 2401.09135), Eq. 6.

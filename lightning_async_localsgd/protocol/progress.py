@@ -1,4 +1,4 @@
-"""The shared progress of a run, alike on every worker after each turn, and the outer updates that made it."""
+"""The shared progress of a run, identical on every worker after each turn, and its outer updates."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = [
 
 
 class OuterUpdate(NamedTuple):
-    """One delta that has been applied, as every worker learns of it."""
+    """One applied delta, as reported to every worker."""
 
     version: int
-    """Version of the global parameters after it."""
+    """Version of the global parameters after the update."""
     worker: int
     round: int
     local_steps: int
@@ -25,20 +25,20 @@ class OuterUpdate(NamedTuple):
     staleness: int
     """Versions that passed between the start of the round and the application of its delta."""
     seconds: float
-    """How long the round took its worker, from its first step to its last."""
+    """Duration of the round, from its first step to its last."""
     norm: float | None = None
-    """L2 norm of the delta, of the mean delta with a quorum; None where nobody asked for it."""
+    """L2 norm of the delta, or of the mean delta with a quorum; None if not measured."""
     alignment: float | None = None
-    """Cosine between that delta and the outer momentum; NaN while there is none, None where nobody asked for it."""
+    """Cosine between that delta and the outer momentum; NaN without momentum, None if not measured."""
 
 
 class Beat(NamedTuple):
-    """The latest turn that applied a delta of worker 0, which the others time their rounds by."""
+    """The latest turn that applied a delta of worker 0. The other workers time their rounds by it."""
 
     round: int
     """Worker 0's round; 0 before its first."""
     workers: tuple[int, ...]
-    """Whose deltas were applied in that turn."""
+    """Ranks of the workers with a delta in that turn."""
 
 
 NO_BEAT = Beat(0, ())
@@ -46,7 +46,7 @@ NO_BEAT = Beat(0, ())
 
 @dataclass(frozen=True)
 class Progress:
-    """Shared progress after a turn: computed from the headers, alike on every worker."""
+    """Shared progress after a turn: computed from the headers, identically on every worker."""
 
     version: int
     steps: tuple[int, ...]
@@ -54,15 +54,15 @@ class Progress:
     speeds: tuple[float, ...]
     """Local steps per second of each worker; 0 while unknown."""
     round_steps: tuple[int, ...]
-    """Local steps per round that the pace gives each worker."""
+    """Local steps per round of each worker, from the pace."""
     caps: tuple[int, ...] | None
     """Local steps at which each worker stops; None: no limit."""
     exhausted: bool
-    """The shared budget is spent."""
+    """Whether the shared budget is spent."""
     stop: bool
-    """Some worker asked all to end their training."""
+    """Whether a worker has asked all to end their training."""
     over: bool
-    """Every worker has pushed everything and every delta is applied."""
+    """Whether every worker has pushed all of its steps and every delta is applied."""
     shard_samples: tuple[int, ...]
     beat: Beat
     local_steps: int
@@ -78,7 +78,7 @@ class Progress:
 
     @classmethod
     def at_start(cls, workers: int, local_steps: int) -> Progress:
-        """What a run starts from."""
+        """The progress of a new run."""
         nothing = (0,) * workers
         return cls(
             version=0,

@@ -1,4 +1,4 @@
-"""H, the local steps per round of the fastest worker: as given, or chosen by what is known of the run. Pure."""
+"""H, the local steps per round of the fastest worker: as given, or chosen from measurements of the run. Pure."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ __all__ = ["AUTO", "RoundLength"]
 
 AUTO = "auto"
 
-_LONGEST = 50  # the papers', where nothing asks for more
+_LONGEST = 50  # as in the papers, unless the exchange needs longer rounds
 _MOST = 1000  # over the slowest link
-_ROUNDS = 40  # of a run whose length is known
-_FIRST, _ROUNDS_SO_FAR = 5, 20  # of a run whose length is not
-_EXCHANGES_PER_ROUND = 2  # that would fit into a round, so that each is over before the next begins
+_ROUNDS = 40  # of a run of known length
+_FIRST, _ROUNDS_SO_FAR = 5, 20  # of a run of unknown length
+_EXCHANGES_PER_ROUND = 2  # a round lasts at least as long, so that each exchange ends before the next begins
 _MOST_OVERHEAD = 0.02  # of the processor's time
-_LONGER = 2  # times as long as is good for learning may a round be to cost less
+_LONGER = 2  # maximum factor by which the overhead lengthens a round beyond the best length for learning
 
 
 class RoundLength:
-    """How many local steps the fastest worker makes per round, alike on every worker.
+    """The number of local steps per round of the fastest worker, identical on every worker.
 
-    Rounds are as short as is cheap, for the more often workers learn from each other, the better they learn; and at
-    most of 50 steps. A run of known length has 40 rounds; one without an end begins with short rounds, and each has at
-    most a twentieth of the steps before it. But a round takes at least as long as two exchanges, and it is made up to
-    twice as long if an exchange costs the processor more than 2% of its time. Over a slow link, or with a large model,
-    rounds are as long as that asks for.
+    Short rounds learn better, so rounds are as short as is cheap, and at most 50 steps long. A run of known length has
+    40 rounds. A run of unknown length begins with short rounds, and each round has at most a twentieth of the steps
+    before it. A round takes at least as long as two exchanges. It is made up to twice as long if the exchange takes
+    more than 2% of the processor's time. Over a slow link, or with a large model, these bounds make rounds longer than
+    50 steps.
 
     Args:
-        local_steps: H; or ``"auto"``.
-        max_steps: local steps per worker that the run has; None: not known.
+        local_steps: H, or ``"auto"``.
+        max_steps: local steps per worker of the run; None: unknown.
     """
 
     def __init__(self, local_steps: int | str, max_steps: int | None) -> None:
@@ -38,16 +38,16 @@ class RoundLength:
 
     @property
     def longest(self) -> int:
-        """The most steps it ever gives."""
+        """Maximum number of steps."""
         return _MOST if self._given is None else self._given
 
     @property
     def usual(self) -> int:
-        """The most steps it gives where exchanges are quick."""
+        """Maximum number of steps if exchanges are quick."""
         return _LONGEST if self._given is None else self._given
 
     def first(self) -> int:
-        """H before anything is measured."""
+        """H before any measurement."""
         return self.next(0, 0, (), (), ())
 
     def next(
@@ -58,14 +58,14 @@ class RoundLength:
         exchange_seconds: Sequence[float],
         exchange_costs: Sequence[float],
     ) -> int:
-        """H from here on.
+        """H from now on.
 
         Args:
             now: H so far; 0 at the start.
             steps_made: local steps per worker, on average.
             speeds: local steps per second of each worker; 0 while unknown.
-            exchange_seconds: seconds that an exchange takes each worker; 0 while unknown.
-            exchange_costs: seconds of them that its processor is busy.
+            exchange_seconds: duration of an exchange on each worker, in seconds; 0 while unknown.
+            exchange_costs: busy time of its processor in that duration, in seconds.
         """
         if self._given is not None:
             return self._given
@@ -75,11 +75,11 @@ class RoundLength:
         wanted = self._wanted(steps_made)
         affordable = min(cheap / _MOST_OVERHEAD, wanted * _LONGER)
         wanted = max(wanted, min(math.ceil(max(fits, affordable)), _MOST))
-        # Measurements vary, and rounds shall not with each of them.
+        # Measurements vary; rounds should not follow each variation.
         return wanted if wanted > now or 2 * wanted <= now else now
 
     def _wanted(self, steps_made: int) -> int:
-        """As many as are good for learning."""
+        """The best number of steps for learning."""
         if self._max_steps is not None:
             return min(max(1, self._max_steps // _ROUNDS), _LONGEST)
         return min(max(_FIRST, steps_made // _ROUNDS_SO_FAR), _LONGEST)

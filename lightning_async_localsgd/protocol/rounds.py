@@ -1,4 +1,4 @@
-"""A worker's rounds: which step ends one, and whether there is another. Pure: no clock, no threads, no tensors."""
+"""A worker's rounds: the step that ends each, and the end of the run. Pure: no clock, no threads, no tensors."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _MOST_SAMPLES = 1 << 32  # of one local step
 
 
 class Rounds:
-    """Counts one worker's local steps and decides, from the shared progress, what comes after each.
+    """Counts one worker's local steps and decides on its rounds, from the shared progress.
 
-    The real worker and the simulated one share it, so that both make the same rounds of the same progress.
+    The real worker and the simulated one share this class, so that the same progress leads to the same rounds.
 
     Args:
-        rank: the worker.
+        rank: rank of the worker.
         size: number of workers.
         rules: settings of the run.
     """
@@ -33,16 +33,16 @@ class Rounds:
     def __init__(self, rank: int, size: int, rules: Rules) -> None:
         self.rank = rank
         self.local_steps = 0
-        """Local steps this worker has made in this run."""
+        """Local steps of this worker in this run."""
         self.round = 0
-        """Rounds this worker has pushed."""
+        """Number of rounds that this worker has pushed."""
         self.shard = rank
-        """The data shard of the current round: the worker's own at first, then drawn by progress (Eq. 2)."""
+        """The data shard of the current round: at first the worker's own, later drawn by progress (Eq. 2)."""
         self.round_steps = 0
         """Local steps of the current round."""
         self.round_samples = 0
         self.beat = NO_BEAT
-        """The latest beat that this worker has kept."""
+        """The latest beat that this worker has compared its rounds with."""
         self.shard_generator = torch.Generator().manual_seed(rank)
         self._size = size
         self._rules = rules
@@ -51,26 +51,26 @@ class Rounds:
         self._shared_budget = rules.shares_budget(size)
         self._max_steps: int | None = None
         self._open_end = False
-        self._planned_at_begin = 0  # local steps of this round, as of its beginning
-        self._shift = 0  # local steps by which this round is to be longer than planned
-        self._pushed_steps = 0  # of the round before
-        self._ahead = 0  # in lockstep: own steps that the others did not make as well
+        self._planned_at_begin = 0  # local steps of this round, as planned at its beginning
+        self._shift = 0  # local steps to add to the planned length of this round
+        self._pushed_steps = 0  # of the previous round
+        self._ahead = 0  # in lockstep: own steps without a counterpart on the other workers
         self._job_steps = 0
 
     def start(self, progress: Progress, max_steps: int | None, open_end: bool = False) -> None:
         """Begin the run.
 
         Args:
-            progress: what it starts or goes on from.
-            max_steps: local steps per worker that it has; None: no limit.
-            open_end: ``max_steps`` is only what is expected.
+            progress: the progress at the start, zero or resumed.
+            max_steps: local steps per worker of the run; None: no limit.
+            open_end: whether ``max_steps`` is only an estimate.
         """
         self._max_steps = max_steps
         self._open_end = open_end
         self._planned_at_begin = progress.round_steps[self.rank]
 
     def join(self, progress: Progress) -> None:
-        """Begin in the middle of a run, as the others are."""
+        """Join a run in progress."""
         self.beat = progress.beat
         self._ahead = -max(progress.steps)
 
@@ -81,7 +81,7 @@ class Rounds:
 
         Raises:
             TypeError: if ``samples`` is not a number.
-            ValueError: if it is not a whole one, or outside its range.
+            ValueError: if ``samples`` is not a whole number, or outside its range.
         """
         samples = whole_samples(samples)
         self.local_steps += 1
@@ -96,8 +96,8 @@ class Rounds:
         Args:
             progress: shared progress.
             seconds: duration of the round from its first step to its last.
-            start_version: version of the global parameters that it began from.
-            shard: the round's shard, if that of the next one has been drawn already; None: the current one.
+            start_version: version of the global parameters at the start of the round.
+            shard: the round's shard, if the next round's has already been drawn; None: the current one.
         """
         own = self.shard if shard is None else shard
         pushed = PushedRound(self.round, self.round_steps, self.round_samples, seconds, own, start_version)
@@ -114,12 +114,12 @@ class Rounds:
             self.shard = draw_shard([1] * self._size, progress.shard_samples, self.shard_generator)
 
     def restart(self) -> None:
-        """Forget what was learned in the round before, which was dropped, and since."""
+        """Discard the previous round, which was dropped, and the steps since then."""
         self._ahead += self._pushed_steps + self.round_steps
         self.round_steps = self.round_samples = 0
 
     def reopen(self, pushed: PushedRound) -> None:
-        """Take the round before up again: the steps since then belong to it."""
+        """Continue the previous round: the steps since its push are added to it."""
         self.round -= 1
         self.round_steps += pushed.steps
         self.round_samples += pushed.samples
@@ -137,21 +137,21 @@ class Rounds:
         return self.round_steps >= due and not self._is_last(progress, self.local_steps)
 
     def _planned(self, progress: Progress) -> int:
-        """Local steps of this round: as of now; in lockstep as of its beginning, when all knew the same."""
+        """Planned local steps of this round: the current plan, or in lockstep the plan at the round's beginning."""
         return self._planned_at_begin if self._lockstep else progress.round_steps[self.rank]
 
     def most_to_extend(self, progress: Progress) -> int:
-        """The most local steps of a pushed round that the steps since then may still be added to.
+        """Maximum size, in local steps, of a pushed round that may still be extended.
 
-        While a turn is held open for others, what a worker goes on learning belongs to the round it pushed: the fewer
-        steps a delta leaves behind, the less is learned from parameters that are about to change.
+        While a turn is held open for others, a worker's further steps are added to the round it has pushed. Steps left
+        out of the delta would be learned from parameters that are about to change.
         """
         if self._is_last(progress, self.local_steps):
-            return 0  # what is left for the last round would be less than half of one
+            return 0  # the last round would have less than half of a round's steps
         return math.floor((1 + self._pace.tolerance) * self._planned(progress)) - self.round_steps
 
     def patience(self, progress: Progress, speed: float) -> float:
-        """Seconds for which a turn that opens now is worth holding open for this worker's next push.
+        """Seconds for which a turn that opens now should be held open for this worker's next push.
 
         Args:
             progress: shared progress.
@@ -161,9 +161,9 @@ class Rounds:
         if speed == 0:
             return window
         planned = self._planned(progress)
-        if self._rules.overlap:  # nobody waits meanwhile: worth it for what brings this worker in step with the rest
+        if self._rules.overlap:  # no worker is blocked meanwhile, and a common turn brings this one in step
             window = max(window, max(2, self._pace.tolerance * planned) / speed)
-            # The fastest workers do not wait, but the turn holds back their deltas: no longer than they made them.
+            # The turn holds back the deltas of the fastest workers: no longer than one of their rounds.
             window = min(window, progress.local_steps / max(speed, *progress.speeds))
             window = min(window, self._rules.timeout.total_seconds() / 4)
         steps = max(1, self._enough(planned) - self.round_steps)
@@ -172,13 +172,14 @@ class Rounds:
         return window
 
     def _enough(self, planned: int) -> int:
-        """Local steps after which a round may end, if that lets it share a turn with others."""
+        """Local steps after which a round may end to share a turn with others."""
         return max(1, math.floor((1 - self._pace.tolerance) * planned))
 
     def _keep_step(self, progress: Progress, planned: int) -> None:
-        """Where worker 0's delta came without this worker's, make this round longer or shorter, to be in step again.
+        """Lengthen or shorten this round to be in step again, if worker 0's delta came without this worker's.
 
-        All follow worker 0, which keeps its own time: if each followed the others, two in opposite phase would stay so.
+        All adjust to worker 0, which does not adjust: if each adjusted to the others, two workers in opposite phase
+        would stay in opposite phase.
         """
         if progress.beat == self.beat:
             return
@@ -190,10 +191,10 @@ class Rounds:
         self._shift = min(early, most) if early < late else -min(late, most)
 
     def _is_last(self, progress: Progress, local_steps: int) -> bool:
-        """Whether the round goes on to the end of the run if it is not over after ``local_steps``.
+        """Whether a round that does not end after ``local_steps`` goes on to the end of the run.
 
-        What is left of the budget goes into this round if it would be less than half of one: every delta is a whole
-        outer update with its momentum, and one of a few steps would be all momentum.
+        A remaining budget of less than half a round is added to this round. Every delta is a whole outer update with
+        its momentum, and the update of a few steps would be nearly all momentum.
         """
         caps = progress.caps
         return caps is not None and caps[self.rank] - local_steps < self._planned(progress) / 2
@@ -202,7 +203,7 @@ class Rounds:
 
     @staticmethod
     def over(progress: Progress) -> bool:
-        """Whether no worker is to make another step."""
+        """Whether the run has ended for all workers: none makes another step."""
         return progress.stop or progress.exhausted
 
     def has_step(self, progress: Progress) -> bool:
@@ -211,20 +212,20 @@ class Rounds:
 
     @property
     def may_get_more(self) -> bool:
-        """Whether its share may grow, if others leave some of theirs."""
+        """Whether the worker's share may grow, if others leave steps of theirs."""
         return self._shared_budget
 
     def budget_spent(self, progress: Progress) -> bool:
-        """Whether no step is left for this worker, whatever the others do."""
+        """Whether no step is left for this worker, whatever the others leave."""
         if self._open_end:
             return False
         return progress.exhausted or (not self.has_step(progress) and not self._shared_budget)
 
     def job_steps(self, progress: Progress) -> int:
-        """Steps of the job: local steps of all workers over their number, rounded down. Never goes back.
+        """Steps of the job: local steps of all workers over their number, rounded down. Never decreases.
 
-        Between two exchanges the others are taken to advance at their pace; in lockstep, where all make the same steps,
-        however late. Learning-rate schedules count these.
+        Between two exchanges the others are assumed to advance at their pace; in lockstep, to make the same steps.
+        Learning-rate schedules count these steps.
         """
         if self._lockstep:
             return self._reach(self.local_steps - self._ahead)
@@ -232,13 +233,13 @@ class Rounds:
         return self._reach(estimate // self._size)
 
     def steps_made(self, progress: Progress) -> tuple[int, ...]:
-        """Local steps of each worker: as of the latest exchange, and by its pace since."""
+        """Local steps of each worker: the count at the latest exchange, and an estimate by its pace since then."""
         if self._lockstep:
             return (self.local_steps - self._ahead,) * self._size
         return estimate_steps(progress.steps, progress.round_steps, self.rank, self.local_steps)
 
     def final_job_steps(self, progress: Progress) -> int:
-        """:meth:`job_steps` when all have ended: no estimate."""
+        """:meth:`job_steps` after all workers have ended, without an estimate."""
         return self._reach(sum(progress.steps) // self._size)
 
     def _reach(self, job_steps: int) -> int:
@@ -249,15 +250,18 @@ class Rounds:
 
 
 def whole_samples(samples: Any) -> int:
-    """The samples of a local step as an integer, given as any whole number: an int, a float, a tensor of one element.
+    """The number of samples of a local step as an integer.
+
+    Args:
+        samples: a whole number of any type: an int, a float, a tensor of one element.
 
     Raises:
         TypeError: if ``samples`` is not a number.
-        ValueError: if it is not a whole one, or negative, or above 2^32.
+        ValueError: if ``samples`` is not a whole number, or negative, or above 2^32.
     """
     try:
         whole = int(samples)
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last: a tensor of several elements
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: a tensor of several elements
         raise TypeError(f"`samples` must be a whole number, the samples of one local step, got {samples!r}.") from error
     if whole != samples or not 0 <= whole <= _MOST_SAMPLES:
         raise ValueError(f"`samples` must be a whole number from 0 to {_MOST_SAMPLES}, got {samples!r}.")

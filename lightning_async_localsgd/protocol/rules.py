@@ -1,4 +1,4 @@
-"""The settings that the protocol goes by."""
+"""The settings of the protocol."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Rules(Protocol):
         """Time after which a silent worker is lost."""
 
     def round_length(self, max_steps: int | None) -> RoundLength:
-        """The policy that sets H in a run of that many local steps per worker; None: its length is not known."""
+        """The policy that sets H in a run of ``max_steps`` local steps per worker; None: unknown."""
 
     def lockstep(self, workers: int) -> bool:
         """Whether every worker's delta, of H steps each, is in every outer update."""

@@ -1,4 +1,4 @@
-"""Which shard of the data a worker's next round trains on: drawn by progress (Eq. 2)."""
+"""The data shard of a worker's next round, drawn by progress (Eq. 2)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ __all__ = [
 def shard_probabilities(sizes: Sequence[int], samples: Sequence[int]) -> list[float]:
     """Probability of each shard: ``p_i ∝ max(|D_i| / Σ|D_j| - n_i / Σ n_j, 0)``.
 
-    Where every shard is exactly as far as its size asks for (also before the first sample), shards are drawn by size.
+    If the progress of all shards is exactly in proportion to their sizes (as before the first sample), shards are drawn
+    by size.
 
     Args:
-        sizes: samples in each shard, |D_i|.
-        samples: samples learned so far from each shard, n_i.
+        sizes: number of samples in each shard, |D_i|.
+        samples: number of samples learned so far from each shard, n_i.
 
     References:
         Liu et al. 2024 (arXiv 2401.09135), Eq. 2.
@@ -34,6 +35,6 @@ def shard_probabilities(sizes: Sequence[int], samples: Sequence[int]) -> list[fl
 
 
 def draw_shard(sizes: Sequence[int], samples: Sequence[int], generator: torch.Generator) -> int:
-    """Draw the shard that a worker trains on in its next round."""
+    """Draw the shard of a worker's next round."""
     probabilities = torch.tensor(shard_probabilities(sizes, samples), dtype=torch.float64)
     return int(torch.multinomial(probabilities, 1, generator=generator))

@@ -1,4 +1,4 @@
-"""The stopwatch: how fast a worker trains, by whatever clock."""
+"""A speed meter: the training speed of a worker, by any clock."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Stopwatch:
     """Measures the speed of training alone: time spent on the exchange or in a pause does not count.
 
     Args:
-        local_steps: the most local steps per round that there will be.
-        clock: tells the time in seconds.
+        local_steps: maximum number of local steps per round.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, local_steps: int, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -28,19 +28,19 @@ class Stopwatch:
         self._marks: deque[float] = deque(maxlen=max(local_steps, _MIN_WINDOW) + 1)
 
     def resume(self) -> float:
-        """Training goes on; returns the seconds since it stopped."""
+        """Continue after a pause. Returns the duration of the pause in seconds."""
         self._since = self._clock()
         return self._since - self._stopped_at
 
     def pause(self) -> None:
-        """Training stops."""
+        """Begin a pause."""
         if self._since is not None:
             self._stopped_at = self._clock()
             self._busy += self._stopped_at - self._since
             self._since = None
 
     def step(self) -> None:
-        """A local step has ended; training stops until :meth:`resume`."""
+        """Record the end of a local step, and begin a pause until :meth:`resume`."""
         self.pause()
         self._marks.append(self._busy)
 

@@ -21,20 +21,20 @@ from lightning_async_localsgd.simulation.steps import Passes
 
 __all__ = ["VirtualLoaders"]
 
-_PASSES_KEPT = 8  # fast workers are some passes ahead of slow ones
+_PASSES_KEPT = 8  # fast workers are several passes ahead of slow ones
 
 
 class VirtualLoaders:
-    """Gives each virtual worker its batches.
+    """Divides the batches among the virtual workers.
 
     Map-style loaders are divided as :class:`~lightning_async_localsgd.AsyncLocalSGDStrategy` divides them under
-    ``max_steps``: each round reads from the shard that it has drawn. All loading is done in this process.
+    ``max_steps``: each round reads from the shard that it has drawn. All loading takes place in this process.
 
     Args:
         data: a map-style ``DataLoader``, several in a collection or a ``CombinedLoader``; or a function of rank and
-            size that gives what one worker iterates over, pass after pass.
+            size that returns one worker's data, an iterable that is iterated pass after pass.
         workers: number of workers.
-        seed: of the order of the samples.
+        seed: seed of the order of the samples.
 
     Raises:
         ValueError: if the data cannot be divided.
@@ -55,11 +55,11 @@ class VirtualLoaders:
         """A worker's data.
 
         Args:
-            worker: whose.
-            current_shard: tells the shard that its current round has drawn.
+            worker: rank of the worker.
+            current_shard: returns the shard that the worker's current round has drawn.
 
         Raises:
-            ValueError: by the batches, if a pass has none.
+            ValueError: from the batches, if a pass has none.
         """
         loaders: list[WorkerLoader] = []
         source: Any

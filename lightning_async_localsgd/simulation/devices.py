@@ -1,4 +1,4 @@
-"""Virtual devices: how long each local step of a virtual worker takes, and when the worker is there."""
+"""Virtual devices: the duration of each local step of a virtual worker, and the times at which it joins and leaves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["ChangingDevice", "ConstantDevice", "Device", "NoisyDevice", "Virtual
 
 
 class Device(Protocol):
-    """How long a worker's local steps take."""
+    """The durations of a worker's local steps."""
 
     def step_seconds(self, now: float, chance: random.Random) -> float:
         """Virtual seconds of the local step that begins at ``now``.
@@ -73,7 +73,7 @@ class NoisyDevice:
 
 @dataclass(frozen=True)
 class ChangingDevice:
-    """A device that becomes faster or slower on the way: throttled, shared, moved.
+    """A device whose speed changes during the run: throttled, shared, moved.
 
     Args:
         speeds: pairs of virtual time in seconds and the speed in local steps per second from then on; the first at 0.
@@ -99,15 +99,15 @@ class ChangingDevice:
 
 @dataclass(frozen=True, init=False)
 class VirtualWorker:
-    """A worker that comes late or goes early.
+    """A worker that joins late or leaves early.
 
-    Who joins starts from the global parameters of that moment. Who leaves takes along what has not been applied yet, as
-    a spot instance that is taken away does; the others go on without it.
+    A worker that joins starts from the global parameters of that time. When a worker leaves, its steps that have not
+    been applied are lost, as with a spot instance that is reclaimed; the others continue without it.
 
     Args:
         device: its device, or its speed in local steps per second.
         joins: virtual time in seconds at which it begins.
-        leaves: virtual time in seconds at which it is gone.
+        leaves: virtual time in seconds at which it leaves.
 
     Raises:
         ValueError: if it leaves before it joins.
@@ -131,7 +131,7 @@ def make_workers(workers: Sequence[float | Device | VirtualWorker]) -> list[Virt
     """All workers in one form: numbers are speeds in local steps per second.
 
     Raises:
-        ValueError: if there is none, or one is neither of these.
+        ValueError: if there is no worker, or one is of another type.
     """
     if not workers:
         raise ValueError("A simulation needs at least one worker: pass their speeds in local steps per second.")

@@ -1,4 +1,4 @@
-"""The live module: one module in memory, which is every replica's in its turn."""
+"""The live module: one module in memory, shared by all replicas in turn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["LiveModule", "Own"]
 
 
 class _ParameterPlace:
-    """A parameter of the live module. Its values change hands; the object, which optimizers know, stays."""
+    """A parameter of the live module. Its values are swapped; the object, which optimizers refer to, stays."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self._parameter = parameter
@@ -56,21 +56,21 @@ class _Random(NamedTuple):
 
 
 class Own:
-    """What is one replica's own of the module: parameters and buffers, and where its random numbers are."""
+    """The state of one replica: its parameters, its buffers, and its random generators."""
 
     def __init__(self) -> None:
-        self.tensors: list[Tensor] = []  # by place; while it is live, those of the module
+        self.tensors: list[Tensor] = []  # by place; the module's tensors while the replica is live
         self.random: _Random | None = None
 
 
 class LiveModule:
     """Lends one module to many replicas, one at a time: swaps tensors in and out without copying them.
 
-    What replicas share are frozen parameters without a slot in the layout, and what is neither parameter nor buffer.
+    Replicas share frozen parameters without a slot in the layout, and everything that is neither parameter nor buffer.
 
     Args:
         module: the module, on its device.
-        layout: what is exchanged.
+        layout: the layout of the exchanged tensors.
     """
 
     def __init__(self, module: nn.Module, layout: Layout) -> None:
@@ -86,17 +86,17 @@ class LiveModule:
         self._versions = {name: p._version for name, p in self._shared.items()}
 
     def adopt(self, own: Own, like: Own) -> None:
-        """Give a new replica copies of another one's tensors, or of the module's if that has none yet."""
+        """Give a new replica copies of another replica's tensors, or of the module's if that replica has none yet."""
         own.tensors = [tensor.clone() for tensor in self._tensors(like) or self._original]
-        own.random = self._random  # alike for all, as in processes that are seeded alike
+        own.random = self._random  # the same for all, as in processes with the same seed
 
     def exchanged(self, own: Own) -> list[Tensor]:
-        """A replica's tensors that are exchanged, in the order of the layout."""
+        """A replica's exchanged tensors, in the order of the layout."""
         tensors = self._tensors(own)
         return self._layout.fit([tensors[place] for place in self._slots])
 
     def enter(self, own: Own) -> bool:
-        """Have the module be this replica's; returns whether it was another's before."""
+        """Swap this replica into the module. Returns whether another replica was in it before."""
         if own is self._live:
             return False
         self._leave()
@@ -119,7 +119,7 @@ class LiveModule:
         return own.tensors
 
     def check_unshared(self) -> None:
-        """Refuse training that changes what all replicas share.
+        """Refuse training that changes a parameter shared by all replicas.
 
         Raises:
             RuntimeError: naming the parameter.
@@ -135,7 +135,7 @@ class LiveModule:
 
     @contextmanager
     def lend(self, values: Tensor, leader: Own) -> Iterator[None]:
-        """Have the module be the one of these global values (flat), and for the rest the leader's."""
+        """In the body the module holds these global values (flat), and otherwise worker 0's tensors."""
         self._leave()
         with torch.no_grad():
             tensors = [tensor.clone() for tensor in leader.tensors or self._original]
@@ -150,7 +150,7 @@ class LiveModule:
 
     @torch.no_grad()
     def close(self, values: Tensor, leader: Own) -> None:
-        """Give the module back with these global values, in the tensors that it came with."""
+        """Restore the module's original tensors, filled with these global values."""
         with self.lend(values, leader):
             final = [place.get() for place in self._places]
         for place, original, tensor in zip(self._places, self._original, final, strict=True):
@@ -169,7 +169,7 @@ class LiveModule:
 
 
 def _find_places(module: nn.Module, layout: Layout) -> tuple[list[_ParameterPlace | _BufferPlace], list[int]]:
-    """The places of the module where replicas differ, and for each slot of the layout its place."""
+    """The places of the module in which replicas differ, and the place of each slot of the layout."""
     places: list[_ParameterPlace | _BufferPlace] = []
     found: dict[str, int] = {}
     parameters = dict(module.named_parameters())

@@ -1,4 +1,4 @@
-"""The virtual network: how long messages and deltas take from each worker to each other."""
+"""The virtual network: the durations of messages and deltas from each worker to each other."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ WireBytes = Callable[[int], int]
 
 @dataclass(frozen=True)
 class Network:
-    """Links of the workers, full duplex, and of the sites that several of them share.
+    """The links of workers, full duplex, and of sites shared by several workers.
 
     Args:
-        latency: seconds that a message takes from one worker to another, however short.
+        latency: seconds of an empty message from one worker to another.
         bandwidth: bytes per second of each worker's own link, in each direction.
-        sites: the site of each worker; None: all are at one.
-        site_latency: further seconds between two sites.
-        site_bandwidth: bytes per second of the link that joins a site to the others, in each direction; its workers
-            share it.
+        sites: the site of each worker; None: all are at one site.
+        site_latency: additional seconds of a message between two sites.
+        site_bandwidth: bytes per second of the link that joins a site to the others, in each direction, shared by its
+            workers.
 
     Raises:
         ValueError: if a number is outside its range.
@@ -47,29 +47,29 @@ class Network:
                 raise ValueError(f"`{name}` must be positive (bytes per second), got {getattr(self, name)}.")
 
     def check_workers(self, workers: int) -> None:
-        """Refuse sites that are not those of this number of workers."""
+        """Refuse a list of sites of another length than the number of workers."""
         if self.sites is not None and len(self.sites) != workers:
             raise ValueError(f"`sites` names the site of {len(self.sites)} workers, and there are {workers}.")
 
     def trip(self, workers: Sequence[int]) -> float:
-        """Seconds until an empty message of each of these workers is at each other one."""
+        """Seconds of an empty message from each of these workers to each other one."""
         if len(workers) < 2:
             return 0.0
         return self.latency + (self.site_latency if self._sites_of(workers) > 1 else 0.0)
 
     def header_seconds(self, workers: Sequence[int]) -> float:
-        """Seconds in which each of these workers gives each other one a header."""
+        """Seconds of a header from each of these workers to each other one."""
         return self.trip(workers) + self._load_seconds(workers, workers, HEADER_BYTES)
 
     def gather_seconds(self, senders: Sequence[int], workers: Sequence[int], elements: int, wire: WireBytes) -> float:
-        """Seconds in which these senders give their deltas to all of these workers.
+        """Seconds of the transfer of these senders' deltas to all of these workers.
 
-        As in the real exchange: the beginnings of all deltas travel at once, the rest one delta after the other.
+        As in the real exchange, the beginnings of all deltas travel at once, the rest one delta after the other.
 
         Args:
-            senders: the workers whose deltas travel.
-            workers: all workers that take part.
-            elements: elements of each delta.
+            senders: ranks of the senders.
+            workers: ranks of all workers in the turn.
+            elements: number of elements of each delta.
             wire: the bytes of so many elements on the wire.
         """
         if not senders or len(workers) < 2:
@@ -79,7 +79,7 @@ class Network:
         if elements > beginning:
             rest = wire(elements) - wire(beginning)
             trip = self.trip(workers)
-            # Senders of one site take as long as each other.
+            # Senders of one site take the same time.
             of_site = {self._site(s): trip + self._load_seconds([s], workers, rest) for s in self._one_of_each(senders)}
             seconds += sum(of_site[self._site(s)] for s in senders)
         return seconds
@@ -140,7 +140,7 @@ class Network:
         return {senders[0], *list(rest)[:1]}
 
     def _load_seconds(self, senders: Iterable[int], workers: Sequence[int], size: int) -> float:
-        """Seconds until each sender has given ``size`` bytes to each worker but itself, all at once."""
+        """Seconds of a simultaneous transfer of ``size`` bytes from each sender to each other worker."""
         peers = len(workers) - 1
         senders = set(senders)
         if peers < 1:

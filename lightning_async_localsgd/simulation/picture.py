@@ -1,4 +1,4 @@
-"""One picture of a simulated run: its loss over outer updates and over time, its rounds, its staleness."""
+"""A figure of a simulated run: its loss over outer updates and over time, its rounds, its staleness."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["draw", "make_figure"]
 COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 _WAITING = "#dddddd"
 _LANES = 16
-_ROUNDS = 20  # of the worker that makes them fastest
+_ROUNDS = 20  # of the worker with the fastest rounds
 _BARS = 40  # of the histogram
 
 
@@ -42,8 +42,8 @@ def draw(result: SimulationResult, path: Path) -> None:
 def make_figure(result: SimulationResult) -> Figure:
     """The picture of a run.
 
-    Held-out points are the first metric with "loss" in its name. Of many workers the first 16 are shown, of many rounds
-    the first 20 of the fastest.
+    Held-out points are the first metric with "loss" in its name. The figure shows at most the first 16 workers, and the
+    time of the fastest worker's first 20 rounds.
     """
     lanes = min(result.workers, _LANES)
     lower = 2.6 + 0.2 * lanes
@@ -97,7 +97,7 @@ def _draw_losses(axes: Axes, result: SimulationResult, trained: list[float], eva
 
 
 def _by_time(losses: list[LossPoint]) -> list[LossPoint]:
-    """Rounds are told of when their deltas have been applied, which need not be in the order in which they ended."""
+    """Losses sorted by time: rounds are reported when their deltas are applied, not in the order of their ends."""
     return sorted(losses, key=lambda point: point.time)
 
 
@@ -107,7 +107,7 @@ def _loss_name(evaluations: list[Evaluation]) -> str | None:
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """The mean of each value and as many neighbours before as after it, so that it does not lag behind."""
+    """The mean of each value and as many neighbours before as after it: a centred mean does not lag."""
     reach = max(2, len(values) // 50)
     reaches = [min(reach, index, len(values) - 1 - index) for index in range(len(values))]
     return [fmean(values[index - near : index + near + 1]) for index, near in enumerate(reaches)]
@@ -124,7 +124,7 @@ def _draw_rounds(axes: Axes, result: SimulationResult, lanes: int) -> None:
     window = min((rounds[_ROUNDS - 1].end for rounds in by_worker if len(rounds) >= _ROUNDS), default=result.seconds)
     scale, unit = _unit(window)
     for worker, rounds in enumerate(by_worker):
-        # What no round covers is time in which the worker made no step.
+        # Time outside rounds is time without a step of the worker.
         until = max((max(round_.end, round_.adopted) for round_ in rounds), default=0.0)
         axes.barh(worker, min(until, window) / scale, height=0.7, color=_WAITING, linewidth=0)
         _draw_lane(axes, worker, [round_ for round_ in rounds if round_.begin < window], window, scale)
@@ -146,16 +146,16 @@ def _draw_lane(axes: Axes, worker: int, rounds: list[SimulatedRound], window: fl
         end = min(round_.end, window)
         width = (end - round_.begin) / scale
         left = round_.begin / scale
-        # White underneath: the colour is translucent, and must not look like waiting.
+        # White underneath, because the colour is translucent and must not look like waiting.
         axes.barh(worker, width, left=left, height=0.7, color="white", linewidth=0)
         axes.barh(worker, width, left=left, height=0.7, color=color, alpha=(0.85, 0.6)[index % 2], linewidth=0)
-        # A narrow bar has no room for a number, and one that is cut off would show it beside what it counts.
+        # A narrow bar has no room for a number; a bar that is cut off would show it in the wrong place.
         if width * scale > 0.008 * window * (2 + len(str(round_.local_steps))) and round_.end <= window:
             axes.text(left + width / 2, worker, str(round_.local_steps), ha="center", va="center", fontsize=7)
 
 
 def _draw_waits(axes: Axes, waits: list[SimulatedWait], window: float, scale: float) -> None:
-    """Over the lane: a worker can wait within a round as well."""
+    """Draw waits over the lane, because a worker can also wait within a round."""
     for wait in waits:
         width = (min(wait.end, window) - wait.begin) / scale
         axes.barh(wait.worker, width, left=wait.begin / scale, height=0.7, color=_WAITING, linewidth=0)
@@ -194,7 +194,7 @@ def _draw_staleness(axes: Axes, result: SimulationResult) -> None:
 
 
 def _unit(seconds: float) -> tuple[float, str]:
-    """Seconds in the unit in which this many are read most easily, and its name."""
+    """The length of the most readable unit of time for ``seconds``, in seconds, and its name."""
     if seconds <= 300:
         return 1, "seconds"
     return (60, "minutes") if seconds <= 3 * 3600 else (3600, "hours")

@@ -1,4 +1,4 @@
-"""The replicas of a simulation: what each virtual worker learns, pushes and adopts."""
+"""The replicas of a simulation: the training, pushes and adoptions of each virtual worker."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ __all__ = ["TrainingReplicas"]
 
 
 class _Owed(NamedTuple):
-    """A local step that is still to be made."""
+    """A local step that has been counted and not yet computed."""
 
     shard: int
     job_steps: int
 
 
 class _Flat:
-    """The global parameters and buffers of one version, shared by all who adopt it: gone when none needs it."""
+    """The global parameters and buffers of one version, shared by all workers that adopt it."""
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
 
 
 class _Replica:
-    """What is one worker's own."""
+    """The state of one worker."""
 
     def __init__(self, steps: LocalSteps, drops: Drops, wire: WireVector) -> None:
         self.own = Own()
@@ -53,8 +53,8 @@ class _Replica:
         self.owed: list[_Owed] = []
         self.samples = 0  # since its push, as the loss
         self.loss = 0.0
-        self.base: _Flat | None = None  # what its round began from
-        self.snapshot: Tensor | None = None  # at its push, until the adoption
+        self.base: _Flat | None = None  # at the start of its round
+        self.snapshot: Tensor | None = None  # at its push; kept until the adoption
         self.unsendable = Unsendable()  # of its latest push
         self.adoption: _Flat | None = None
         self.learned_since_push = False
@@ -63,19 +63,19 @@ class _Replica:
 class TrainingReplicas:
     """Trains all virtual workers on one live module; see :class:`Replicas`.
 
-    A step is made when something depends on it, together with all that its worker owes by then. So a worker's
-    parameters stay in the processor's cache for a round, and change places once per round.
+    A step is computed when something depends on it, together with all outstanding steps of its worker. So a worker's
+    parameters stay in the processor's cache for a round, and are swapped once per round.
 
-    Of each worker there is in memory: its parameters and buffers, the state of its inner optimizer, a copy of its
-    parameters while its delta is on its way, and the global parameters that its round began from, of which there is one
-    copy for all who began from the same.
+    The memory of each worker is its parameters and buffers, the state of its inner optimizer, a copy of its parameters
+    while its delta is in flight, and the global parameters at the start of its round. Workers whose rounds began from
+    the same global parameters share one copy of them.
 
     Args:
-        trainer: whose loop, strategy and precision make the steps. It must be fitting.
+        trainer: the trainer; its loop, strategy and precision make the steps. It must be fitting.
         module: the module, on its device.
         state: the global state.
         settings: settings of the run.
-        batches: what makes the data of each worker.
+        batches: makes the data of each worker.
 
     Raises:
         ValueError: if a learning-rate schedule watches a metric.
@@ -195,12 +195,12 @@ class TrainingReplicas:
 
     @contextmanager
     def lend_global(self) -> Iterator[None]:
-        """Have the live module be the global model, with worker 0's buffers where none are exchanged."""
+        """In the body the live module is the global model, with worker 0's buffers where none are exchanged."""
         with self._live.lend(self._state.flat, leader=self._replicas[0].own):
             yield
 
     def close(self) -> None:
-        """Give the module back with the global parameters of now, and let go of all else."""
+        """Restore the module, with the current global parameters, and release everything else."""
         self._live.close(self._state.flat, leader=self._replicas[0].own)
         self._replicas.clear()
 
@@ -211,12 +211,12 @@ class TrainingReplicas:
         return self._state.flat[self._layout.parameter_numel :]
 
     def _write_delta(self, replica: _Replica, buffers: Tensor, delta: Tensor) -> None:
-        """Write what a replica has pushed, as the exchange thread of a real worker does.
+        """Write the delta of a replica's push, as the exchange thread of a real worker does.
 
         Args:
-            replica: whose.
+            replica: the replica.
             buffers: the global buffers before this turn.
-            delta: where to.
+            delta: the output.
         """
         assert replica.base is not None and replica.snapshot is not None
         replica.unsendable = write_delta(
@@ -224,18 +224,18 @@ class TrainingReplicas:
         )
 
     def _of_now(self) -> _Flat:
-        """The global parameters and buffers of now."""
+        """The current global parameters and buffers."""
         flat = self._bases.get(self._state.version)
         if flat is None:
             flat = self._bases[self._state.version] = _Flat(self._state.flat.clone())
         return flat
 
     def _own_copy(self, flat: _Flat) -> _Flat:
-        """One that a replica may write to, if what it holds is not exactly that."""
+        """A copy that a replica may write to, if the module cannot hold ``flat`` exactly."""
         return _Flat(flat.values.clone()) if self._adopter.rounds else flat
 
     def _catch_up(self, replica: _Replica) -> None:
-        """Make the local steps that a replica owes."""
+        """Compute the outstanding local steps of a replica."""
         if not replica.owed:
             return
         if self._live.enter(replica.own):

@@ -1,4 +1,4 @@
-"""A simulated run for people and for programs: a table, JSON, CSV files; the picture is in :mod:`.picture`."""
+"""Reports of a simulated run: a table, JSON and CSV files; the figure is in :mod:`.picture`."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from lightning_async_localsgd.simulation.result import (
 __all__ = ["LiveTables", "format_duration", "format_table", "write_csv", "write_json"]
 
 
-# ---- to read ---------------------------------------------------------------------------------------------------------
+# ---- text ------------------------------------------------------------------------------------------------------------
 
 
 def format_table(result: SimulationResult) -> str:
-    """A run as plain text: a row per worker, then the whole in a few lines."""
+    """A run as plain text: a row per worker, then a summary in a few lines."""
     return f"{_workers(result)}\n\n{_totals(result)}"
 
 
@@ -79,7 +79,7 @@ def _totals(result: SimulationResult) -> str:
 
 
 def _first_and_last_losses(result: SimulationResult) -> tuple[float, float]:
-    """Means over the workers of their first and of their last rounds' losses."""
+    """The mean loss of the workers' first rounds, and of their last rounds."""
     first: dict[int, float] = {}
     last: dict[int, float] = {}
     for point in result.losses:
@@ -100,7 +100,7 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
-# ---- to go on with ---------------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def write_json(result: SimulationResult, path: Path, **more: Any) -> None:
@@ -114,11 +114,11 @@ def write_json(result: SimulationResult, path: Path, **more: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(json.dumps(_finite(result.to_json() | more), indent=1) + "\n")
-    unfinished.replace(path)  # whole, or not there
+    unfinished.replace(path)  # readers find a whole file or none
 
 
 def _finite(value: Any) -> Any:
-    """``value`` with null for what JSON has no number for: an infinite bandwidth, the loss of a run that diverged."""
+    """``value`` with null for numbers that JSON lacks: an infinite bandwidth, the loss of a diverged run."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -127,7 +127,7 @@ def _finite(value: Any) -> Any:
 
 
 def write_csv(result: SimulationResult, folder: Path) -> None:
-    """Writes ``rounds.csv``, ``losses.csv``, ``updates.csv`` and ``evaluations.csv``: a row for each, in their order.
+    """Writes ``rounds.csv``, ``losses.csv``, ``updates.csv`` and ``evaluations.csv``: a row per entry, in order.
 
     The columns are the fields; ``evaluations.csv`` has a row for each metric of each evaluation. Times are virtual
     seconds.
@@ -143,7 +143,7 @@ class LiveTables:
     """The CSV files of :func:`write_csv`, row by row while a run goes on.
 
     Args:
-        folder: Where they are; made if need be. What is in the files is overwritten.
+        folder: The folder of the files; made if it does not exist. Existing files are overwritten.
     """
 
     _KINDS: Mapping[type, str] = {

@@ -1,4 +1,4 @@
-"""What a simulated run was: every round, outer update and evaluation, and what became of each worker's time."""
+"""The result of a simulated run: every round, outer update and evaluation, and each worker's use of its time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class LossPoint:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of the global model at one moment."""
+    """Metrics of the global model at one time."""
 
     time: float
     """Virtual seconds."""
@@ -57,19 +57,19 @@ class SimulatedRound:
     worker: int
     round: int
     begin: float
-    """When its first local step began."""
+    """Start of its first local step."""
     end: float
-    """When its last local step was made."""
+    """End of its last local step."""
     local_steps: int
     adopted: float
-    """When the global parameters that hold this round were there; with overlap the worker trained meanwhile."""
+    """Adoption of the global parameters that contain this round; with overlap the worker trains until then."""
 
 
 @dataclass(frozen=True)
 class SimulatedWait:
-    """A time in which a worker made no step, for the exchange or the others had not come so far yet; virtual seconds.
+    """A time in which a worker made no step, because it waited for the exchange or for the others; virtual seconds.
 
-    With ``overlap`` a wait can be within a round: a worker that has made its share of the budget gets more of it when
+    With ``overlap`` a wait can lie within a round: a worker that has made its share of the budget gets more of it when
     others turn out to be slower.
     """
 
@@ -80,7 +80,7 @@ class SimulatedWait:
 
 @dataclass(frozen=True)
 class SimulationResult:
-    """A simulated run, or as much of it as there was when it was asked for. Times are virtual seconds."""
+    """A simulated run, or its part up to the call of :meth:`Simulation.result`. Times are virtual seconds."""
 
     workers: int
     settings: dict[str, Any]
@@ -96,9 +96,9 @@ class SimulationResult:
     evaluations: list[Evaluation]
     rounds: list[SimulatedRound]
     waits: list[SimulatedWait]
-    """Up to each worker's last step: not the wait for the others after it."""
+    """Waits up to each worker's last step, without the final wait for the others."""
     present_seconds: tuple[float, ...]
-    """Time each worker was there."""
+    """Time between the joining and the leaving of each worker."""
     busy_seconds: tuple[float, ...]
     """Time each worker spent on local steps."""
     waiting_seconds: tuple[float, ...]
@@ -110,7 +110,7 @@ class SimulationResult:
     """Mean over all updates."""
     max_staleness: int
     dropped: tuple[int, ...]
-    """Deltas of each worker that were not applied."""
+    """Number of deltas of each worker that were not applied."""
     digest: str
     """Hash (hex) of the final global parameters and outer state."""
     state_dict: dict[str, Tensor]
@@ -123,7 +123,7 @@ class SimulationResult:
 
     @property
     def utilization(self) -> float:
-        """Local steps made over those the devices could have made while they were there: busy over available time.
+        """Local steps made over those possible while the devices were present: busy over present time.
 
         Between 0 and 1; 0 for a run that has not begun.
         """
@@ -131,7 +131,7 @@ class SimulationResult:
         return sum(self.busy_seconds) / available if available else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the parameters, the properties too, as values that the ``json`` module writes."""
+        """Everything except the parameters, including the properties, as values that the ``json`` module writes."""
         kept = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "state_dict"}
         for name in ("updates", "losses", "evaluations", "rounds", "waits"):
             kept[name] = [asdict(entry) for entry in kept[name]]

@@ -50,27 +50,27 @@ _UNHEEDED = ("limit_train_batches", "overfit_batches", "max_time", "fast_dev_run
 
 
 class Simulation:
-    """Trains a module with virtual workers in this process, by the code that real workers run.
+    """Trains a module with virtual workers in this process, by the code of real workers.
 
-    Outer state, pace, rounds, shard sampling, budget and codecs are those of a real run; the clock, the devices and the
+    Outer state, pace, rounds, shard sampling, budget and codecs are those of a real run. The clock, the devices and the
     network are virtual. The same call gives the same bits.
 
     Args:
-        module: the module, with automatic optimization. In the end it holds the final global parameters.
+        module: the module, with automatic optimization. At the end it holds the final global parameters.
         data: its training data: a ``LightningDataModule``, a map-style ``DataLoader`` (or a collection of them), or a
-            function of rank and size that gives what one worker iterates over, pass after pass.
-        workers: of each worker its speed in local steps per second, its device (:class:`NoisyDevice`,
-            :class:`ChangingDevice`), or a :class:`VirtualWorker` that joins or leaves on the way.
+            function of rank and size that returns one worker's data, an iterable that is iterated pass after pass.
+        workers: for each worker, its speed in local steps per second, its device (:class:`NoisyDevice`,
+            :class:`ChangingDevice`), or a :class:`VirtualWorker` that joins or leaves during the run.
         max_steps: local steps per worker, as ``Trainer(max_steps=...)``.
         val_dataloaders: validation data, if ``data`` is no data module.
-        evaluate: gives metrics of the module it is called with, which then holds the global parameters; None: what the
+        evaluate: returns metrics of its argument, the module with the global parameters; None: the metrics that the
             module's ``validation_step`` logs, if there is validation data.
         evaluate_every: steps of the job between two evaluations; None: only before the first step and after the last.
-        network: what the exchange goes over; None: messages take no time.
-        update_seconds: virtual seconds that an outer update takes each worker.
-        seed: of devices, order of the data and random numbers of the module.
+        network: the network of the exchange; None: messages take no time.
+        update_seconds: virtual seconds of an outer update on each worker.
+        seed: seed of the devices, the order of the data and the module's random numbers.
         trainer_options: arguments of the ``Trainer`` that makes the steps, such as ``gradient_clip_val``,
-            ``accumulate_grad_batches``, ``precision`` or ``accelerator``. Its callbacks are not told of batches.
+            ``accumulate_grad_batches``, ``precision`` or ``accelerator``. Its callbacks get no calls for batches.
         on_round: called with every finished round and its loss.
         on_evaluation: called with every evaluation.
         **settings: fields of :class:`~lightning_async_localsgd.Settings`: ``local_steps``, ``outer_optimizer``...
@@ -150,7 +150,7 @@ class Simulation:
     # ---- the run ----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train. Once only; ended by Ctrl-C, it leaves :meth:`result` and the module with what there is.
+        """Train; only once. After Ctrl-C, :meth:`result` and the module hold the run up to that time.
 
         Raises:
             KeyboardInterrupt: when interrupted.
@@ -184,7 +184,7 @@ class Simulation:
         return pl.Trainer(devices=1, max_steps=self._max_steps, max_epochs=-1, num_sanity_val_steps=0, **options)
 
     def _simulate(self, data: Any) -> None:
-        """What Lightning calls to train."""
+        """Train; Lightning calls this."""
         if getattr(self._trainer.precision_plugin, "scaler", None) is not None:
             raise ValueError(
                 "Gradients that are scaled (`precision='16-mixed'`) have one scaler for all virtual workers. Use "
@@ -240,7 +240,7 @@ class Simulation:
 
     def finished(self, rounds: Sequence[FinishedRound]) -> None:
         """See :meth:`Observer.finished`."""
-        if self._trainer.received_sigterm:  # Lightning leaves it to its loops to heed
+        if self._trainer.received_sigterm:  # Lightning leaves the check to its loops
             raise SIGTERMException
         for r in rounds:
             self._rounds.append(SimulatedRound(r.worker, r.round, r.begin, r.end, r.local_steps, r.adopted))
@@ -267,17 +267,17 @@ class Simulation:
         if self._on_evaluation is not None:
             self._on_evaluation(evaluation)
 
-    # ---- what has come of it ----------------------------------------------------------------------------------------
+    # ---- results ----------------------------------------------------------------------------------------------------
 
     @property
     def moment(self) -> tuple[float, int, int]:
-        """Where the run is: virtual time in seconds, local steps of all workers, outer updates."""
+        """The progress of the run: virtual time in seconds, local steps of all workers, outer updates."""
         if self._timeline is None or self._state is None:
             return 0.0, 0, 0
         return self._timeline.now, self._timeline.local_steps, self._state.version
 
     def result(self) -> SimulationResult:
-        """The run, as far as it is."""
+        """The result of the run so far."""
         lanes = self._timeline.lanes if self._timeline is not None else []
         progress = self._timeline.progress if self._timeline is not None else None
         state = self._state
@@ -315,7 +315,7 @@ def simulate(
     max_steps: int,
     **options: Any,
 ) -> SimulationResult:
-    """Train a module with virtual workers and tell how it went: a :class:`Simulation` in one call.
+    """Train a module with virtual workers and return the result: a :class:`Simulation` in one call.
 
     Example::
 
@@ -338,16 +338,16 @@ def simulate(
 
 
 class _VirtualLoop(FitLoop):
-    """Takes the place of Lightning's training loop within ``fit``, so that all before and after it is Lightning's.
+    """Replaces Lightning's training loop within ``fit``; everything before and after it is Lightning's own.
 
     Args:
-        trainer: whose loop.
+        trainer: the trainer; its loop is replaced.
         simulate: trains, with the training data.
     """
 
     def __init__(self, trainer: pl.Trainer, simulate: Callable[[Any], None]) -> None:
         super().__init__(trainer, max_epochs=-1)
-        self.epoch_loop = trainer.fit_loop.epoch_loop  # which knows the trainer's `max_steps`
+        self.epoch_loop = trainer.fit_loop.epoch_loop  # holds the trainer's `max_steps`
         self._simulate = simulate
 
     def run(self) -> None:
@@ -357,7 +357,7 @@ class _VirtualLoop(FitLoop):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what Lightning says about the hardware each time."""
+    """No messages of Lightning about the hardware in the body."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

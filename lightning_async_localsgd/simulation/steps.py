@@ -26,20 +26,20 @@ class Passes(NamedTuple):
     """A worker's training data."""
 
     batches: Iterator[tuple[Any, int]]
-    """Its batches without an end, each with its number in the pass."""
+    """An endless iterator of batches, each with its number in the pass."""
     length: int | float
-    """Batches of a pass; infinite where that is not known."""
+    """Number of batches of a pass; infinite if unknown."""
 
 
 MakeBatches = Callable[[Callable[[], int]], Passes]
-"""Makes a worker's data, from what tells the shard of its current round."""
+"""Makes a worker's data from a function that returns the shard of its current round."""
 
 
 class LocalSteps:
-    """What a worker trains with: its inner optimizer, schedules, batches, and where it is in its passes.
+    """The training state of a worker: its inner optimizer, schedules, batches, and its position in its passes.
 
     Args:
-        trainer: whose loop, strategy and precision make the steps. It must be fitting.
+        trainer: the trainer; its loop, strategy and precision make the steps. It must be fitting.
         make_batches: makes the worker's data.
 
     Raises:
@@ -59,10 +59,10 @@ class LocalSteps:
         self._epoch_progress = Progress()
         self._shard = 0
         self._passes = make_batches(lambda: self._shard)
-        self._scheduled = 0  # steps of the job that the schedules have made
+        self._scheduled = 0  # steps of the job counted by the schedules
 
     def enter(self) -> None:
-        """Have the trainer's loop be this worker's."""
+        """Put this worker's state into the trainer's loop."""
         strategy, fit_loop = self._trainer.strategy, self._trainer.fit_loop
         strategy.optimizers, strategy.lr_scheduler_configs = self.optimizers, self._schedulers
         fit_loop.epoch_loop.automatic_optimization = self._loop
@@ -74,11 +74,11 @@ class LocalSteps:
         """Make one local step: as many batches as gradients are accumulated over, fewer at the end of a pass.
 
         Args:
-            shard: what the worker's current round reads from.
-            job_steps: steps of the job before it, which the learning-rate schedules count.
+            shard: the shard of the worker's current round.
+            job_steps: steps of the job before it, for the learning-rate schedules.
 
         Returns:
-            Samples, and the mean of their training loss.
+            Number of samples, and the mean of their training loss.
         """
         self._shard = shard
         self._schedule(job_steps)
@@ -91,7 +91,7 @@ class LocalSteps:
             self._batch_progress.increment_ready()
             stepped = not should_accumulate(self._trainer)
             outputs = self._make_batch(batch, batch_idx)
-            loss += float(outputs.get("loss", 0.0))  # divided by the batches of a step already
+            loss += float(outputs.get("loss", 0.0))  # already divided by the number of batches of a step
             self._batch_progress.increment_completed()
         return samples, loss
 
@@ -112,7 +112,7 @@ class LocalSteps:
         self._scheduled = max(self._scheduled, job_steps)
 
     def _begin_pass(self) -> None:
-        """End the pass before, if there was one, and begin the next, which is an epoch of this worker alone."""
+        """End the previous pass, if any, and begin the next: an epoch of this worker alone."""
         if self._batch_progress.total.ready > 0:
             self._epoch_progress.increment_processed()
             call_lightning_module_hook(self._trainer, "on_train_epoch_end")
