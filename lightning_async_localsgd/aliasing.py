@@ -14,14 +14,14 @@ from types import ModuleType
 __all__ = ["ALIASES", "alias_pytorch_lightning", "hint_of_other_lightning"]
 
 ALIASES = {"pytorch_lightning": "lightning.pytorch", "lightning_fabric": "lightning.fabric"}
-"""Packages of the same text, each with classes of its own, and the package that stands for it."""
+"""Packages with the same source and classes of their own, and the package that replaces each."""
 
 
 class _Aliases(MetaPathFinder, Loader):
-    """Finds modules of one package by the names of another: the module objects are the same, and so are the classes."""
+    """Finds modules of one package by the names of another: module objects and classes are the same under both."""
 
     def __init__(self) -> None:
-        self._specs: dict[str, ModuleSpec | None] = {}  # by alias, the module's own
+        self._specs: dict[str, ModuleSpec | None] = {}  # the module's own spec, by alias
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -40,7 +40,7 @@ class _Aliases(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """The module has been executed already; only its spec, which the import has replaced, is put back."""
+        """Restore the module's spec, which the import has replaced; the module itself has been executed before."""
         assert module.__spec__ is not None
         module.__spec__ = self._specs.pop(module.__spec__.name)
 
@@ -51,10 +51,10 @@ def _real_name(name: str) -> str | None:
 
 
 def alias_pytorch_lightning() -> None:
-    """Make ``pytorch_lightning`` and ``lightning_fabric`` name the modules of ``lightning``, for this process.
+    """Make ``pytorch_lightning`` and ``lightning_fabric`` names of the modules of ``lightning``, in this process.
 
-    The strategy then fits the ``Trainer`` of libraries that are written for ``pytorch_lightning``. Importing
-    ``lightning_async_localsgd.pytorch_lightning`` does the same. A second call does nothing.
+    The strategy then works with the ``Trainer`` of libraries that are written for ``pytorch_lightning``. Importing
+    ``lightning_async_localsgd.pytorch_lightning`` has the same effect. A second call has none.
 
     Raises:
         ImportError: if one of the two has been imported already, or is installed in another version than ``lightning``.
@@ -76,7 +76,7 @@ def _check_version() -> None:
     try:
         other = importlib.metadata.version("pytorch-lightning")
     except importlib.metadata.PackageNotFoundError:
-        return  # who imports it gets `lightning`
+        return  # the import already gives `lightning`
     if other.split(".")[:2] != lightning.__version__.split(".")[:2]:
         raise ImportError(
             f"pytorch-lightning {other} is installed beside lightning {lightning.__version__}, which is to stand for "
@@ -85,7 +85,7 @@ def _check_version() -> None:
 
 
 def hint_of_other_lightning() -> str:
-    """Where ``pytorch_lightning`` has been imported as a package of its own: how its ``Trainer`` takes the strategy."""
+    """A hint on ``pytorch_lightning``'s ``Trainer``, if that package has been imported without the alias."""
     if "pytorch_lightning" not in sys.modules or any(isinstance(finder, _Aliases) for finder in sys.meta_path):
         return ""
     return (

@@ -1,4 +1,4 @@
-"""Every error of the exchange, each naming the worker it is about."""
+"""The errors of the exchange; each names the worker it is about."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class PeerLostError(AsyncLocalSGDError):
 
     Args:
         message: which worker, and what to do.
-        silent: its rank, if it did not answer in time: it may itself be waiting for another.
-        gone: its rank, if its connection was closed: it may itself have waited in vain for another.
+        silent: its rank, if it did not answer in time; it may itself be waiting for another worker.
+        gone: its rank, if its connection was closed; it may itself have waited in vain for another worker.
     """
 
     def __init__(self, message: str, silent: int | None = None, gone: int | None = None) -> None:
@@ -33,12 +33,12 @@ class PeerLostError(AsyncLocalSGDError):
 
     @property
     def suspect(self) -> int | None:
-        """The worker that this one had to do with, if it is known: lost, or itself in wait for the lost one."""
+        """Rank of the silent or gone worker, if known: it is lost, or itself waits for the lost one."""
         return self.gone if self.silent is None else self.silent
 
 
 class PeerAbortedError(AsyncLocalSGDError):
-    """A worker stopped because of an error of its own, and said so before it left."""
+    """A worker stopped because of an error of its own, and reported it before it left."""
 
 
 class WorkerMismatchError(AsyncLocalSGDError):
@@ -50,7 +50,7 @@ class ReplicaDivergedError(AsyncLocalSGDError):
 
 
 class NotFiniteError(AsyncLocalSGDError):
-    """A worker's parameters were not finite at the end of several rounds in a row, so that it learned nothing."""
+    """A worker's parameters were not finite at the end of several rounds in a row, and none of them was applied."""
 
 
 _TOLD = (NotFiniteError, PeerAbortedError, PeerLostError, ReplicaDivergedError, WorkerMismatchError)
@@ -58,5 +58,5 @@ _BY_NAME: dict[str, type[AsyncLocalSGDError]] = {kind.__name__: kind for kind in
 
 
 def error_by_name(kind: str, text: str) -> AsyncLocalSGDError | None:
-    """The error that another process tells of; None if it is of no class that is told of, or not told in words."""
+    """The error that another process reports; None if ``kind`` is no reported class, or ``text`` no string."""
     return _BY_NAME[kind](text) if kind in _BY_NAME and isinstance(text, str) else None

@@ -1,4 +1,4 @@
-"""Fabric's processes as workers: it starts and numbers them, and each trains its own replica."""
+"""Fabric's processes as workers: Fabric starts and numbers them, and each trains its own replica."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["AsyncLocalSGDFabricStrategy"]
 
 
 class AsyncLocalSGDFabricStrategy(DDPStrategy):
-    """One process per device, as under DDP, but none of them waits for another: there is no process group.
+    """One process per device, as under DDP, without a process group: no process waits for another.
 
-    The exchange is :class:`~lightning_async_localsgd.AsyncLocalSGD`'s, around what ``fabric.setup`` returns::
+    :class:`~lightning_async_localsgd.AsyncLocalSGD` exchanges the results of ``fabric.setup``::
 
         fabric = Fabric(devices=2, strategy=AsyncLocalSGDFabricStrategy())
         fabric.launch()
@@ -28,14 +28,14 @@ class AsyncLocalSGDFabricStrategy(DDPStrategy):
         with AsyncLocalSGD(module, optimizer, max_steps=1000) as job:
             ...
 
-    ``fabric.setup_dataloaders`` gives each worker a share of the data. What would make processes meet
-    (``fabric.all_reduce``, ``all_gather``, ``broadcast``, ``barrier``) concerns each process alone.
+    ``fabric.setup_dataloaders`` gives each worker a part of the data. Collectives (``fabric.all_reduce``,
+    ``all_gather``, ``broadcast``, ``barrier``) act on each process alone.
 
     Args:
         **kwargs: arguments of Fabric's ``DDPStrategy``, such as ``start_method`` or ``cluster_environment``.
 
     Raises:
-        TypeError: if there is no such argument.
+        TypeError: if ``DDPStrategy`` has no such argument.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -45,7 +45,7 @@ class AsyncLocalSGDFabricStrategy(DDPStrategy):
 
     @override
     def _setup_distributed(self) -> None:
-        """Say where the others are, as torchrun would, and leave it to ``AsyncLocalSGD`` to join them."""
+        """Set torchrun's variables; ``AsyncLocalSGD`` joins the other processes by them."""
         self._set_world_ranks()
         assert self.cluster_environment is not None
         os.environ.update(
@@ -65,7 +65,7 @@ class AsyncLocalSGDFabricStrategy(DDPStrategy):
 
 
 class _NothingToSync(BackwardSyncControl):
-    """``fabric.no_backward_sync`` of gradients that are never synchronized."""
+    """``fabric.no_backward_sync`` without an effect, because gradients are never synchronized."""
 
     @override
     def no_backward_sync(self, module: Module, enabled: bool) -> AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""A plain PyTorch loop as a worker of a job: a context manager around a module and its optimizers."""
+"""Plain PyTorch loops as workers of a job: a context manager around a module and its optimizers."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ __all__ = ["AsyncLocalSGD"]
 class AsyncLocalSGD:
     """Trains a module with asynchronous Local-SGD in a loop of the user's own. Every process runs the same code.
 
-    In the ``with``, each step of the optimizer is a local step. Leaving it waits for the other workers and puts the
-    final global parameters into the module; an exception that leaves it ends the others too, with an error that names
-    this worker and the exception::
+    Inside the ``with``, each step of the optimizer is a local step. Its end waits for the other workers and puts the
+    final global parameters into the module. An exception inside it also ends the others, with an error that names this
+    worker and the exception::
 
         with AsyncLocalSGD(module, optimizer, max_steps=1000) as job:
             while job.running:
@@ -43,29 +43,29 @@ class AsyncLocalSGD:
                 optimizer.zero_grad()
         print(job.summary)
 
-    The other processes are found as ``torchrun`` says, by ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and
-    ``MASTER_PORT``. No default process group is needed; one that exists is not used.
+    The other processes are found by ``torchrun``'s variables ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and
+    ``MASTER_PORT``. A default process group is neither needed nor used.
 
     Args:
         module: the module to train, on its device; for several, an ``nn.ModuleList`` of them. Entering the ``with``
-            overwrites its trainable parameters and float buffers with those of worker 0.
-        *optimizers: all optimizers of the module. With several a local step is counted when the *last* of them steps:
-            give last the one that steps once per turn of the loop.
+            overwrites its trainable parameters and float buffers with worker 0's.
+        *optimizers: all optimizers of the module. With several, the *last* one's steps are counted as local steps: it
+            must step once per iteration of the loop.
         max_steps: local steps per worker; with ``budget="shared"`` all workers together make ``max_steps`` times their
-            number, the fast ones more of it. None: until the loop is left.
-        samples: samples learned in each local step, as for the attribute of this name.
+            number, the fast ones more of it. None: no limit.
+        samples: number of samples of each local step; the initial value of the attribute.
         on_checkpoint: called as ``on_checkpoint(name, state_dict)`` on every worker when worker 0 calls
             :meth:`checkpoint`. It must save or copy the ``state_dict``, which refers to tensors that are trained.
-        rank: this process; None: ``RANK`` of the environment.
+        rank: rank of this process; None: ``RANK`` of the environment.
         size: number of processes; None: ``WORLD_SIZE`` of the environment.
-        **settings: fields of :class:`~lightning_async_localsgd.Settings`, which are those of
+        **settings: fields of :class:`~lightning_async_localsgd.Settings`, as documented in
             :class:`~lightning_async_localsgd.AsyncLocalSGDStrategy`: ``local_steps``, ``outer_optimizer``, ``pace``...
 
     Raises:
         TypeError: if no optimizer is given, there is no such setting, or ``samples`` is not a number.
         ValueError: if ``samples`` is not a whole number from 0 to 2^32, a setting is outside its range, or an optimizer
             trains parameters that ``module`` does not have.
-        RuntimeError: if rank, size or the address of the others is neither given nor in the environment.
+        RuntimeError: if rank, size or the master's address is neither given nor in the environment.
     """
 
     def __init__(
@@ -88,13 +88,13 @@ class AsyncLocalSGD:
         self.settings = Settings(**settings)
         self.max_steps = max_steps
         self.samples = whole_samples(samples)
-        """Samples learned in each local step from now on; shards and the summary count them."""
+        """Number of samples of each local step from now on, for the progress of shards and the summary."""
         self.on_checkpoint = on_checkpoint
         self.rank = int(_environment("RANK")) if rank is None else rank
         self.size = int(_environment("WORLD_SIZE")) if size is None else size
         self.settings.check_workers(self.size)
         self.summary: RunSummary | None = None
-        """The finished run in numbers."""
+        """Summary of the finished run."""
         self._module = module
         self._optimizers = optimizers
         self._job: StaticJob | None = None
@@ -102,10 +102,10 @@ class AsyncLocalSGD:
         self._running = False
         self._listeners: list[StepListener] = []
         self._changes: ParameterChanges | None = None
-        self._heard = self._seen = False  # a step of an optimizer: in this run, since the parameters were settled
+        self._heard = self._seen = False  # a step of an optimizer: in this run; since the parameters were settled
         self._stop = False
         self._resumed: Mapping[str, Any] | None = None
-        self._steps_before = 0  # of the job, when it had another number of workers
+        self._steps_before = 0  # steps of the job with an earlier number of workers
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
@@ -182,15 +182,15 @@ class AsyncLocalSGD:
 
     @property
     def running(self) -> bool:
-        """Whether to make another local step. Read it once in each turn of the loop, before the step.
+        """Whether to make another local step. Read it once in each iteration of the loop, before the step.
 
-        A turn in which the parameters have changed and no step was counted is counted here.
+        An iteration with changed parameters and no counted step is counted here.
         """
         self._count_change()
         return self._running
 
     def step(self) -> None:
-        """Count a local step. Only for an optimizer whose ``step`` is not called; all others are listened to.
+        """Count a local step, for updates made without a call of an optimizer's ``step``; such calls are counted.
 
         Raises:
             RuntimeError: if the run is over.
@@ -204,7 +204,7 @@ class AsyncLocalSGD:
 
     def _after_step(self, made: bool) -> None:
         self._hear(made)
-        if made:  # else a gradient scaler has had it skipped
+        if made:  # otherwise a gradient scaler has skipped it
             self._count()
 
     def _count(self) -> None:
@@ -216,7 +216,7 @@ class AsyncLocalSGD:
         self._running = self.worker.step(self.samples)
 
     def _count_change(self) -> None:
-        """Count what has changed the parameters past the optimizer's ``step``: nothing learned may get lost."""
+        """Count a change of the parameters without an optimizer's ``step``, so that no progress is lost."""
         if self._changes is None or not self._running:
             return
         if not self._seen and self._changes.found(bits=not self._heard):
@@ -229,9 +229,9 @@ class AsyncLocalSGD:
         self._changes.settle(bits=not self._heard)
 
     def stop(self) -> None:
-        """End the training of all workers: theirs after their current step, this one's now.
+        """End the training of all workers: of the others after their current step, of this one now.
 
-        Leaving the loop without it ends this worker's part alone.
+        Leaving the loop without this call ends the training of this worker alone.
         """
         self._count_change()
         self._stop = True
@@ -243,10 +243,10 @@ class AsyncLocalSGD:
 
     @property
     def worker(self) -> Worker:
-        """The worker, in the ``with``.
+        """The worker, inside the ``with``.
 
         Raises:
-            RuntimeError: outside.
+            RuntimeError: outside the ``with``.
         """
         if self._worker is None:
             raise RuntimeError("The job runs in the body of its `with` alone.")
@@ -259,18 +259,18 @@ class AsyncLocalSGD:
 
     @property
     def shard(self) -> int:
-        """The data shard, of as many as there are workers, that this worker's current round is to train on."""
+        """The data shard of this worker's current round; there are as many shards as workers."""
         return self.worker.shard
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do something other than training that is not to count in this worker's measured speed."""
+        """Leave the time of the body out of this worker's measured speed: for work other than training."""
         with self.worker.paused():
             yield
 
     @contextmanager
     def global_parameters(self) -> Iterator[None]:
-        """In the body the module holds the global parameters and buffers of now, to be validated or saved."""
+        """In the body the module holds the current global parameters and buffers, for validation or saving."""
         worker = self.worker
         self._count_change()
         with worker.paused():
@@ -284,15 +284,15 @@ class AsyncLocalSGD:
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def checkpoint(self, name: str) -> None:
-        """Have every worker save the same moment of the run: calls ``on_checkpoint`` here now, there after their step.
+        """Save the same state of the run on every worker: ``on_checkpoint`` runs here now, there after a step.
 
-        To be called by worker 0, between two local steps. A checkpoint is whole when every worker has saved.
+        Call this on worker 0, between two local steps. A checkpoint is complete when every worker has saved.
 
         Args:
-            name: what ``on_checkpoint`` is called with, at most 1000 characters.
+            name: the argument of ``on_checkpoint``, at most 1000 characters.
 
         Raises:
-            RuntimeError: on another worker than 0, or without ``on_checkpoint``.
+            RuntimeError: on other workers than 0, or without ``on_checkpoint``.
         """
         if self.on_checkpoint is None:
             raise RuntimeError("Pass `on_checkpoint` to `AsyncLocalSGD`, which is to save what it is called with.")
@@ -318,13 +318,13 @@ class AsyncLocalSGD:
         self.on_checkpoint(what.name, state)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint: the next ``with`` begins there. ``max_steps`` counts from the very beginning.
+        """Resume from a checkpoint in the next ``with``. ``max_steps`` includes the steps before the checkpoint.
 
-        The settings are those of now. The global random generators go on where they were, if the workers are as many.
+        The current settings apply. The global random generators are restored if the number of workers is the same.
 
         Args:
-            state_dict: what ``on_checkpoint`` was called with on the worker of this rank. If there are more or fewer
-                workers now, worker 0's on all: then inner optimizers start as worker 0's was.
+            state_dict: the argument of ``on_checkpoint`` on the worker of this rank. With another number of workers,
+                worker 0's on all; inner optimizers then start from the state of worker 0's.
         """
         self._resumed = state_dict
 
@@ -350,7 +350,7 @@ def _environment(name: str) -> str:
 
 
 def _check_parameters(module: nn.Module, optimizers: tuple[Optimizer, ...]) -> None:
-    """What an optimizer trains outside the module would not be exchanged, and train apart on every worker."""
+    """Refuse optimizers of parameters outside the module: these would not be exchanged."""
     exchanged = {id(parameter) for parameter in module.parameters()}
     for index, optimizer in enumerate(optimizers):
         for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""All methods by name: what each passes to the strategy, a loop or a simulation."""
+"""All methods by name: the settings of each for the strategy, a loop or a simulation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["METHODS", "Method", "make_method"]
 
 
 def _nesterov(params: Iterable[torch.nn.Parameter], lr: float, momentum: float, **options: Any) -> torch.optim.SGD:
-    """Nesterov momentum; without any momentum it is plain SGD, and torch refuses to call it otherwise."""
+    """SGD with Nesterov momentum, or plain SGD if the momentum is 0: torch refuses ``nesterov`` with it."""
     return torch.optim.SGD(params, lr=lr, momentum=momentum, nesterov=momentum > 0, **options)
 
 
@@ -36,25 +36,25 @@ _TUNED = "tuned in the paper to 0.05 to 0.1; 0.05 was best in this library's ben
 
 @dataclass(frozen=True)
 class Method:
-    """One method: a transformation of the pseudo-gradient, an outer optimizer and when updates take place."""
+    """One method: a transformation of the pseudo-gradient, an outer optimizer and the time of updates."""
 
     description: str
-    """What it does, in one line."""
+    """Description in one line."""
     reference: str
     outer_lr: float
     """Default outer learning rate."""
     outer_lr_source: str
-    """Where that default comes from."""
+    """Source of that default."""
     optimizer: Callable[..., torch.optim.Optimizer] = _nesterov
-    """Makes the outer optimizer; takes ``lr`` and ``momentum``."""
+    """Constructor of the outer optimizer; takes ``lr`` and ``momentum``."""
     outer_momentum: float = 0.9
     """Default outer momentum."""
     transform: Callable[..., Transform] | None = None
-    """What the pseudo-gradient goes through before."""
+    """Constructor of the transformation of the pseudo-gradient."""
     pace: str = "fixed"
-    """Default pace: that of the paper."""
+    """Default pace, as in the paper."""
     synchronous: bool = False
-    """Whether every update waits for the deltas of all workers, and all workers for it."""
+    """Whether every update waits for the deltas of all workers, and all workers wait for the update."""
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -178,7 +178,7 @@ def make_method(
         arguments |= options
         options = {}
     optimizer = partial(method.optimizer, **arguments)
-    optimizer([torch.nn.Parameter(torch.zeros(1))])  # its own checks speak here
+    optimizer([torch.nn.Parameter(torch.zeros(1))])  # runs its own checks
     pace = method.pace if pace is None else pace
     make_pace(pace)
     settings: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The settings of a run: what they are, what is wrong with them, and what is better."""
+"""The settings of a run, their checks, and advice on better ones."""
 
 from lightning_async_localsgd.settings.settings import Settings
 

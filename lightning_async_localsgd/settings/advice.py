@@ -1,4 +1,4 @@
-"""Settings that are possible and cannot do anything useful: said once, at the start, with what to do."""
+"""Warnings about settings that are valid and useless: given once, at the start, with advice."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["FEW_ROUNDS", "SettingsWarning", "useless_settings", "warn_of_useless
 
 
 FEW_ROUNDS = 20
-"""With fewer rounds per worker a run learns less than it could."""
+"""Minimum number of rounds per worker; with fewer a run learns less than it could."""
 
 
 class SettingsWarning(UserWarning):
-    """Settings that cannot do anything useful."""
+    """A warning about settings without any useful effect."""
 
 
 def useless_settings(settings: Settings, workers: int, max_steps: int | None) -> list[str]:
-    """What these settings cannot do in such a run, and what to do: a sentence or two for each.
+    """Advice on the useless settings of a run: a sentence or two for each.
 
     Args:
         settings: settings of the run.
@@ -39,7 +39,7 @@ def useless_settings(settings: Settings, workers: int, max_steps: int | None) ->
                 "The outer optimizer has the learning rate 0: the global parameters stay as they are, and what workers "
                 "learn is lost. Pass a positive one; 0.7 is the default."
             )
-    if not max_steps:  # unknown, or none: a run that goes on and has made all of its steps
+    if not max_steps:  # None: unknown; 0: a resumed run that has made all of its steps
         return found
     length = settings.round_length(max_steps).first()
     if max_steps < length:
@@ -54,7 +54,7 @@ def useless_settings(settings: Settings, workers: int, max_steps: int | None) ->
             f'few that what it learns falls behind synchronous training. Leave `local_steps` to "auto", which '
             f"makes rounds of {RoundLength(AUTO, max_steps).first()} steps here, or train for longer."
         )
-    deltas = workers * math.ceil(max_steps * workers / length)  # at most: all as fast as one can be
+    deltas = workers * math.ceil(max_steps * workers / length)  # upper bound: all as fast as the fastest
     found += [
         f"`AsyncBuffer(size={transform.size})` is never full: all {workers} workers together send at most {deltas} "
         "pseudo-gradients, and the global parameters stay as they are. Make it smaller."
@@ -71,6 +71,6 @@ def useless_settings(settings: Settings, workers: int, max_steps: int | None) ->
 
 
 def warn_of_useless_settings(settings: Settings, workers: int, max_steps: int | None) -> None:
-    """Warn of each; see :func:`useless_settings`."""
+    """Warn of each useless setting; see :func:`useless_settings`."""
     for sentence in useless_settings(settings, workers, max_steps):
         warnings.warn(sentence, SettingsWarning, stacklevel=3)

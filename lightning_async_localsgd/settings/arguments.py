@@ -1,4 +1,4 @@
-"""Keyword arguments that are handed on: a misspelt one is refused where it is given."""
+"""Checks of the names of keyword arguments that are passed on to another function."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ __all__ = ["check_names", "names_of"]
 
 
 def names_of(*functions: Callable[..., Any]) -> set[str]:
-    """The names of all keyword arguments of some functions or classes."""
+    """The names of all keyword arguments of the given functions or classes."""
     parameters = [p for function in functions for p in signature(function).parameters.values()]
     return {p.name for p in parameters if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)}
 
 
 def check_names(given: Iterable[str], known: Collection[str], whose: str) -> None:
-    """Refuse keyword arguments that nobody knows.
+    """Refuse unknown keyword arguments.
 
     Args:
-        given: their names.
-        known: the names that are taken.
-        whose: what they were given to.
+        given: names of the arguments.
+        known: names that are accepted.
+        whose: name of the called function, for the message.
 
     Raises:
-        TypeError: if a name is not among them; with the name that comes closest.
+        TypeError: if a name is unknown; suggests the closest known name.
     """
     for name in given:
         if name not in known:

@@ -1,4 +1,4 @@
-"""The settings of a run, checked where they are given."""
+"""The settings of a run, checked at their construction."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Settings:
                     "`outer_optimizer` must be a callable that makes an optimizer from parameters, for instance "
                     f"`functools.partial(torch.optim.SGD, lr=0.7)`, got {self.outer_optimizer!r}."
                 )
-            self.outer_optimizer([torch.nn.Parameter(torch.zeros(1))])  # its own checks speak now rather than at start
+            self.outer_optimizer([torch.nn.Parameter(torch.zeros(1))])  # runs its own checks now, not at the start
         if isinstance(self.weight_copies, str):
             raise ValueError(f"`weight_copies` must be a list of names, got {self.weight_copies!r}.")
         if self.constraint is not None and not callable(self.constraint):
@@ -95,7 +95,7 @@ class Settings:
         self.codecs()
 
     def check_workers(self, workers: int) -> None:
-        """Refuse settings that this number of workers cannot keep.
+        """Refuse settings that are impossible with this number of workers.
 
         Raises:
             ValueError: if ``quorum`` is larger than ``workers``.
@@ -132,11 +132,11 @@ class Settings:
         return CodecChoice([Candidate(name, codec.wire_bytes(elements)) for name, codec in self.codecs().items()])
 
     def round_length(self, max_steps: int | None) -> RoundLength:
-        """What decides on H in a run of that many local steps per worker; None: its length is not known."""
+        """The policy that sets H in a run of ``max_steps`` local steps per worker; None: unknown."""
         return RoundLength(self.local_steps, max_steps)
 
     def lockstep(self, workers: int) -> bool:
-        """Whether every worker's delta, of H steps each, is in every outer update, so that all make as many steps."""
+        """Whether every worker's delta, of H steps each, is in every outer update: all make the same steps."""
         return self.quorum == workers and isinstance(make_pace(self.pace), FixedPace)
 
     def shares_budget(self, workers: int) -> bool:
@@ -144,16 +144,17 @@ class Settings:
         return self.budget == "shared" and not self.lockstep(workers)
 
     def differences(self, then: Mapping[str, Any]) -> list[str]:
-        """How these differ from others, of which :meth:`credentials` are given, in one line each.
+        """The differences from other settings, given as their :meth:`credentials`, in one line each.
 
-        Outer optimizer and transformations are compared by their states: what makes them may not tell its settings.
+        Outer optimizers and transformations are not compared here, but by their states: their constructors may not
+        reveal their settings.
         """
         now = self.credentials()
         names = now.keys() & then.keys() - {"outer_optimizer", "transforms", "outer_device"}
         return [f"`{name}` was {then[name]} and is {now[name]}" for name in sorted(names) if then[name] != now[name]]
 
     def credentials(self) -> dict[str, Any]:
-        """What must be equal on all workers, as JSON values."""
+        """The values that must be equal on all workers, as JSON values."""
         return {
             "local_steps": self.local_steps,
             "outer_optimizer": _describe(self.outer_optimizer),
@@ -175,7 +176,7 @@ class Settings:
 
 
 def _describe(value: Any) -> str:
-    """A text that is the same in every process, unlike a repr with an address."""
+    """A description that is the same in every process, unlike a repr with an address."""
     if value is None or isinstance(value, _PLAIN):
         return repr(value)
     if isinstance(value, partial):
@@ -187,7 +188,7 @@ def _describe(value: Any) -> str:
 
 
 def _describe_object(value: Any) -> str:
-    """The same with the attributes that hold plain values: what tells two objects of a small class apart."""
+    """A description with the attributes that hold plain values: distinguishes two objects of a small class."""
     if value is None or isinstance(value, _PLAIN):
         return repr(value)
     attributes = sorted(getattr(value, "__dict__", {}).items())
