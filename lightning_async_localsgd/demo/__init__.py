@@ -1,1 +1,1 @@
-"""What the examples, the benchmarks and the command line train: a small GPT, and text for it to learn."""
+"""The model and data of the examples, the benchmarks and the command line: a small GPT and text."""

@@ -1,4 +1,4 @@
-"""Kinds of numbers that arguments of a command line can be, for argparse's ``type``."""
+"""Numeric types of command-line arguments, for argparse's ``type``."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def more_than_zero(text: str) -> float:
 
 
 def _number(text: str) -> float:
-    """NaN where ``text`` is no finite number."""
+    """``text`` as a finite number; NaN otherwise."""
     try:
         value = float(text)
     except ValueError:

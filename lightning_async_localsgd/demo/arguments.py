@@ -1,4 +1,4 @@
-"""The text, the model and its training as arguments of a command line, and what they build."""
+"""Command-line arguments for the text, the model and its training, and the objects built from them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lightning_async_localsgd.demo.argument_types import more_than_zero, whole
 
-# What these import takes seconds: `--help` and mistyped arguments shall not wait for it.
+# These imports take seconds: `--help` and mistyped arguments should not wait for them.
 if TYPE_CHECKING:
     from lightning_async_localsgd.demo.language_model import LanguageModel
     from lightning_async_localsgd.demo.text import TextDataModule
@@ -17,7 +17,7 @@ __all__ = ["add_arguments", "build_data", "build_model"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what :func:`build_data` and :func:`build_model` read."""
+    """Adds the arguments of :func:`build_data` and :func:`build_model`."""
     text = parser.add_argument_group("text (default: what ships with Python)")
     source = text.add_mutually_exclusive_group()
     source.add_argument("--text", type=Path, metavar="PATH", help="a text file, or a folder of them")
@@ -39,11 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def build_data(args: argparse.Namespace, folder: Path) -> TextDataModule:
-    """The text that the arguments name.
+    """The data described by the arguments.
 
     Args:
-        args: What a parser with :func:`add_arguments` has read.
-        folder: Where tokenizer and tokens are kept for the next run.
+        args: Result of a parser with :func:`add_arguments`.
+        folder: The folder in which tokenizer and tokens are kept for the next run.
     """
     from lightning_async_localsgd.demo.corpora import Corpus, FileCorpus, HubCorpus, PythonCorpus
     from lightning_async_localsgd.demo.text import TextDataModule
@@ -57,7 +57,7 @@ def build_data(args: argparse.Namespace, folder: Path) -> TextDataModule:
 
 
 def build_model(args: argparse.Namespace) -> LanguageModel:
-    """The model that the arguments describe, with random parameters.
+    """The model described by the arguments, with random parameters.
 
     Raises:
         ValueError: if the heads do not divide the width.

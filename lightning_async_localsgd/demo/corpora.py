@@ -1,4 +1,4 @@
-"""Where the documents come from: the running Python itself, a local path, or a data set of the Hugging Face hub."""
+"""Sources of documents: the running Python itself, a local path, or a data set of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Corpus(Protocol):
     """Documents to learn from.
 
     Attributes:
-        key: Changes when the documents do, so that what is derived from them can be cached.
+        key: Changes when the documents do; a key for caches of derived data.
     """
 
     key: str
@@ -124,7 +124,7 @@ class HubCorpus:
         return self._rows().skip(self.stored_documents)
 
     def _rows(self) -> IterableDataset:
-        from datasets import load_dataset  # only here: the other corpora do without
+        from datasets import load_dataset  # only here: the other corpora do not need it
 
         rows = load_dataset(self.name, self.config, split="train", streaming=True).select_columns(self.column)
         return rows if self.column == "text" else rows.rename_column(self.column, "text")

@@ -85,7 +85,7 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(self, prompt: Tensor, new_tokens: int, temperature: float = 0.8, top_k: int = 50) -> Tensor:
-        """Continues a prompt `[length]` by `new_tokens` sampled tokens; returns both together."""
+        """Continues a prompt `[length]` by `new_tokens` sampled tokens. Returns both in one tensor."""
         tokens = prompt
         for _ in range(new_tokens):
             logits = self(tokens[-self.context :].unsqueeze(0))[0, -1] / temperature

@@ -1,4 +1,4 @@
-"""The module that is trained: a GPT with its loss, its optimizer and its schedule."""
+"""The module to train: a GPT with its loss, its optimizer and its schedule."""
 
 import math
 
@@ -45,7 +45,7 @@ class LanguageModel(L.LightningModule):
         return F.cross_entropy(self.gpt(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        # Weight decay is for what multiplies; gains and biases are left alone.
+        # Weight decay is for matrices, not for gains and biases.
         matrices = [parameter for parameter in self.parameters() if parameter.ndim >= 2]
         vectors = [parameter for parameter in self.parameters() if parameter.ndim < 2]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -73,4 +73,4 @@ def held_out_metrics(model: LanguageModel, blocks: Tensor, batch_size: int = 64)
     """
     losses = [model.loss(batch.to(model.device)).item() * len(batch) for batch in blocks.split(batch_size)]
     loss = sum(losses) / len(blocks)
-    return {"held_out_loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # a run that diverged shall go on
+    return {"held_out_loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # no overflow in a diverged run

@@ -37,10 +37,10 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
 
 
 class BlockPacker:
-    """Maps a batch of documents to the blocks of `block_size + 1` tokens that they make end to end.
+    """Maps a batch of documents, joined end to end, to blocks of `block_size + 1` tokens.
 
-    Inputs are a block without its last token, targets a block without its first. What is left over at the end of the
-    batch is dropped.
+    Inputs are a block without its last token, targets a block without its first. The remainder at the end of the batch
+    is dropped.
     """
 
     def __init__(self, tokenizer: Tokenizer, block_size: int) -> None:
@@ -62,7 +62,7 @@ class TextDataModule(L.LightningDataModule):
 
     Args:
         corpus: The documents.
-        folder: Where tokenizer and blocks are kept for the next run.
+        folder: The folder in which tokenizer and blocks are kept for the next run.
         vocab_size: Number of tokens of the BPE.
         block_size: Tokens that the model reads at a time.
         batch_size: Blocks per batch.
@@ -105,7 +105,7 @@ class TextDataModule(L.LightningDataModule):
             unfinished = Path(temporary, "data")
             blocks.save_to_disk(unfinished)
             tokenizer.save(str(unfinished / "tokenizer.json"))
-            # Renamed when whole, so that a run that was cut short leaves no half of a data set for the next one.
+            # Renamed when complete, so that an interrupted run leaves no partial data set for the next one.
             unfinished.rename(self.folder)
 
     def setup(self, stage: str) -> None:
@@ -115,9 +115,9 @@ class TextDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         stream = self.corpus.stream()
         if stream is None:
-            # Lightning, or the strategy, puts a sampler underneath that gives each worker a share of its own.
+            # Lightning, or the strategy, adds a sampler that gives each worker its own part.
             return DataLoader(self.blocks["train"], batch_size=self.batch_size, shuffle=True, drop_last=True)
-        # A sampler needs to know how many samples there are: a stream is for the user to divide.
+        # A sampler needs the number of samples: the user has to divide a stream.
         assert self.trainer is not None
         return self.stream_dataloader(stream, self.trainer.global_rank, self.trainer.world_size)
 

@@ -1,4 +1,4 @@
-"""Notices an inner optimizer that undoes adoptions, and says so."""
+"""Detection of inner optimizers that undo adoptions."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch.optim import Optimizer
 __all__ = ["AdoptionCheck"]
 
 _CHECKED = 3  # adoptions
-_STEPS = 10  # of a round: one step of many makes a small part of the way back, one of few may make all of it
-_UNDONE = (0.8, 1.2)  # part of the way back
+_STEPS = 10  # of a round: one step of a long round is a small part of the way back, one of a short round may be all
+_UNDONE = (0.8, 1.2)  # fraction of the way back
 
 
 class AdoptionCheck:
-    """Looks at the first adoptions whether the next step has put the parameters back.
+    """Checks, for the first adoptions, whether the next step has reverted the parameters.
 
-    That is what an optimizer does that writes them from copies which :class:`WeightCopies` has not found (in a closure,
-    or flattened): the worker then learns nothing from the others.
+    An optimizer reverts them if it writes the parameters from copies that :class:`WeightCopies` has not found (in a
+    closure, or flattened). The worker then learns nothing from the others.
     """
 
     def __init__(self) -> None:
@@ -31,16 +31,16 @@ class AdoptionCheck:
         self._steps = 0
 
     def pushed(self, steps: int) -> None:
-        """A round of so many local steps is on its way."""
+        """Record the push of a round of ``steps`` local steps."""
         self._steps = steps
 
     @torch.no_grad()
     def adopted(self, parameters: Sequence[Tensor], correction: Sequence[Tensor]) -> None:
-        """The correction has just been added to the parameters.
+        """Record an adoption: the correction has just been added to the parameters.
 
         Args:
-            parameters: the worker's own.
-            correction: what has been added to each; it must stay as it is until :meth:`stepped`.
+            parameters: the worker's own parameters.
+            correction: the tensor added to each; it must not change until :meth:`stepped`.
         """
         if self._checks_left > 0 and self._steps >= _STEPS:
             self._correction = list(correction)
@@ -54,11 +54,11 @@ class AdoptionCheck:
 
     @torch.no_grad()
     def stepped(self, parameters: Sequence[Tensor], optimizers: Iterable[Optimizer]) -> None:
-        """An optimizer has made the next step.
+        """Check the next step of an optimizer.
 
         Args:
-            parameters: the worker's own, and what else it has after them.
-            optimizers: the optimizers.
+            parameters: the worker's own parameters; further tensors after them are ignored.
+            optimizers: the inner optimizers.
         """
         assert self._correction is not None
         names = " or ".join(type(optimizer).__name__ for optimizer in optimizers)

@@ -1,7 +1,7 @@
-"""A worker of several devices: its first rank takes part in the exchange, the others follow it step by step.
+"""A worker of several devices: its first rank takes part in the exchange, the others repeat each step's changes.
 
-Within a worker the ranks train as under DDP: one averaged gradient, so equal parameters after every step. What the
-exchange changes, it changes on the first rank, which gives it to the others at the end of the same step.
+Within a worker the ranks train as under DDP: gradients are averaged, so parameters are equal after every step. The
+exchange changes the tensors of the first rank, which sends them to the others at the end of the same step.
 """
 
 from __future__ import annotations
@@ -37,34 +37,34 @@ _A_DAY = timedelta(days=1)
 
 
 class Crew:
-    """How the first rank of a worker tells the others what to do, and gives them tensors.
+    """The connections within a worker: the first rank sends commands and tensors to the others.
 
     Args:
         store: a part of the job's store, this worker's own.
         rank: rank of this process within the worker.
         size: processes of the worker.
-        devices: the process group of the worker in which its devices exchange tensors.
-        address: where this process is to listen for the others; None: what gloo chooses.
+        devices: the process group of the worker's devices, for tensors.
+        address: the address at which this process is to listen for the others; None: gloo's choice.
     """
 
     def __init__(self, store: Store, rank: int, size: int, devices: ProcessGroup, address: str | None = None) -> None:
         self.rank = rank
         self.size = size
-        # The others wait as long as the first rank waits for other workers, who watch it. That it dies is noticed.
+        # The others wait as long as the first rank waits for other workers, and these watch it. Its death is noticed.
         self._control: Any = make_gloo_group(PrefixStore("crew", store), rank, size, _A_DAY, address)
         self._devices = devices
 
     def tell(self, word: Mapping[str, Any]) -> None:
-        """The first rank's part of :meth:`hear`."""
+        """Send a message to all other ranks; called on the first rank."""
         text = torch.frombuffer(bytearray(json.dumps(word).encode()), dtype=torch.uint8)
         self._broadcast(self._control, torch.tensor([len(text)]))
         self._broadcast(self._control, text)
 
     def hear(self) -> dict[str, Any]:
-        """What the first rank tells.
+        """Receive the first rank's message; called on the other ranks.
 
         Raises:
-            AsyncLocalSGDError: what has become of it.
+            AsyncLocalSGDError: if the first rank is lost or has failed.
         """
         length = torch.zeros(1, dtype=torch.int64)
         self._broadcast(self._control, length)
@@ -80,12 +80,12 @@ class Crew:
 
     @torch.no_grad()
     def share(self, tensors: Sequence[Tensor]) -> None:
-        """Give the first rank's values to all."""
+        """Send the first rank's values to all."""
         for tensor in tensors:
             self._broadcast(self._devices, tensor.detach())
 
     def gather(self, own: bytes = b"") -> list[Tensor]:
-        """Give the first rank the bytes of each of the others, by rank."""
+        """Send the bytes of each other rank to the first rank; returns them by rank."""
         gathered = []
         for root in range(1, self.size):
             data = torch.frombuffer(bytearray(own), dtype=torch.uint8) if own and root == self.rank else None
@@ -111,12 +111,12 @@ class Crew:
             tensor.copy_(wire)
 
     def close(self) -> None:
-        """Give up the connections."""
+        """Close the connections."""
         self._control = None
 
 
 class LeadingWorker(Worker):
-    """The first rank of a worker: a :class:`Worker` whose crew follows.
+    """The first rank of a worker: a :class:`Worker` with other ranks that follow it.
 
     Args:
         crew: the crew.
@@ -130,7 +130,7 @@ class LeadingWorker(Worker):
         self._changed = self._restarted = False
         self._updates: list[OuterUpdate] = []
         self._messages: list[tuple[int, Message]] = []
-        self._untold: dict[str, list[Any]] = {"updates": [], "messages": []}  # what the others have not heard of yet
+        self._untold: dict[str, list[Any]] = {"updates": [], "messages": []}  # not sent to the others yet
 
     def start(self, max_steps: int | None = None, open_end: bool = False) -> None:
         """See :meth:`Worker.start`."""
@@ -195,7 +195,7 @@ class LeadingWorker(Worker):
         return messages
 
     def _collect(self) -> None:
-        """Take what has come: for this rank, and for the others."""
+        """Take new updates and messages, for this rank and for the others."""
         updates, messages = super().take_updates(), super().take_messages()
         self._updates += updates
         self._messages += messages
@@ -208,7 +208,7 @@ class LeadingWorker(Worker):
 
     @contextmanager
     def _leading(self) -> Iterator[dict[str, Any]]:
-        """Have the others do what the body has done, or fail as it has failed; it may add to what they are told."""
+        """Send the outcome of the body, or its error, to the others. The body may add to the message."""
         word: dict[str, Any] = {}
         try:
             yield word
@@ -241,13 +241,13 @@ class LeadingWorker(Worker):
 
 
 class FollowingRank:
-    """Another rank of a worker, a :class:`WorkerRank`: does what the first rank does.
+    """Another rank of a worker: has the interface of a :class:`WorkerRank`, and repeats the first rank's changes.
 
     Args:
         crew: the crew.
         module: the module to train, on its device.
         optimizers: its inner optimizers.
-        rank: the worker.
+        rank: rank of the worker.
         settings: settings of the run.
     """
 
@@ -266,7 +266,7 @@ class FollowingRank:
         self.stop_requested = False
         self.speeds: tuple[float, ...] = ()
         self.on_gather: Callable[[], bytes] = bytes
-        """Gives what this process has to save of its own in a checkpoint."""
+        """Returns this process's own state for a checkpoint."""
         self._crew = crew
         layout = Layout(module, bool(settings.exchange_frozen), settings.local_buffers)
         self._replica = Replica(module, optimizers, layout)
@@ -292,10 +292,10 @@ class FollowingRank:
         return replace(self.summary(), digest=digest)
 
     def follow(self) -> dict[str, Any]:
-        """Do what the first rank has done; returns what it has told.
+        """Repeat the changes of the first rank. Returns its message.
 
         Raises:
-            AsyncLocalSGDError: if it has failed.
+            AsyncLocalSGDError: if the first rank has failed.
         """
         word = self._crew.hear()
         while "gather" in word:
@@ -321,7 +321,7 @@ class FollowingRank:
         self._replica.watch(optimizers)
 
     def abort(self, error: BaseException) -> None:
-        """Leave; the first rank notices."""
+        """Leave. The first rank notices."""
         self._crew.close()
 
     def lend_global(self, for_cut: bool = False) -> None:
@@ -384,7 +384,7 @@ class FollowingRank:
         """The first rank's speed counts."""
 
     def send(self, message: Message) -> None:
-        """The first rank sends it."""
+        """Do nothing: the first rank sends the message."""
 
     def measure_updates(self) -> None:
-        """The first rank asks for it."""
+        """Do nothing: the first rank requests the measurement."""

@@ -1,4 +1,4 @@
-"""Deltas that cannot be sent: said to the user, and ended with an error where nothing is learned any more."""
+"""Deltas that cannot be sent: a warning for each, and an error after several in a row."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lightning_async_localsgd.outer.layout import Layout
 __all__ = ["Drops"]
 
 _MOST_IN_A_ROW = 5
-_NAMED = 5  # tensors that a message names
+_NAMED = 5  # maximum number of tensors named in a message
 
 
 class Drops:
-    """Looks at what could not be sent of each delta of one worker.
+    """Watches for deltas of one worker that could not be sent, or not as a whole.
 
     Args:
-        worker: how messages call the worker.
+        worker: name of the worker in messages.
         layout: the layout of its module.
     """
 
@@ -30,10 +30,10 @@ class Drops:
         self._named_buffers: set[int] = set()
 
     def look(self, unsendable: Unsendable) -> None:
-        """Warn of a delta that was dropped, and once of each buffer that was left out of one.
+        """Warn of a dropped delta, and once of each buffer that was left out of a delta.
 
         Raises:
-            NotFiniteError: if it was the fifth dropped delta in a row.
+            NotFiniteError: at the fifth dropped delta in a row.
         """
         if unsendable.parameters:
             self._dropped(unsendable.parameters)

@@ -1,4 +1,4 @@
-"""The replica of a worker: its module, and the two flat vectors in which deltas are written and adopted."""
+"""The replica of a worker: its module, and the two flat vectors for writing deltas and for adopting."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ class WrittenRound(NamedTuple):
     base: Tensor
     """The parameters at the start of the round."""
     snapshot: Tensor
-    """The parameters at its end."""
+    """The parameters at the end of the round."""
     ready: Callable[[], object]
-    """Waits until ``snapshot`` is filled (a copy from an accelerator may still run)."""
+    """A function that waits until ``snapshot`` is filled (a copy from an accelerator may still run)."""
 
 
 class Replica:
     """The module of a worker during a run.
 
-    Between two pushes it holds two flat vectors: the base, which the worker's progress counts from, and room for a
-    snapshot. :meth:`write` gives both up, :meth:`adopt` or :meth:`take_back` brings both back.
+    Between two pushes it holds two flat vectors: the base (the parameters at the start of the worker's progress), and
+    memory for a snapshot. :meth:`write` gives both away, :meth:`adopt` or :meth:`take_back` returns both.
 
     Args:
         module: the module, on its device.
         optimizers: its inner optimizers.
         layout: the layout of its exchanged tensors in a flat vector.
-        weight_copies: names of copies of the weights in the optimizers' states; None: they are found.
+        weight_copies: names of copies of the weights in the optimizers' states; None: they are found automatically.
         constraint: applied to the parameters after each adoption.
     """
 
@@ -57,14 +57,14 @@ class Replica:
         self.layout = layout
         self.copies = WeightCopies(module, optimizers, weight_copies)
         self.base: Tensor | None = None
-        """The parameters that the worker's progress counts from; None while a delta is in flight."""
+        """The parameters at the start of the worker's progress; None while a delta is in flight."""
         self._snapshot: Tensor | None = None
         self._optimizers = list(optimizers)
         self._adopter = Adopter(layout)
         self._check = AdoptionCheck()
         self._constraint = constraint
         self._outer_device = torch.device("cpu")
-        self._own: list[Tensor] | None = None  # put aside while the module holds the global ones
+        self._own: list[Tensor] | None = None  # set while the module holds the global tensors
         self._adopted: Callable[[], object] = lambda: None
 
     # ---- tensors ----------------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ class Replica:
 
     @property
     def own(self) -> list[Tensor]:
-        """This worker's own exchanged tensors: those in the module, unless it holds the global ones."""
+        """This worker's own exchanged tensors: the module's, or their copies while the module holds the global ones."""
         return self.in_module if self._own is None else self._own
 
     @property
@@ -100,16 +100,16 @@ class Replica:
         torch._foreach_copy_(self.in_module, self.layout.views(flat), True)
 
     def watch(self, optimizers: Sequence[Optimizer]) -> None:
-        """From now on these are the inner optimizers."""
+        """Replace the inner optimizers."""
         self._optimizers = list(optimizers)
         self.copies.watch(optimizers)
 
     def transfers(self) -> Callable[[], object]:
-        """A function that waits, on any thread, for the copies to or from an accelerator begun by this thread."""
+        """A function that waits, on any thread, for this thread's copies to or from an accelerator."""
         return copied(self.device if self._outer_device.type == "cpu" else self._outer_device)
 
     def synchronize(self) -> None:
-        """Wait for copies to or from an accelerator, before what they read changes."""
+        """Wait for copies to or from an accelerator, before their sources change."""
         self.transfers()()
 
     # ---- rounds -----------------------------------------------------------------------------------------------------
@@ -131,14 +131,14 @@ class Replica:
 
     @property
     def in_flight(self) -> bool:
-        """Whether the vectors are given up: the adoption of the last push is still to come."""
+        """Whether the vectors are given away: the adoption of the last push is outstanding."""
         return self._snapshot is None
 
     def stepped(self, first: bool) -> None:
-        """After a local step.
+        """Handle the end of a local step.
 
         Args:
-            first: whether it was the first one of a round.
+            first: whether the step was the first of a round.
         """
         if first:
             self.copies.find()
@@ -147,7 +147,7 @@ class Replica:
 
     @torch.no_grad()
     def write(self, steps: int) -> WrittenRound:
-        """Take a snapshot of the parameters of now and give both vectors up.
+        """Take a snapshot of the current parameters and give both vectors away.
 
         Args:
             steps: local steps of the round.
@@ -155,7 +155,7 @@ class Replica:
         assert self.base is not None and self._snapshot is not None
         tensors = self.in_module
         self.layout.check_trainable(self.module)
-        self._adopted()  # the user may have gone on on another stream
+        self._adopted()  # the user's code may have moved to another stream
         torch._foreach_copy_(self.layout.views(self._snapshot), tensors, True)
         self._check.pushed(steps)
         written = WrittenRound(self.base, self._snapshot, self.transfers())
@@ -163,12 +163,12 @@ class Replica:
         return written
 
     def take_back(self, base: Tensor, snapshot: Tensor) -> None:
-        """Take the vectors of a push back."""
+        """Return the vectors of a push to the replica."""
         self.base, self._snapshot = base, snapshot
 
     @torch.no_grad()
     def adopt(self, adoption: Adoption, steps: int) -> None:
-        """Take over new global parameters, keeping what was learned since the push: the next delta counts it.
+        """Adopt new global parameters and keep the steps since the push; these are part of the next delta.
 
         Args:
             adoption: the global parameters.
@@ -197,11 +197,11 @@ class Replica:
 
     @torch.no_grad()
     def rebase(self, base: Tensor, correction: Tensor) -> None:
-        """Go on with a round that has begun from older global parameters, as an adoption would.
+        """Move the current round to newer global parameters, as in an adoption.
 
         Args:
-            base: the global parameters of now.
-            correction: how they differ from those that the round has begun from.
+            base: the current global parameters.
+            correction: their difference from the global parameters at the start of the round.
         """
         assert self.base is not None
         self.base.copy_(base)
@@ -222,7 +222,7 @@ class Replica:
 
     @torch.no_grad()
     def lend(self, flat: Tensor) -> None:
-        """Put the global parameters and buffers into the module; the own ones are aside."""
+        """Put the global parameters and buffers into the module, after :meth:`put_aside`."""
         torch._foreach_copy_(unversioned(self.in_module), self.layout.views(flat))
         self.synchronize()
 
@@ -235,7 +235,7 @@ class Replica:
 
 
 def forget_non_finite_state(optimizers: Iterable[Optimizer]) -> None:
-    """Inner optimizers that have seen a non-finite gradient would turn fresh parameters non-finite at once."""
+    """Reset non-finite optimizer state, which would make fresh parameters non-finite at the next step."""
     for optimizer in optimizers:
         for parameter, state in list(optimizer.state.items()):
             if not all(bool(torch.isfinite(v).all()) for v in state.values() if isinstance(v, Tensor)):
@@ -243,5 +243,5 @@ def forget_non_finite_state(optimizers: Iterable[Optimizer]) -> None:
 
 
 def unversioned(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The same memory, but writes to it leave no version: who lends tensors, and a backward pass, get back the same."""
+    """Aliases of tensors that do not count versions, for temporary writes that a backward pass must not notice."""
     return [tensor.data for tensor in tensors]

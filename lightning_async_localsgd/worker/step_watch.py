@@ -1,4 +1,4 @@
-"""What counts as a local step: an optimizer has stepped, or the parameters have changed without one."""
+"""Detection of local steps: a step of an optimizer, or a change of the parameters without one."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ __all__ = ["ParameterChanges", "StepListener", "StepWatch"]
 
 
 class StepListener:
-    """Calls back after every step of an optimizer.
+    """Calls a function after every step of an optimizer.
 
-    The outermost call of ``step`` counts, once: a subclass may call ``super().step()``, and a wrapper steps the
-    optimizer in it. The method is replaced on the object, as torch's schedulers do, because wrappers that do without
+    Only the outermost call of ``step`` counts: a subclass may call ``super().step()``, and a wrapper calls its inner
+    optimizer's. The method is replaced on the object, as torch's schedulers do, because wrappers that do not call
     ``Optimizer.__init__`` have no step hooks.
 
     Args:
         optimizer: the optimizer, until :meth:`close`.
-        on_step: called with whether the step was made. It was not, if a gradient scaler has told a fused optimizer to
-            leave the parameters alone.
+        on_step: called with True if the step was made, and False if a gradient scaler made a fused optimizer skip it.
     """
 
     def __init__(self, optimizer: Optimizer, on_step: Callable[[bool], None]) -> None:
@@ -32,7 +31,7 @@ class StepListener:
         self._on_step: Callable[[bool], None] | None = on_step
         self._before = vars(optimizer).get("step")
         self._skipped = False
-        # The scaler takes its order back when the innermost optimizer has stepped, so that a hook must look at it.
+        # The scaler resets its skip flag when the innermost optimizer has stepped: only a hook can read it before that.
         has_hooks = hasattr(optimizer, "_optimizer_step_post_hooks")
         self._hook = optimizer.register_step_post_hook(self._look) if has_hooks else None
         inner = optimizer.step
@@ -47,7 +46,7 @@ class StepListener:
                 self._on_step(not self._skipped)
             return output
 
-        self._step = MethodType(step, optimizer)  # schedulers that are made from now on expect a method
+        self._step = MethodType(step, optimizer)  # later schedulers expect a method
         optimizer.step = self._step  # type: ignore[method-assign]
 
     def _look(self, optimizer: Optimizer, *_: Any) -> None:
@@ -55,22 +54,22 @@ class StepListener:
         self._skipped = self._skipped or (skipped is not None and bool(skipped.item()))
 
     def close(self) -> None:
-        """Leave the optimizer as it was."""
+        """Restore the optimizer."""
         self._on_step = None
         if self._hook is not None:
             self._hook.remove()
         if vars(self._optimizer).get("step") is not self._step:
-            return  # somebody has replaced the method once more, and calls this one
+            return  # the method has been replaced once more, and the new one calls this one
         del self._optimizer.step
         if self._before is not None:
             self._optimizer.step = self._before  # type: ignore[method-assign]
 
 
 class ParameterChanges:
-    """Tells whether the trainable parameters of a module have changed.
+    """Detects changes of the trainable parameters of a module.
 
-    Every write to a tensor counts up its version, which costs nothing to look at. Writes through ``parameter.data`` and
-    replayed CUDA graphs do not: they are found by a sum of all bits, which takes a pass over the parameters.
+    Every write to a tensor increments its version, which costs nothing to read. Writes through ``parameter.data`` and
+    replayed CUDA graphs do not. A sum of all bits detects these, at the cost of a pass over the parameters.
 
     Args:
         module: the module.
@@ -82,10 +81,10 @@ class ParameterChanges:
         self.settle(bits=True)
 
     def settle(self, bits: bool) -> None:
-        """Take the parameters of now for unchanged.
+        """Take the current parameters as unchanged.
 
         Args:
-            bits: whether :meth:`found` is to look for changes that leave no version the next time.
+            bits: whether the next :meth:`found` is to detect changes that leave no version.
         """
         self._versions = self._sum_of_versions()
         if bits:
@@ -102,14 +101,14 @@ class ParameterChanges:
 
 
 class StepWatch:
-    """Tells which batches were local steps of a worker.
+    """Detects the batches that were local steps of a worker.
 
-    As long as optimizers step, nothing else is looked at. A batch in which none has stepped was a local step all the
-    same if the parameters have changed: by an optimizer of the module's own, by another method than ``step``
-    (sharpness-aware minimization by hand), or by hand.
+    As long as optimizers step, only their steps are counted. A batch without an optimizer's step is also a local step
+    if the parameters have changed: by an optimizer of the module's own, by another method than ``step`` (manual
+    sharpness-aware minimization), or by direct writes.
 
     Args:
-        module: the module that is trained.
+        module: the module to train.
         optimizers: its optimizers.
     """
 
@@ -118,11 +117,11 @@ class StepWatch:
         self._changes = ParameterChanges(module)
         self._heard = False  # an optimizer's `step` was called
         self._stepped = False
-        self._unseen = True  # no step was noticed so far by what costs nothing
+        self._unseen = True  # neither optimizers nor tensor versions have shown a step so far
         self.watch(optimizers)
 
     def watch(self, optimizers: Iterable[Optimizer]) -> None:
-        """Listen to these optimizers, and to those before no longer."""
+        """Listen to these optimizers instead of the previous ones."""
         self.close()
         self._listeners = [StepListener(optimizer, self._hear) for optimizer in optimizers]
 
@@ -135,7 +134,7 @@ class StepWatch:
         """Whether a local step was made since the last call.
 
         Args:
-            accumulating: gradients are known to be accumulated: then no more than an optimizer's step is looked at.
+            accumulating: whether gradients are known to be accumulated; then only an optimizer's step counts.
         """
         changed = not self._heard and not accumulating and self._changes.found(self._unseen)
         made = self._stepped or changed
@@ -143,17 +142,17 @@ class StepWatch:
         return made
 
     def settle(self) -> None:
-        """What has changed the parameters since the last step, be it an adoption or validation, was no training."""
+        """Ignore changes of the parameters since the last step: an adoption or validation is no training."""
         self._changes.settle(self._unseen)
 
     def restart(self) -> None:
-        """Forget what was noticed so far."""
+        """Forget all steps and changes so far."""
         self._heard = self._stepped = False
         self._unseen = True
         self.settle()
 
     def close(self) -> None:
-        """Leave the optimizers as they were."""
+        """Restore the optimizers."""
         for listener in reversed(self._listeners):
             listener.close()
         self._listeners = []

@@ -1,4 +1,4 @@
-"""A run in numbers."""
+"""The summary of a run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["RunSummary"]
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A run in numbers. All but ``bytes_*`` and ``blocked_seconds`` are alike on every worker after ``fit``.
+    """The summary of a run. All except ``bytes_*`` and ``blocked_seconds`` are equal on all workers after ``fit``.
 
-    Those two are of this process; what was counted before a checkpoint that the run was resumed from is in all others.
+    These are of this process alone, since its start. All others include the run before a resumed checkpoint.
     """
 
     version: int
-    """Outer updates applied."""
+    """Number of outer updates applied."""
     total_local_steps: int
     """Local steps of all workers together."""
     local_steps: tuple[int, ...]
@@ -28,15 +28,15 @@ class RunSummary:
     """Mean over all deltas of the versions that passed between the start of a round and its application."""
     max_staleness: int
     round_length: int
-    """H, local steps per round of the fastest worker: as given or, with ``"auto"``, what it has come to."""
+    """H, local steps per round of the fastest worker: as given or, with ``"auto"``, its latest value."""
     dropped: tuple[int, ...]
-    """Non-finite deltas of each worker, which were not applied."""
+    """Number of non-finite deltas of each worker; these were not applied."""
     bytes_sent: int
-    """Bytes this worker has sent to its peers, headers included."""
+    """Bytes sent by this worker to its peers, including headers."""
     bytes_received: int
     blocked_seconds: float
-    """Time this worker's training thread has spent on the exchange instead of training: copies and waits, up to its
-    last local step (not the wait for the others after it)."""
+    """Time of this worker's training thread spent on the exchange instead of training, in seconds: copies and waits, up
+    to its last local step (not the final wait for the others)."""
     digest: str
     """Hash (hex) of the final global parameters and outer state; empty while the run goes on."""
 

@@ -1,4 +1,4 @@
-"""Copies of the weights in the state of inner optimizers, which move with the weights when these are replaced."""
+"""Copies of the weights in the state of inner optimizers, moved together with the weights."""
 
 from __future__ import annotations
 
@@ -16,22 +16,21 @@ __all__ = ["WeightCopies"]
 
 _PARAMETERS = "params"  # in a group of an optimizer
 _DEPTH = 3  # of lists within lists in an optimizer's attributes
-_NEAR = 0.1  # distance to the parameters over their norm; moments of gradients are about as far from them as zero is
+_NEAR = 0.1  # distance to the parameters over their norm; moments of gradients are about as far away as zero
 
 
 class WeightCopies:
-    """Keeps what inner optimizers hold of the weights where it is, as seen from the weights.
+    """Keeps the distance between the weights and their copies in inner optimizers when the weights are moved.
 
     Some optimizers write the parameters from a copy in their state (fp32 masters, dual averaging), or mix a copy into
-    them (the slow weights of Lookahead, the base sequence of schedule-free learning). If only the parameters took over
-    what other workers have learned, the next step would undo it. So whatever is added to the parameters is added to
-    their copies, too.
+    them (the slow weights of Lookahead, the base sequence of schedule-free learning). If a correction were added to the
+    parameters alone, the next step would undo it. So every correction is also added to the copies.
 
     Args:
-        module: the module that is trained.
+        module: the module to train.
         optimizers: its optimizers.
         names: the entries of an optimizer's state that hold copies of the weights; or its attributes or options that
-            hold a list of copies, in the order of its parameters. None: those that :meth:`find` finds by their values.
+            hold a list of copies, in the order of its parameters. None: :meth:`find` finds them by their values.
     """
 
     def __init__(self, module: nn.Module, optimizers: Iterable[Optimizer], names: Sequence[str] | None = None) -> None:
@@ -40,7 +39,7 @@ class WeightCopies:
         self.watch(optimizers)
 
     def watch(self, optimizers: Iterable[Optimizer]) -> None:
-        """From now on these are the optimizers."""
+        """Replace the optimizers."""
         self._optimizers = list(optimizers)
         self.names: set[str] = set(self._given or ())
         """Names of the entries that hold copies."""
@@ -48,9 +47,9 @@ class WeightCopies:
 
     @torch.no_grad()
     def find(self) -> None:
-        """Look at what has come into the optimizers since the last call.
+        """Look for copies in entries that are new in the optimizers since the last call.
 
-        To be called soon after it may have: copies are known by being near the parameters.
+        Call this soon after optimizers may have made entries: copies are recognized by values near the parameters.
         """
         if self._given is not None:
             return
@@ -71,21 +70,21 @@ class WeightCopies:
 
     @torch.no_grad()
     def move(self, by: Mapping[str, Tensor]) -> None:
-        """Add to the copies what is added to the parameters, ``by`` name."""
+        """Add the same tensors to the copies as to the parameters, given ``by`` name."""
         for name, copy in self._copies():
             if name in by:
                 copy.add_(by[name].to(copy.device, copy.dtype))
 
     @torch.no_grad()
     def reset(self, to: Mapping[str, Tensor]) -> None:
-        """Begin anew from these parameters, by name."""
+        """Set the copies to these parameters, given by name."""
         for name, copy in self._copies():
             if name in to:
                 copy.copy_(to[name])
 
     @contextmanager
     def following(self) -> Iterator[None]:
-        """Have the copies follow what the body does to the module's parameters."""
+        """Repeat on the copies the changes that the body makes to the module's parameters."""
         self.find()
         names = {name for name, _ in self._copies()}
         before = {name: p.detach().clone() for name, p in self._module.named_parameters() if name in names}
@@ -95,7 +94,7 @@ class WeightCopies:
             self.move({name: after[name].detach() - value for name, value in before.items()})
 
     def tensors(self) -> list[Tensor]:
-        """All copies, in an order that is alike on all devices of a worker."""
+        """All copies, in the same order on all devices of a worker."""
         return [copy for _, copy in self._copies()]
 
     def _copies(self) -> list[tuple[str, Tensor]]:
@@ -111,14 +110,14 @@ class WeightCopies:
         return list(copies.values())
 
     def _entries(self, optimizer: Optimizer) -> dict[str, list[tuple[Tensor, Tensor]]]:
-        """By name, what an optimizer holds in the shapes of parameters, beside the parameter."""
+        """Entries of an optimizer with the shapes of its parameters, each with its parameter, by name."""
         entries: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         own = {id(p) for p in self._module.parameters()}
         for inner in _with_inner(optimizer):
             parameters = [p for group in inner.param_groups for p in group["params"]]
             state: Mapping[Any, Any] = getattr(inner, "state", {})
             lists = _lists(inner)
-            if not any(id(p) in own for p in parameters):  # it trains copies, and somebody writes them back
+            if not any(id(p) in own for p in parameters):  # it trains copies, and other code writes them back
                 lists[_PARAMETERS] = parameters
                 parameters = [p for p in self._module.parameters() if p.requires_grad]
             for name, tensors in lists.items():
@@ -130,7 +129,7 @@ class WeightCopies:
 
 
 def _with_inner(optimizer: Optimizer, seen: frozenset[int] = frozenset()) -> Iterator[Optimizer]:
-    """An optimizer, and those that it wraps."""
+    """An optimizer and its inner optimizers."""
     yield optimizer
     for value in vars(optimizer).values():
         if isinstance(value, Optimizer) and id(value) not in seen | {id(optimizer)}:
@@ -143,7 +142,7 @@ def _in_state(state: Mapping[Any, Any], parameters: Iterable[Tensor]) -> dict[st
     for p in parameters:
         of_p = state.get(p, {})
         for name, value in of_p.items() if isinstance(of_p, Mapping) else ():
-            if isinstance(value, Tensor) and name != "step":  # a count has the shape of a scalar parameter
+            if isinstance(value, Tensor) and name != "step":  # a step count has the shape of a scalar parameter
                 entries[name].append((p, value))
     return {name: pairs for name, pairs in entries.items() if all(p.shape == value.shape for p, value in pairs)}
 
@@ -169,11 +168,11 @@ def _tensors(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
 
 
 def _is_copy(parameter: Tensor, tensor: Tensor) -> bool:
-    """Whether it could be one: not the parameter itself under another name."""
+    """Whether ``tensor`` may be a copy of the parameter: not the parameter itself under another name."""
     return tensor.is_floating_point() and tensor.numel() > 0 and tensor.data_ptr() != parameter.data_ptr()
 
 
 def _are_near(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
-    """Whether these are near the parameters, all together, which zero and moments of gradients are not."""
+    """Whether all of these tensors together are near the parameters; zeros and moments of gradients are not."""
     distance = torch.stack([(c.float().to(p.device) - p.float()).norm().cpu() for p, c in pairs]).norm()
     return bool(distance < _NEAR * torch.stack([p.float().norm().cpu() for p, _ in pairs]).norm())
