@@ -2,39 +2,66 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
+
+from lightning_async_localsgd.codecs.base import typed
 
 __all__ = ["BF16", "FP32"]
 
 
+@dataclass(frozen=True)
 class FP32:
-    """Sends deltas as they are: 4 bytes per element, no copy on either side."""
+    """Sends elements as they are: 4 bytes per element, no copy on the sender's side."""
 
-    name = "fp32"
-    wire_dtype = torch.float32
-    largest = torch.finfo(torch.float32).max
+    name: ClassVar[str] = "fp32"
+    block: ClassVar[int] = 1
+    largest: ClassVar[float] = torch.finfo(torch.float32).max
+    lossless: ClassVar[bool] = True
 
-    def encode(self, chunk: Tensor) -> Tensor:
-        """``chunk`` itself."""
-        return chunk
+    def wire_bytes(self, numel: int) -> int:
+        """4 bytes per element."""
+        return 4 * numel
 
-    def decode(self, wire: Tensor) -> Tensor:
-        """``wire`` itself."""
-        return wire
+    def encode(self, chunk: Tensor, out: Tensor | None = None) -> Tensor:
+        """The bytes of ``chunk``: a view of it, unless ``out`` is given."""
+        wire = chunk.view(torch.uint8)
+        return wire if out is None else out.copy_(wire)
+
+    def decode(self, wire: Tensor, out: Tensor, add: bool = False) -> None:
+        """Copy or add the elements; nothing to copy if ``wire`` is a view of ``out``."""
+        if add or wire.data_ptr() != out.data_ptr():
+            _write(typed(wire, torch.float32), out, add)
 
 
+@dataclass(frozen=True)
 class BF16:
-    """Rounds deltas to bfloat16: 2 bytes per element, the range of fp32, 8 significant bits."""
+    """Rounds elements to the nearest bfloat16: 2 bytes per element, the range of fp32, 8 significant bits."""
 
-    name = "bf16"
-    wire_dtype = torch.bfloat16
-    largest = torch.finfo(torch.bfloat16).max
+    name: ClassVar[str] = "bf16"
+    block: ClassVar[int] = 1
+    largest: ClassVar[float] = torch.finfo(torch.bfloat16).max
+    lossless: ClassVar[bool] = False
 
-    def encode(self, chunk: Tensor) -> Tensor:
-        """``chunk`` rounded to the nearest bfloat16."""
-        return chunk.to(torch.bfloat16)
+    def wire_bytes(self, numel: int) -> int:
+        """2 bytes per element."""
+        return 2 * numel
 
-    def decode(self, wire: Tensor) -> Tensor:
-        """``wire`` widened to fp32, exactly."""
-        return wire.to(torch.float32)
+    def encode(self, chunk: Tensor, out: Tensor | None = None) -> Tensor:
+        """The bytes of the rounded elements."""
+        wire = chunk.to(torch.bfloat16).view(torch.uint8)
+        return wire if out is None else out.copy_(wire)
+
+    def decode(self, wire: Tensor, out: Tensor, add: bool = False) -> None:
+        """Copy or add the elements, widened exactly."""
+        _write(typed(wire, torch.bfloat16), out, add)
+
+
+def _write(values: Tensor, out: Tensor, add: bool) -> None:
+    if add:
+        out.add_(values)
+    else:
+        out.copy_(values)

@@ -39,7 +39,7 @@ class Settings:
     quorum: int = 1
     overlap: bool = True
     budget: str = "shared"
-    codec: str | Codec = "fp32"
+    codec: str | Codec = AUTO
     exchange: str = "auto"
     turns_per_round: float = 2
     outer_device: str | torch.device = "cpu"

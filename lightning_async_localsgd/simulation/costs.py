@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_async_localsgd.codecs import make_codec
+from lightning_async_localsgd.codecs import Codec
 from lightning_async_localsgd.exchange.trade import CHUNK
-from lightning_async_localsgd.outer import DelayedNesterov, default_outer_optimizer
+from lightning_async_localsgd.outer import DelayedNesterov, default_outer_optimizer, takes_sums
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.simulation.exchange import DeltaCosts
 from lightning_async_localsgd.simulation.network import Network
@@ -40,10 +40,14 @@ class Costs:
 
     def __init__(self, parameters: int, settings: Settings, memory_bandwidth: float) -> None:
         stream = 4 * parameters / memory_bandwidth
-        sums = takes_sums(settings)
+        sums = (
+            settings.sums
+            if settings.sums is not None
+            else takes_sums(_make_optimizer(settings), settings.transforms, settings.quorum)
+        )
         codec = 0 if next(iter(settings.codecs().values())).lossless else _CODEC_STREAMS
         if sums:
-            # Each worker adds up as much as one delta per delta in its slice; it writes a delta, and reads one and the sum.
+            # A worker writes its delta and a slice of the sum, reads as much as one delta in its slice, and the sum.
             own, update = 2 * codec + _ADD_STREAMS + _RECEIVE_STREAMS + codec, _UPDATE_STREAMS
         elif settings.quorum > 1:
             own, update = codec, settings.quorum * (codec + _RECEIVE_STREAMS + _ADD_STREAMS) + _UPDATE_STREAMS
@@ -74,31 +78,34 @@ class Costs:
         return seconds(everyone, everyone, self.delta.elements, codec.wire_bytes)
 
 
-def memory_bytes(parameters: int, settings: Settings, workers: int) -> int:
+def memory_bytes(parameters: int, settings: Settings, workers: int, codec: Codec) -> int:
     """Host memory that a worker needs beside its module and inner optimizer.
 
     Four vectors of fp32 (``base``, ``snapshot``, global parameters, pseudo-gradient), what the outer optimizer and the
-    transformations keep, and the messages on their way.
+    transformations keep, the residual of a codec that rounds, and the messages on their way.
 
     Args:
         parameters: trainable parameters and float buffers.
         settings: settings of the run.
         workers: number of workers.
+        codec: the codec of the deltas.
     """
-    plain = settings.quorum == 1 and make_codec(settings.codec).wire_dtype == torch.float32
-    copies = 4 + _optimizer_copies(settings, workers)
+    copies = 4 + _optimizer_copies(settings, workers) + (not codec.lossless)
     for transform in settings.transforms:
         copies += sum(isinstance(value, Tensor) for value in transform.init(torch.zeros(2)).values())
-    if any(transform.needs_start for transform in settings.transforms):
-        copies += workers  # at most: workers that are in step share one
-    return 4 * parameters * copies + 4 * CHUNK * (1 if plain else 2)
+    on_their_way = 4 * workers * codec.wire_bytes(min(CHUNK, -(-parameters // workers)))
+    return 4 * parameters * copies + on_their_way
+
+
+def _make_optimizer(settings: Settings) -> torch.optim.Optimizer:
+    """The outer optimizer of two parameters."""
+    return (settings.outer_optimizer or default_outer_optimizer)([torch.nn.Parameter(torch.zeros(2))])
 
 
 def _optimizer_copies(settings: Settings, workers: int) -> int:
     """Vectors of the parameters' shape that the outer optimizer keeps, once it has made a step."""
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    make = settings.outer_optimizer or default_outer_optimizer
-    optimizer = make([parameter])
+    optimizer = _make_optimizer(settings)
+    parameter = optimizer.param_groups[0]["params"][0]
     if isinstance(optimizer, DelayedNesterov):
         optimizer.set_default_buffer_size(max(1, round(workers / settings.quorum)))
     parameter.grad = torch.zeros(2)

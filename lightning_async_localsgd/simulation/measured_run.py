@@ -68,6 +68,11 @@ class MeasuredRun:
             seed,
         )
 
+    @property
+    def codec(self) -> str:
+        """Name of the codec of the latest turn."""
+        return self._timeline.progress.codec
+
     def run(self) -> tuple[Moment, Moment]:
         """Run until the second moment; returns both."""
         self._timeline.run(until=lambda: self._last is not None)

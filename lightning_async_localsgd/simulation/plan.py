@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_async_localsgd.codecs import make_codec
+from lightning_async_localsgd.codecs import Codec
 from lightning_async_localsgd.protocol.pace import FixedPace, make_pace
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.simulation.costs import MEMORY_BANDWIDTH, Costs, memory_bytes
@@ -135,7 +135,7 @@ def plan(
     chosen = Settings(local_steps=local_steps, **settings)
     _check(parameters, workers, network, noise, memory_bandwidth, chosen)
     costs = Costs(parameters, chosen, memory_bandwidth)
-    at_once = _steps_at_once(workers, chosen, costs.exchange_seconds(network, len(workers)))
+    at_once = _steps_at_once(workers, chosen, costs.exchange_seconds(network, len(workers), _widest(chosen)))
     run = MeasuredRun(
         [_make_worker(speed / at_once, noise / math.sqrt(at_once)) for speed in workers],
         replace(chosen, local_steps=max(1, round(local_steps / at_once))),
@@ -193,7 +193,7 @@ def _evaluate(
         parameters=costs.delta.elements,
         workers=len(speeds),
         local_steps=_number(settings),
-        codec=make_codec(settings.codec).name,
+        codec=run.codec,
         overlap=settings.overlap,
         utilization=per_second / sum(speeds),
         steps_per_second=per_second,
@@ -206,7 +206,7 @@ def _evaluate(
         received_per_round=tuple(received),
         link_load=max(n * max(s, r) for n, s, r in zip(rounds, sent, received, strict=True)) / seconds,
         link_need=_link_need(speeds, settings, network, costs),
-        memory=memory_bytes(costs.delta.elements, settings, len(speeds)),
+        memory=memory_bytes(costs.delta.elements, settings, len(speeds), settings.codecs()[run.codec]),
         mean_staleness=sum(run.stalenesses) / len(run.stalenesses),
         max_staleness=max(run.stalenesses),
         rounds=sum(rounds),
@@ -221,11 +221,15 @@ def _link_need(speeds: Sequence[float], settings: Settings, network: Network, co
     else:
         seconds = _number(settings) / max(speeds)
     allowed = seconds if settings.overlap else (1 - TARGET) * seconds
-    rest = allowed - costs.exchange_seconds(replace(network, bandwidth=math.inf), len(speeds))
-    everyone = range(len(speeds))
+    codec = list(settings.codecs().values())[-1]
+    rest = allowed - costs.exchange_seconds(replace(network, bandwidth=math.inf), len(speeds), codec)
     links = Network(bandwidth=1.0)
-    load = links.delta_seconds(everyone, everyone, costs.delta.elements, costs.delta.element_bytes)
-    return (load + links.header_seconds(everyone)) / rest if rest > 0 else math.inf
+    load = costs.sent_seconds(links, len(speeds), codec) + links.header_seconds(range(len(speeds)))
+    return load / rest if rest > 0 else math.inf
+
+
+def _widest(settings: Settings) -> Codec:
+    return next(iter(settings.codecs().values()))
 
 
 def _check(

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from lightning_async_localsgd.codecs import codecs_by_name
 from lightning_async_localsgd.simulation.costs import MEMORY_BANDWIDTH
 from lightning_async_localsgd.simulation.network import Network
 from lightning_async_localsgd.simulation.plan import TARGET, Plan, plan
@@ -17,6 +16,9 @@ __all__ = ["LOCAL_STEPS", "Recommendation", "recommend"]
 
 LOCAL_STEPS = (10, 20, 50, 100, 200, 500)
 """The H that :func:`recommend` tries."""
+
+CODECS = ("fp32", "bf16", "int8", "int4")
+"""The codecs that it tries, the least lossy first."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,7 @@ def recommend(
     """
     network = network or Network()
     predict = partial(plan, parameters, workers, **options)
-    codecs = sorted(codecs_by_name().values(), key=lambda codec: -codec.wire_dtype.itemsize)
-    plans = tuple(
-        predict(network=network, local_steps=steps, codec=codec.name) for codec in codecs for steps in LOCAL_STEPS
-    )
+    plans = tuple(predict(network=network, local_steps=steps, codec=codec) for codec in CODECS for steps in LOCAL_STEPS)
     best = min((p for p in plans if p.reaches_target), key=lambda p: p.local_steps, default=None)
     if best is not None:
         return Recommendation(
@@ -69,9 +68,8 @@ def _limit(predict: partial[Plan], network: Network) -> str:
 
     Of several causes the one that is shortest of what it needs comes first.
     """
-    smallest = min(codecs_by_name().values(), key=lambda codec: codec.wire_dtype.itemsize)
-    predict = partial(predict, local_steps=LOCAL_STEPS[-1], codec=smallest.name)
-    setting = f"H = {LOCAL_STEPS[-1]} with {smallest.name}"
+    predict = partial(predict, local_steps=LOCAL_STEPS[-1], codec=CODECS[-1])
+    setting = f"H = {LOCAL_STEPS[-1]} with {CODECS[-1]}"
     if not predict(network=Network(), memory_bandwidth=math.inf).reaches_target:
         return "workers wait for each other, whatever the network; a method without a quorum does not."
     has_memory = predict.keywords.get("memory_bandwidth", MEMORY_BANDWIDTH)

@@ -79,7 +79,16 @@ class AsyncLocalSGDStrategy(ProcessWorldStrategy):
             them. ``"per_worker"``: each worker makes ``max_steps``.
         worker_size: n consecutive ranks form one worker, which trains as under DDP (with the further arguments of this
             strategy): its batch is n times as large. Its first rank takes part in the exchange.
-        codec: how deltas are written on the wire: ``"fp32"``, ``"bf16"`` or a codec object.
+        codec: form of the deltas on the wire: ``"fp32"``, ``"bf16"``, ``"int8"``, ``"int4"``, ``"e3m0"``, ``"topk"``
+            or a codec object. What a codec loses of one delta goes into the next one. ``"auto"``: the widest of fp32,
+            bf16, int8 and int4 with which an exchange fits into half a round, as measured.
+        exchange: ``"reduce"``: the deltas of a turn are added up on their way, each slice of the vector by one worker,
+            so that the traffic does not grow with the number of workers. ``"gather"``: each delta goes to every worker,
+            and they are applied one after the other, in the paper's order. ``"auto"``: ``"reduce"`` unless the outer
+            optimizer or a transformation needs single deltas.
+        turns_per_round: maximum number of exchanges that pushes open in a round of the fastest worker. It bounds the
+            traffic of a round; a worker whose round ends sooner trains on and extends it. Without ``overlap`` there is
+            no such bound.
         outer_device: where the global state lives: ``"cpu"`` or a device of the worker.
         timeout: how long a worker may take to answer before the others give up with an error that names it.
         validate_global: in ``fit`` worker 0 alone validates, the global parameters on the whole validation set, while
@@ -122,7 +131,9 @@ class AsyncLocalSGDStrategy(ProcessWorldStrategy):
         overlap: bool = True,
         budget: str = "shared",
         worker_size: int = 1,
-        codec: str | Codec = "fp32",
+        codec: str | Codec = "auto",
+        exchange: str = "auto",
+        turns_per_round: float = 2,
         outer_device: str | torch.device = "cpu",
         timeout: timedelta = timedelta(minutes=10),
         validate_global: bool = True,
@@ -145,6 +156,8 @@ class AsyncLocalSGDStrategy(ProcessWorldStrategy):
             overlap=overlap,
             budget=budget,
             codec=codec,
+            exchange=exchange,
+            turns_per_round=turns_per_round,
             outer_device=outer_device,
             timeout=timeout,
             exchange_frozen=exchange_frozen,
@@ -349,5 +362,3 @@ class AsyncLocalSGDStrategy(ProcessWorldStrategy):
 _KNOWN_ARGUMENTS = names_of(AsyncLocalSGDStrategy, DDPStrategy, DistributedDataParallel) - {
     *("module", "device_ids")  # which Lightning gives
 }
-
-

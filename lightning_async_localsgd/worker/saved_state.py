@@ -119,6 +119,7 @@ class SavedState:
         self._rounds.shard = state_dict["shard"]
         self._rounds.local_steps = state_dict["local_steps"]
         self._rounds.shard_generator.set_state(state_dict["shard_generator"])
+        self._feedback.load(state_dict.get("residual"))
         self._round = state_dict
 
     def start(self, budget: Budget) -> Progress:
@@ -212,4 +213,5 @@ class SavedState:
             "next_shard": None if push is None else self._rounds.shard,  # it has been drawn already
             "local_steps": self._rounds.local_steps,
             "shard_generator": self._rounds.shard_generator.get_state(),
+            "residual": self._feedback.residual,
         }

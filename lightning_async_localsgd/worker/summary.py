@@ -29,6 +29,8 @@ class RunSummary:
     max_staleness: int
     round_length: int
     """H, local steps per round of the fastest worker: as given or, with ``"auto"``, its latest value."""
+    codec: str
+    """The codec of the next exchange: as given or, with ``"auto"``, as chosen."""
     dropped: tuple[int, ...]
     """Number of non-finite deltas of each worker; these were not applied."""
     bytes_sent: int
@@ -50,6 +52,7 @@ class RunSummary:
             mean_staleness=progress.total_staleness / max(1, progress.updates),
             max_staleness=progress.max_staleness,
             round_length=progress.local_steps,
+            codec=progress.codec,
             dropped=progress.dropped,
             bytes_sent=progress.bytes_sent,
             bytes_received=progress.bytes_received,
