@@ -1,4 +1,4 @@
-"""``python -m lightning_async_localsgd``: the command ``async-localsgd`` where no script was installed."""
+"""``python -m lightning_async_localsgd``: the command ``async-localsgd`` without an installed script."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""To be imported before ``pytorch_lightning``, which from then on names ``lightning.pytorch``.
+"""Import this module before ``pytorch_lightning``, to make that a name of ``lightning.pytorch``.
 
 Example::
 

@@ -1,4 +1,4 @@
-"""The callback that the strategy attaches: counts local steps, drives schedulers, validates the global model."""
+"""The strategy's own callback: counts local steps, drives schedulers, validates the global model."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ from lightning_async_localsgd.worker.rank import WorkerRank
 __all__ = ["WorkerCallback"]
 
 _DECIDING = (Checkpoint, EarlyStopping)
-"""Callbacks that only worker 0 runs: they decide by what it has validated, for all workers."""
+"""Callbacks that run on worker 0 alone: they decide for all workers, by its validation metrics."""
 
 _BESIDE_STATE = "async_localsgd"
 
 
 class WorkerCallback(pl.Callback):
-    """Runs a worker's side of the exchange at the end of every batch in which an optimizer stepped.
+    """Runs a worker's side of the exchange at the end of every batch with an optimizer step.
 
     The strategy attaches it before all other callbacks, so that they see the outcome of the exchange.
 
-    Worker 0 validates for all: on the others callbacks that decide by its metrics (checkpoints, early stopping) do
-    nothing until :meth:`detach`; they are told the metrics, and what worker 0 decides.
+    Worker 0 validates for all. On the others, callbacks that decide by its metrics (checkpoints, early stopping) do
+    nothing until :meth:`detach`; these workers receive the metrics and the decisions of worker 0.
 
     Args:
-        fit: the ``fit`` to whose trainer it is attached, until :meth:`detach`.
+        fit: the ``fit``; the callback is attached to its trainer until :meth:`detach`.
         checkpoints: saves this worker's part of checkpoints.
     """
 
@@ -73,7 +73,7 @@ class WorkerCallback(pl.Callback):
         self._scheduler_steps = fit.saved_scheduler_steps
         self._same_data: SameData | None = None
         self._samples = 0
-        self._batches = 0  # of this pass over the data
+        self._batches = 0  # in this pass over the data
         self._guard: Guard | None = None
         self._loss = MeanLoss()
         self._metrics_before: dict[str, Tensor] = {}
@@ -88,11 +88,11 @@ class WorkerCallback(pl.Callback):
         fit.position = self
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, or a pickle, takes no part in the job."""
+        """The state of a copy or pickle, which takes no part in the job."""
         return vars(self) | {"_checkpoints": None, "_same_data": None}
 
     def _mix_in(self) -> None:
-        """Have the trainer's loops and callbacks go by the job, or leave to worker 0 what it does for all."""
+        """Make the trainer's loops and callbacks follow the job, and leave the decisions to worker 0's callbacks."""
         take_over_loops(self._trainer, self._control)
         self._control.validates = not self._fit.follows
         self._control.after_validation = self._heed_metrics
@@ -105,7 +105,7 @@ class WorkerCallback(pl.Callback):
                 mix_in(callback, JobBar, fit=self._fit, epochs=self._epochs)
 
     def detach(self) -> None:
-        """Leave the trainer as it was."""
+        """Restore the trainer."""
         if self.attached:
             self._give_decisions_back()
             self._callbacks.remove(self)
@@ -118,7 +118,7 @@ class WorkerCallback(pl.Callback):
             self._schedulers.restore()
 
     def take_part(self) -> None:
-        """Run a worker's side without a step of training."""
+        """Run a worker's side of the exchange without a training step."""
         module = self._trainer.lightning_module
         self._fit.together.leave_step()
         self.begin_training()
@@ -126,17 +126,17 @@ class WorkerCallback(pl.Callback):
 
     @property
     def scheduler_steps(self) -> int:
-        """Steps of the job that the learning-rate schedulers have made."""
+        """Steps of the job counted by the learning-rate schedulers."""
         return self._schedulers.steps if self._schedulers is not None else self._scheduler_steps
 
     def fetches_state(self) -> dict[str, Any]:
-        """Where this process is in its data; see :meth:`Fetches.state_dict`."""
+        """The position of this process in its data; see :meth:`Fetches.state_dict`."""
         return {} if self._fetches is None else self._fetches.state_dict()
 
     def share_decisions(self, job: StaticJob) -> None:
-        """Give all workers what worker 0 has validated, saved and decided. All processes must call this.
+        """Send worker 0's metrics, and the states of its deciding callbacks, to all workers. All processes call this.
 
-        Everyone then knows the metrics and, for instance, the best checkpoint.
+        All workers then know the metrics and, for instance, the best checkpoint.
         """
         deciding = self._deciding
         states = [_sendable_state(c) for c in deciding] if self._trainer.is_global_zero else None
@@ -161,11 +161,11 @@ class WorkerCallback(pl.Callback):
 
     @property
     def attached(self) -> bool:
-        """Whether the trainer has this callback: the learning-rate finder takes all away for its trial."""
+        """Whether the trainer has this callback: the learning-rate finder removes all callbacks for its trial."""
         return self in self._callbacks
 
     def begin_training(self) -> None:
-        """Start the worker; from here on worker 0 decides for all."""
+        """Start the worker. From now on worker 0 decides for all."""
         trainer = self._trainer
         for callback in self._deciding if self._fit.follows else []:
             mix_in(callback, Inactive)
@@ -219,7 +219,7 @@ class WorkerCallback(pl.Callback):
             self._fit.settle_parameters()
         self._epochs.count_batch()
         if self._epochs.at_the_end and self._fit.summary is None:
-            self._finish(trainer, pl_module)  # before worker 0 validates what has come of it
+            self._finish(trainer, pl_module)  # before worker 0 validates the final model
         if self._fit.phase is Phase.FINISHED and not self._validated_once:
             self._epochs.validate_what_has_come_of_it()
 
@@ -238,13 +238,13 @@ class WorkerCallback(pl.Callback):
         self._schedulers.advance(self._worker.job_steps)
         self.heed()
         if not running:
-            if self._worker.stop_requested:  # Lightning is to end as it does after early stopping, validation included
+            if self._worker.stop_requested:  # end as after early stopping, with a validation
                 trainer.should_stop = True
             self._finish(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Finish before the last epoch's checkpoint is written, so that it holds the final global parameters."""
+        """Finish before the last epoch's checkpoint, so that the checkpoint holds the final global parameters."""
         check_pass(trainer, self._worker.rank, self._batches)
         if self._running(trainer) and self._fit.leads:
             self._send_plateaus(trainer)
@@ -254,7 +254,7 @@ class WorkerCallback(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """All are in step again, and go through the other hooks of this name with what worker 0 has decided."""
+        """Share worker 0's decisions: all processes are in step again, for the other hooks of this name."""
         if self._fit.summary is None:
             self._finish(trainer, pl_module)
         self._give_decisions_back()
@@ -263,7 +263,7 @@ class WorkerCallback(pl.Callback):
         self._fit.together.meet_again(run_complete=True)
 
     def _give_decisions_back(self) -> None:
-        """Have all callbacks run on this worker again."""
+        """Let all callbacks run on this worker again."""
         for callback in self._deciding if self._fit.follows else []:
             mix_out(callback)
 
@@ -287,7 +287,7 @@ class WorkerCallback(pl.Callback):
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
-            list(metric_messages({str(name): 0.0 for name in trainer.callback_metrics}))  # refuses names in good time
+            list(metric_messages({str(name): 0.0 for name in trainer.callback_metrics}))  # refuses long names early
             return
         self._validated_once = True
         before = self._metrics_before
@@ -300,7 +300,7 @@ class WorkerCallback(pl.Callback):
                 self._worker.send(message)
 
     def after_validation(self) -> None:
-        """After all ``on_validation_end``: others may have put weights of their own into the module until then."""
+        """Act after all ``on_validation_end`` hooks, until which callbacks may have other weights in the module."""
         if self._running(self._trainer):
             if self._fit.leads:
                 self._worker.take_back_own()
@@ -308,12 +308,12 @@ class WorkerCallback(pl.Callback):
             self._worker.resume()
 
     def _heed_metrics(self) -> None:
-        """After each batch, and its validation."""
+        """Step schedulers that watch metrics, after each batch and its validation."""
         if self._schedulers is not None and not self._trainer.sanity_checking:
             self._schedulers.heed_metrics(self._validated_once)
 
     def _send_plateaus(self, trainer: pl.Trainer) -> None:
-        """Tell the others what worker 0's schedulers of kind ``ReduceLROnPlateau`` are about to be stepped with."""
+        """Send the metric values of worker 0's ``ReduceLROnPlateau`` schedulers to the other workers."""
         values = [
             float(trainer.callback_metrics[str(config.monitor)])
             if (trainer.current_epoch + 1) % config.frequency == 0 and config.monitor in trainer.callback_metrics
@@ -325,7 +325,7 @@ class WorkerCallback(pl.Callback):
             self._worker.send(PlateauMetrics(tuple(values)))
 
     def heed(self) -> None:
-        """Do what worker 0's messages say."""
+        """Handle worker 0's messages."""
         self._checkpoints.check()
         for sender, message in self._worker.take_messages():
             if isinstance(message, SideSaved) and self._trainer.is_global_zero:
@@ -356,7 +356,7 @@ class WorkerCallback(pl.Callback):
         self.heed()
 
     def _announce_updates(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Call ``on_outer_update(trainer, pl_module, update)`` of every callback that has it."""
+        """Call ``on_outer_update(trainer, pl_module, update)`` of every callback with such a method."""
         updates = self._worker.take_updates()
         if not updates:
             return

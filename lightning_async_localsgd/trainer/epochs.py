@@ -1,4 +1,4 @@
-"""Epochs that all workers share, in Lightning's loop, and what the job has made of them."""
+"""Epochs shared by all workers in Lightning's loop, and the job's progress in them."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ __all__ = ["JobEpochs"]
 
 
 class JobEpochs:
-    """Has Lightning's loop go through epochs that all workers share, where the loaders lease their batches.
+    """Makes Lightning's loop iterate over epochs shared by all workers, if the loaders lease their batches.
 
-    It also counts the batches that the job has made, which validation and progress bars go by: this worker's own, and
-    those of the others by their steps as of the latest exchange and their pace since.
+    It also counts the job's batches, for validation and progress bars: this worker's own, and the others' by their
+    steps at the latest exchange and their pace since then.
 
     Args:
-        fit: the ``fit`` that they belong to.
-        trainer: whose loop.
-        control: what that loop is to do.
+        fit: the ``fit``.
+        trainer: its trainer.
+        control: controls the trainer's loop.
     """
 
     def __init__(self, fit: Fit, trainer: pl.Trainer, control: LoopControl) -> None:
@@ -50,15 +50,15 @@ class JobEpochs:
 
     @property
     def expected_steps(self) -> int | None:
-        """Steps of the job in all epochs, as schedules are planned with; None where that is not known."""
+        """Steps of the job in all epochs, for planning schedules; None if unknown."""
         try:
             steps = self._trainer.estimated_stepping_batches
-        except MisconfigurationException:  # accumulation that changes on the way
+        except MisconfigurationException:  # accumulation that changes during the run
             return None
         return int(steps) if 0 < steps < sys.maxsize and self._leased else None
 
     def prepare(self, fetches: Fetches) -> None:
-        """Begin with the first epoch, or go on in the one of the checkpoint; the workers have not started yet.
+        """Begin the first epoch, or continue the checkpoint's, before the start of the workers.
 
         Args:
             fetches: watches the loop's fetches.
@@ -74,7 +74,7 @@ class JobEpochs:
             iter(fetcher)
 
     def begin_training(self) -> None:
-        """Count from here on; the workers have started."""
+        """Begin to count, after the start of the workers."""
         progress = self._loop.epoch_loop.batch_progress
         if self._control.epochs_shared:
             self._before = self._batches_of_epoch * self._trainer.current_epoch
@@ -85,12 +85,12 @@ class JobEpochs:
             in_epoch = made if self._trainer.current_epoch == 0 else min(made, progress.current.ready)
             self._before = made - in_epoch
             self._begin_counting(in_epoch)
-        if self._counts_validation:  # a checkpoint may have been written before a validation, or within one that failed
+        if self._counts_validation:  # the checkpoint may be older than a validation, or from a failed one
             restarted = self._loop.epoch_loop.val_loop.restarted_mid_evaluation
             self._control.validation_due = progress.is_last_batch or restarted
 
     def begin_epoch(self) -> None:
-        """Begin with an epoch; its loaders may be new."""
+        """Begin an epoch; its loaders may be new."""
         self._open_end()
         self._before += self._made
         if self._control.epochs_shared:
@@ -157,28 +157,28 @@ class JobEpochs:
 
     @property
     def batches_made(self) -> int:
-        """Batches per worker that the job has made in this epoch."""
+        """The job's batches per worker in this epoch so far."""
         return int(self._before + self._made) - int(self._before)
 
     @property
     def batches_left(self) -> int | float:
-        """Batches per worker that were left of ``max_steps`` when this epoch began."""
+        """Batches per worker left of ``max_steps`` at the start of this epoch."""
         if self._trainer.max_steps == -1 or self._trainer.max_epochs != -1:
             return float("inf")
         return max(0, self._trainer.max_steps * self._trainer.accumulate_grad_batches - int(self._before))
 
     def count_batch(self) -> None:
-        """This worker has made a batch, and its step has been counted: is validation due?
+        """Count a batch of this worker, after its step was counted, and decide whether validation is due.
 
-        It is if the job has made ``val_check_interval`` since the last time. This worker's own batches would tell
-        little: of a shared epoch it may make few, or most.
+        Validation is due when the job has made ``val_check_interval`` batches since the last one. This worker's own
+        batches are no measure: it may make few or most of a shared epoch.
         """
         before = self._validation_count
         if self._own == 0:
             self._hear_who_began_before()
         self._own += 1
         made = self._resumed + (self._own + self._made_by_others()) / self._fit.place.workers
-        if self._control.epochs_shared:  # an epoch is over with this worker's last batch, and not before
+        if self._control.epochs_shared:  # an epoch ends with this worker's last batch, and not before
             last = self._loop.epoch_loop.batch_progress.is_last_batch
             made = self._batches_of_epoch if last else min(made, self._batches_of_epoch - 0.5)
         self._made = max(self._made, made)
@@ -192,8 +192,8 @@ class JobEpochs:
     def validate_what_has_come_of_it(self) -> None:
         """Validate after the last batch of a run without a validation, if the job has made enough batches for one.
 
-        In a pass of its own worker 0 may not have come to a validation, if it is slow: callbacks that go by metrics
-        (early stopping, the best checkpoint) would find none, and fail.
+        In passes of its own, a slow worker 0 may end the run before any validation. Callbacks that need metrics (early
+        stopping, the best checkpoint) would then fail.
         """
         interval = self._trainer.val_check_batch
         assert self._fit.worker is not None
@@ -202,7 +202,7 @@ class JobEpochs:
             self._control.validation_due = True
 
     def _hear_who_began_before(self) -> None:
-        """Who has begun with this epoch before this worker tells how many steps it had made then."""
+        """Read the steps that workers had made when they began this epoch before this worker."""
         lockstep = self._fit.settings.lockstep(self._fit.place.workers)
         if self._control.epochs_shared and not lockstep:
             begun = self._leased[0].division.begun  # type: ignore[attr-defined]
@@ -212,7 +212,7 @@ class JobEpochs:
             ] or self._steps_before
 
     def _made_by_others(self) -> int:
-        """Batches of this epoch that the other workers have made."""
+        """The other workers' batches in this epoch so far."""
         steps = zip(self._steps_made, self._steps_before, strict=True)
         made = [max(0, now - before) for now, before in steps]
         del made[self._fit.place.worker_rank : self._fit.place.worker_rank + 1]
@@ -228,12 +228,12 @@ class JobEpochs:
 
     @property
     def _counts_validation(self) -> bool:
-        """Whether validation goes by the batches of the job. A pass that is this worker's own ends with its own."""
+        """Whether validation counts the job's batches. A pass of this worker's own ends with its own batches."""
         across_passes = self._loop.max_batches == float("inf") or self._trainer.check_val_every_n_epoch is None
         by_batches = isinstance(self._trainer.val_check_batch, int)
         return by_batches and (self._control.epochs_shared or across_passes)
 
     @property
     def _validation_count(self) -> float:
-        """Batches per worker that validation counts: of this epoch, or of all."""
+        """Batches per worker for validation: of this epoch, or of all epochs."""
         return self._made + (self._before if self._trainer.check_val_every_n_epoch is None else 0)

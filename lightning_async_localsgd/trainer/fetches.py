@@ -1,7 +1,7 @@
-"""Where a process is in its training data, as checkpoints hold it: its loaders' places, and its random generators.
+"""The position of a process in its training data, for checkpoints: its loaders' positions and random generators.
 
-Lightning fetches a batch ahead where a loader has no length. A checkpoint counts such a batch as not fetched: the run
-that goes on fetches it again, from the same place and with the same random numbers as the first time.
+Lightning fetches a batch ahead if a loader has no length. A checkpoint counts such a batch as not fetched. The resumed
+run fetches it again, from the same position and with the same random numbers.
 """
 
 from __future__ import annotations
@@ -25,47 +25,47 @@ __all__ = ["Fetches", "OpenEnded", "SavedFetches", "Watched", "fetched", "fetche
 
 @dataclass(frozen=True)
 class SavedFetches:
-    """Where a process goes on."""
+    """A saved position of a process in its training data."""
 
     loaders: list[dict[str, Any]]
-    """By place (the first loader, the second one, ...): what :meth:`Fetches.state_dict` gave."""
+    """The state of each loader, in their order; from :meth:`Fetches.state_dict`."""
     random: Mapping[str, Any] | None = None
-    """The random generators: ``"now"``, and ``"ahead"``, before each fetch of a batch that was not trained yet; and
-    whether the pass over the data had ``"ended"``, so that the next one begins with the numbers of now."""
+    """The random generators: ``"now"``, and ``"ahead"``, before each fetch of a batch not trained yet. ``"ended"``:
+    whether the pass over the data had ended; the next pass then begins with the state ``"now"``."""
     stateful_only: bool = False
-    """Whether only loaders with a ``state_dict`` of their own are counted: so in files of other strategies."""
+    """Whether ``loaders`` lists only loaders with a ``state_dict`` of their own, as in files of other strategies."""
 
 
 class _Begun(NamedTuple):
-    """What a fetch began from."""
+    """The state before a fetch."""
 
     random: RandomState
     places: list[dict[str, Any] | None]
-    """Of the loaders, where they have a ``state_dict`` of their own."""
+    """The state of each loader with a ``state_dict`` of its own."""
 
 
 class Fetches:
-    """Watches the fetches of a training loop, and has it go on from where a saved one was.
+    """Records the fetches of a training loop, and restores a saved position.
 
     Args:
-        trainer: whose loop; its loaders are set up.
+        trainer: the trainer; its loaders must be set up.
         device: an accelerator on which this process trains, or the CPU.
-        saved: where to go on; None: at the beginning.
+        saved: the position to restore; None: the beginning.
     """
 
     def __init__(self, trainer: pl.Trainer, device: torch.device, saved: SavedFetches | None = None) -> None:
         self._trainer = trainer
         self._device = device
         self._saved = saved
-        self._random = None if saved is None else saved.random  # to be set, until the first step
+        self._random = None if saved is None else saved.random  # set at the first step
         self._now_set = False
         self._to_set: deque[Mapping[str, Any]] = deque()  # random states, one for each of the next fetches
-        self._began: deque[_Begun] = deque(maxlen=4)  # what the latest fetches began from
+        self._began: deque[_Begun] = deque(maxlen=4)  # before the latest fetches
 
-    # ---- going on ---------------------------------------------------------------------------------------------------
+    # ---- restoring --------------------------------------------------------------------------------------------------
 
     def load_places(self) -> None:
-        """Put the loaders where they were. To be called before they are iterated over for good."""
+        """Restore the loaders' positions. Call this before the iteration for training."""
         if self._saved is None:
             return
         if all(isinstance(loader, (WorkerLoader, Stateful)) for loader in self._loaders):
@@ -85,29 +85,29 @@ class Fetches:
         assert loaders is not None
         fetcher.setup(Watched(loaders, self))  # type: ignore[arg-type]
         resuming, self._saved = self._saved is not None, None
-        # What can be read once only has given its first batch already.
+        # A loader that can be read only once has already yielded its first batch.
         if resuming and not any(isinstance(loader, Iterator) for loader in self._loaders):
             iter(fetcher)
         elif fetcher.iterator is not None:
             fetcher.iterator = self.watched(fetcher.iterator)
 
     def begin_step(self) -> None:
-        """To be called when the batch of a step is there."""
+        """Handle the start of a step; call this when its batch has been fetched."""
         if self._random is not None and not self._now_set:  # a step that fetches its batches itself
             set_random_state(self._random["now"], self._device)
         self._random = None
         self._to_set.clear()
 
     def begin_pass(self) -> None:
-        """To be called before the loaders are iterated over."""
+        """Handle the start of a pass; call this before the iteration over the loaders."""
         if self._random is not None and self._random["ended"]:
             set_random_state(self._random["now"], self._device)
             self._now_set = True
 
-    # ---- watching ---------------------------------------------------------------------------------------------------
+    # ---- recording --------------------------------------------------------------------------------------------------
 
     def watched(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The same batches; what each fetch begins from is noted."""
+        """The same batches; the state before each fetch is recorded."""
         return UnderWay(self._watched(batches))
 
     def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -139,7 +139,7 @@ class Fetches:
         return [] if loaders is None else loaders.flattened
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this process is: fields of :class:`SavedFetches`. Fetches of batches not trained yet do not count."""
+        """The position: fields of :class:`SavedFetches`. Fetches of batches not trained yet do not count."""
         ahead = fetched_ahead(self._trainer)
         began = list(self._began)[max(0, len(self._began) - ahead) :]
         places = began[0].places if began else [None] * len(self._loaders)
@@ -155,12 +155,12 @@ class Fetches:
 
 
 def _place(loader: Any, before: Any, ended: bool) -> dict[str, Any]:
-    """Where a loader is.
+    """The position of a loader.
 
     Args:
         loader: the loader.
-        before: its state before the batches were fetched that are not trained yet; None: there are none.
-        ended: whether its pass is over.
+        before: its state before the fetches of batches not trained yet; None: there are none.
+        ended: whether its pass has ended.
     """
     if isinstance(loader, WorkerLoader):
         return {"division": loader.division_state()}
@@ -181,11 +181,11 @@ def _load_place(loader: Any, place: Mapping[str, Any]) -> None:
 
 
 class OpenEnded:
-    """Loaders as Lightning's loop goes through them, without a length: the end of an epoch comes when it comes.
+    """Loaders for Lightning's loop, without a length: the epoch ends when the loaders do.
 
     Args:
-        loaders: the loaders, which have a length themselves (how many batches a worker gets on average).
-        fetches: watches the fetches.
+        loaders: the loaders; their own length is the mean number of batches of a worker.
+        fetches: records the fetches.
     """
 
     def __init__(self, loaders: CombinedLoader, fetches: Fetches) -> None:
@@ -193,7 +193,7 @@ class OpenEnded:
         self._fetches = fetches
 
     def __getattr__(self, name: str) -> Any:
-        if name == "loaders":  # a copy that is being made has none yet
+        if name == "loaders":  # an unfinished copy has none yet
             raise AttributeError(name)
         return getattr(self.loaders, name)
 
@@ -203,14 +203,14 @@ class OpenEnded:
 
 
 class Watched(OpenEnded):
-    """The same with the length that the loaders have."""
+    """Loaders for Lightning's loop, with their length."""
 
     def __len__(self) -> int:
         return len(self.loaders)
 
 
 def fetched_ahead(trainer: pl.Trainer) -> int:
-    """Batches that Lightning's loop holds and has not trained yet; also one whose step is under way, or has raised."""
+    """Number of fetched batches of Lightning's loop without a completed step."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     ahead: int = len(getattr(data_fetcher(trainer), "batches", ()))
     return ahead + int(progress.ready > progress.processed)
@@ -222,9 +222,9 @@ def fetched(trainer: pl.Trainer) -> tuple[int, int]:
 
 
 def samples_in_training(trainer: pl.Trainer, batch: Any) -> int:
-    """Samples of the batch that has just been trained.
+    """Number of samples of the batch trained last.
 
-    A loader's sampler knows best: in a batch of graphs, the first tensor has an entry for each node.
+    The loader's sampler takes precedence: in a batch of graphs the first tensor has an entry for each node.
     """
     loaders = training_loaders(trainer)
     if loaders is not None and len(loaders.flattened) == 1 and isinstance(loaders.flattened[0], WorkerLoader):

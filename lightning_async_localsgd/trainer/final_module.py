@@ -1,4 +1,4 @@
-"""The module after ``fit``: what worker 0's callbacks have made of the global one, on every process."""
+"""The module after ``fit``: worker 0's final module, on every process."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ _WORD = 8  # bytes
 
 
 class FinalModule(pl.Callback):
-    """Gives every process the parameters and buffers that worker 0 has ended with, where they differ.
+    """Copies worker 0's final module to every process after ``fit``.
 
-    After the last outer update all modules are alike. Then callbacks that average weights (EMA, SWA) may write their
-    average into the module, on each worker that of its own parameters; or an average that is kept in the module is
-    brought up to date once more. The strategy attaches this callback at the end of ``fit``; it acts in its
-    ``teardown``, after all ``on_fit_end``, and leaves the trainer. Where modules are alike, a checksum of each tensor
-    is all that it costs.
+    After the last outer update all modules are equal. Then callbacks that average weights (EMA, SWA) may write an
+    average of their worker's own parameters into the module, or update an average in the module once more. The strategy
+    attaches this callback at the end of ``fit``. It acts in its ``teardown``, after all ``on_fit_end`` hooks, and then
+    leaves the trainer. Only tensors that differ are sent; for equal modules the cost is a checksum of each tensor.
 
     Args:
         job: the processes.
@@ -36,7 +35,7 @@ class FinalModule(pl.Callback):
         self._job = job
 
     def attach(self, trainer: pl.Trainer) -> None:
-        """Act at the end of this ``fit``."""
+        """Attach this callback to a trainer, at the end of its ``fit``."""
         _set_callbacks(trainer, [*_callbacks(trainer), self])
 
     @override
@@ -53,9 +52,9 @@ class FinalModule(pl.Callback):
         self._job.leave()
 
     def _level(self, tensors: dict[str, Tensor]) -> None:
-        """Worker 0 shows its checksums, the others ask for what differs, and worker 0 sends what anybody has asked for.
+        """Make all modules equal: worker 0 publishes checksums, the others request tensors, worker 0 sends these.
 
-        So a process that is lost meanwhile is missed by worker 0 alone, which goes on with the others.
+        Only worker 0 waits for the others. If a process is lost, worker 0 continues with the rest.
         """
         own = {name: _checksum(tensor) for name, tensor in tensors.items()}
         leaders: dict[str, int] = self._job.broadcast(own, key="final_module/checksums")
@@ -89,7 +88,7 @@ class FinalModule(pl.Callback):
         self._job.fail(exception)
 
     def _leave(self, trainer: pl.Trainer) -> None:
-        # A list of its own, for Lightning is walking through the old one.
+        # A new list, because Lightning iterates over the old one.
         _set_callbacks(trainer, [c for c in _callbacks(trainer) if c is not self])
 
 
@@ -108,7 +107,7 @@ def _warn_of(odd: list[str]) -> None:
 
 
 def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, type and shape, which must agree to send them."""
+    """Parameters and buffers by name, type and shape: only tensors that agree in all of these can be sent."""
     named = (*module.named_parameters(), *module.named_buffers())
     return {
         f"{name}: {str(t.dtype).removeprefix('torch.')}{list(t.shape)}": t
@@ -118,9 +117,9 @@ def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _checksum(tensor: Tensor) -> int:
-    """Sum of the bits, as 64-bit integers: different for any two tensors of a single word."""
+    """Sum of the data as 64-bit integers; different for any two tensors of a single word."""
     data = as_bytes(tensor).cpu()
-    if data.storage_offset() % _WORD:  # a part of a larger tensor, between two words
+    if data.storage_offset() % _WORD:  # a view of a larger tensor, not aligned to words
         data = data.clone()
     words = data.numel() // _WORD * _WORD
     rest = int.from_bytes(bytes(data[words:].tolist()), "little")

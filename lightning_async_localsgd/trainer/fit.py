@@ -1,4 +1,4 @@
-"""One ``fit`` of a trainer: the processes that take part, the worker that trains, and how far all of it is."""
+"""One ``fit`` of a trainer: its processes, its worker, and its phase."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ __all__ = ["Fit", "Phase", "Place", "Position", "Together"]
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a process among those of its job."""
+    """The place of a process in its job."""
 
     global_rank: int
     world_size: int
     worker_size: int
-    """Processes of each worker."""
+    """Number of processes of each worker."""
 
     @property
     def workers(self) -> int:
@@ -38,7 +38,7 @@ class Place:
 
     @property
     def worker_rank(self) -> int:
-        """The worker that the process belongs to."""
+        """Rank of the worker of this process."""
         return self.global_rank // self.worker_size
 
     @property
@@ -48,7 +48,7 @@ class Place:
 
 
 class Phase(Enum):
-    """How far a ``fit`` is."""
+    """The phase of a ``fit``."""
 
     MEETING = "all processes go through the same hooks; no worker trains yet"
     TRAINING = "each worker trains at its own pace, and its module is its own"
@@ -67,13 +67,13 @@ class Position(Protocol):
 
 
 class Together(Protocol):
-    """The collectives of a strategy, which are of the job while all processes go through the same hooks."""
+    """The collectives of a strategy, job-wide while all processes go through the same hooks."""
 
     def leave_step(self) -> None:
-        """From here on each worker trains at its own pace."""
+        """Begin training: from now on each worker trains at its own pace."""
 
     def meet_again(self, run_complete: bool = False) -> None:
-        """From here on all processes go through the same hooks."""
+        """End training: from now on all processes go through the same hooks."""
 
 
 class Fit:
@@ -85,10 +85,10 @@ class Fit:
         settings: settings of the run.
         job: the processes.
         device: the device of this process.
-        together: tells the strategy's collectives when workers leave step and meet again.
+        together: the strategy's collectives; called when workers leave step and meet again.
         validate_global: whether worker 0 validates the global model for all.
-        same_data: whether workers are meant to train on the same data.
-        steps_before: steps of the job in earlier fits of the same strategy; None: not known yet.
+        same_data: whether workers train on the same data by intention.
+        steps_before: steps of the job in earlier fits of the same strategy; None: unknown.
     """
 
     def __init__(
@@ -118,37 +118,37 @@ class Fit:
         self.steps: StepWatch | None = None
         self.position: Position | None = None
         self.goes_on = False
-        """Whether this ``fit`` has begun from a checkpoint of this strategy."""
+        """Whether this ``fit`` is resumed from a checkpoint of this strategy."""
         self.saved_fetches: SavedFetches | None = None
-        """The position in the training data that this process goes on from."""
+        """The position in the training data to restore on this process."""
         self.saved_scheduler_steps = 0
-        """Steps of the job that the learning-rate schedulers had made in that checkpoint."""
+        """Steps of the job counted by the learning-rate schedulers in that checkpoint."""
         self.summary: RunSummary | None = None
-        """The run in numbers, once it is finished."""
+        """Summary of the finished run."""
         self._steps_before = steps_before
         self._resumed: Resumed | None = None  # until it is loaded: it holds the tensors of the checkpoint
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, or a pickle, takes no part in the job."""
+        """The state of a copy or pickle, which takes no part in the job."""
         return vars(self) | dict.fromkeys(("job", "together", "worker", "steps", "position", "_resumed"))
 
     @property
     def leads(self) -> bool:
-        """Whether this is a process of worker 0, which validates the global model for all."""
+        """Whether this is a process of worker 0 and worker 0 validates the global model for all."""
         return self.validate_global and self.place.worker_rank == 0
 
     @property
     def follows(self) -> bool:
-        """Whether this worker leaves validation, and what is decided by it, to worker 0."""
+        """Whether this worker leaves validation, and decisions by its metrics, to worker 0."""
         return self.validate_global and self.place.worker_rank > 0
 
     @property
     def own_in_module(self) -> bool:
-        """Whether the module holds this worker's own parameters: from the first training step to the last one."""
+        """Whether the module holds this worker's own parameters: from the first training step to the last."""
         return self.phase is Phase.TRAINING
 
     def go_on_from(self, resumed: Resumed) -> None:
-        """Go on from a checkpoint. To be called before the worker is made."""
+        """Resume from a checkpoint. Call this before the worker is made."""
         self._resumed = resumed
         self._steps_before = resumed.steps_before_fit
         self.goes_on = resumed.state is not None
@@ -170,19 +170,19 @@ class Fit:
         if self.place.global_rank == 0:
             warn_of_useless_settings(self.settings, self.place.workers, max_steps)
         self.worker.start(max_steps, open_end)
-        self.steps.restart()  # the learning-rate finder has made steps of its own
+        self.steps.restart()  # discards steps of the learning-rate finder
 
     def finish(self, summary: RunSummary) -> None:
-        """The last outer update is made."""
+        """End training, after the last outer update."""
         self.summary = summary
         self.phase = Phase.FINISHED
 
     # ---- steps ------------------------------------------------------------------------------------------------------
 
     def steps_before_fit(self) -> int:
-        """Steps of the job before this ``fit``: in an earlier one, or as the checkpoint says.
+        """Steps of the job before this ``fit``: in an earlier one, or in the checkpoint.
 
-        A checkpoint of another strategy has no such count; there ``global_step`` is the same on every worker.
+        A checkpoint of another strategy has no such count. Its ``global_step``, equal on all workers, replaces it.
         """
         if self._steps_before is None:
             self._steps_before = self.trainer.global_step
@@ -196,7 +196,7 @@ class Fit:
 
     @property
     def steps_after_fit(self) -> int | None:
-        """Steps of the job that the next ``fit`` comes after; None: not known."""
+        """Steps of the job before the next ``fit``; None: unknown."""
         return self._steps_before if self.phase is Phase.MEETING else self.job_steps
 
     @property
@@ -209,6 +209,6 @@ class Fit:
         return self.position.fetches_state() if self.position is not None else {}
 
     def settle_parameters(self) -> None:
-        """Changes of the parameters since the last local step were no training."""
+        """Ignore changes of the parameters since the last local step: they were no training."""
         if self.steps is not None:
             self.steps.settle()

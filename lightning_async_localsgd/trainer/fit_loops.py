@@ -1,4 +1,4 @@
-"""Lightning's training loops where they count what the job has made, instead of what this worker has."""
+"""Lightning's training loops, changed to count the steps of the job instead of this worker's own."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["LoopControl", "release_loops", "take_over_loops"]
 
 
 class LoopControl:
-    """What the loops of a trainer are to do.
+    """Controls the loops of a trainer.
 
     Args:
-        trainer: whose loops.
-        callback: the callback that controls them. Who takes it out of the trainer, as the learning-rate finder does
-            for its trial, has Lightning's own loops.
+        trainer: the trainer.
+        callback: the callback that controls the loops. While the trainer does not have it, as in a trial of the
+            learning-rate finder, the loops behave as Lightning's own.
     """
 
     def __init__(self, trainer: pl.Trainer, callback: pl.Callback) -> None:
@@ -30,35 +30,35 @@ class LoopControl:
         self._callback = callback
         self._max_steps = trainer.max_steps
         self.run_over = False
-        """The job has spent its budget, or was asked to stop."""
+        """Whether the job has spent its budget, or was asked to stop."""
         self.epochs_shared = False
-        """An epoch ends when no batch of it is left, however many of them this worker has made."""
+        """Whether an epoch ends when none of its batches is left, however many this worker has made."""
         self.validation_due: bool | None = None
-        """Whether to validate after this batch; None: Lightning decides, by this worker's own batches."""
+        """Whether to validate after this batch; None: Lightning decides by this worker's own batches."""
         self.validates = True
         """Whether this worker validates at all."""
         self.after_validation: Callable[[], None] | None = None
-        """Called after each batch, and after its validation if there was one."""
+        """Called after each batch, and after its validation, if any."""
 
     @property
     def in_charge(self) -> bool:
-        """Whether the loops do as the job says."""
+        """Whether the job controls the loops."""
         return self._callback in self._trainer.callbacks  # type: ignore[attr-defined]
 
     @property
     def limits_steps(self) -> bool:
-        """Whether the budget of the job stands for ``max_steps``. A limit that was set since is this loop's own."""
+        """Whether the job's budget replaces ``max_steps``. A limit that was set later is this loop's own."""
         return self.in_charge and self._trainer.max_steps == self._max_steps
 
 
 def take_over_loops(trainer: pl.Trainer, control: LoopControl) -> None:
-    """Have a trainer's loops do as ``control`` says, until :func:`release_loops`."""
+    """Put a trainer's loops under ``control``, until :func:`release_loops`."""
     mix_in(trainer.fit_loop, _JobFitLoop, control=control)
     mix_in(trainer.fit_loop.epoch_loop, _JobEpochLoop, control=control)
 
 
 def release_loops(trainer: pl.Trainer) -> None:
-    """Leave a trainer's loops as they were."""
+    """Restore a trainer's loops."""
     mix_out(trainer.fit_loop)
     mix_out(trainer.fit_loop.epoch_loop)
 
@@ -80,7 +80,7 @@ class _JobFitLoop(FitLoop):
 
     @contextmanager
     def _without_max_steps(self) -> Iterator[None]:
-        """A fast worker makes more steps than ``max_steps`` and a slow one fewer; nobody else looks meanwhile."""
+        """Disable ``max_steps`` in the body: a fast worker makes more steps and a slow one fewer."""
         max_steps, self.epoch_loop.max_steps = self.epoch_loop.max_steps, -1
         try:
             yield
@@ -106,7 +106,7 @@ class _JobEpochLoop(TrainingEpochLoop):
 
     @override
     def reset(self) -> None:
-        """Lightning takes an epoch for over that has had as many batches as a worker makes on average."""
+        """Reset the loop; Lightning alone would take an epoch with a worker's mean number of batches as ended."""
         if not (self.control.in_charge and self.control.epochs_shared):
             super().reset()
             return

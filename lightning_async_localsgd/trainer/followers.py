@@ -1,4 +1,4 @@
-"""What workers other than worker 0 have of validation and of callbacks that decide by it, while worker 0 decides."""
+"""Replacements, on workers other than 0, for validation metrics and for callbacks that decide by them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["FollowedMetrics", "Inactive", "metric_messages"]
 
 
 def _do_nothing(self: pl.Callback, *args: Any, **kwargs: Any) -> None:
-    """Worker 0's callback does it, for all."""
+    """Do nothing: worker 0's callback acts for all."""
 
 
 def _no_state(self: pl.Callback) -> dict[str, Any]:
-    """Worker 0's callback has it."""
+    """No state: worker 0's callback has it."""
     return {}
 
 
@@ -31,10 +31,10 @@ Inactive: type = type("Inactive", (), {**_HOOKS, "state_dict": _no_state, "__doc
 
 
 class FollowedMetrics(dict[str, Tensor]):
-    """``trainer.callback_metrics`` of workers that are out of step: a metric that is not known yet is NaN.
+    """``trainer.callback_metrics`` of workers out of step: a metric that is not known yet is NaN.
 
-    Under DDP a metric of a validation is there on every rank after as many batches. Here a fast worker makes them
-    before the job has, and the others train on while worker 0 validates.
+    Under DDP a validation metric exists on every rank after the same number of batches. Here a fast worker makes these
+    batches before the job has, and the others continue training while worker 0 validates.
     """
 
     def __missing__(self, name: str) -> Tensor:
@@ -51,7 +51,7 @@ def metric_messages(metrics: Mapping[str, float]) -> Iterator[Metrics]:
     """Metrics as messages for the other workers, as many in each as it holds.
 
     Raises:
-        ValueError: if a name is too long for any message.
+        ValueError: if a name is too long for a message.
     """
     part: dict[str, float] = {}
     for name, value in metrics.items():

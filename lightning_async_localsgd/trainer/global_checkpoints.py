@@ -1,4 +1,4 @@
-"""While a checkpoint is made the module holds the global parameters: hooks that save weights see them."""
+"""The global parameters in the module during the making of a checkpoint, for hooks that save weights."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["GlobalCheckpoints"]
 
 
 class GlobalCheckpoints:
-    """Has ``trainer.save_checkpoint`` find the global parameters in the module, as validation does.
+    """Puts the global parameters into the module for ``trainer.save_checkpoint``, as for validation.
 
-    Callbacks and modules that write weights of their choice (adapters, an average) in ``on_save_checkpoint`` read them
-    from the module, and may give references to its parameters: so it holds the global ones until the file is written.
+    Callbacks and modules that save selected weights (adapters, an average) in ``on_save_checkpoint`` read them from the
+    module, and may return references to its parameters. So it holds the global ones until the file is written.
 
     Args:
         trainer: the trainer, until :meth:`detach`.
@@ -31,7 +31,7 @@ class GlobalCheckpoints:
         trainer.save_checkpoint = self._save_global  # type: ignore[method-assign]
 
     def detach(self) -> None:
-        """Leave the trainer as it was."""
+        """Restore the trainer."""
         vars(self._trainer).pop("save_checkpoint", None)
 
     def _save_global(self, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""The guard: notices that a run learns badly, and says so once, with what to do."""
+"""The guard: detects that a run learns badly, and warns once with advice."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from lightning_async_localsgd.settings.advice import FEW_ROUNDS
 
 __all__ = ["Guard", "MeanLoss"]
 
-_IN_A_ROW = 3  # rounds that go wrong before anything is said: one may be a hard batch
-_SETTLED = 3  # rounds before which nothing is a surprise
-_LOST = 0.5  # of what the loss had come down by
-_RISEN = 0.1  # of a loss that has never come down
+_IN_A_ROW = 3  # bad rounds before a warning: a single one may be a hard batch
+_SETTLED = 3  # rounds before the first check
+_LOST = 0.5  # fraction of the loss's decrease
+_RISEN = 0.1  # fraction of a loss that has never decreased
 _KEPT = 1024  # losses
 
 
 class Guard:
-    """Looks at worker 0's rounds: their training loss, their deltas against the outer momentum, and their length.
+    """Checks worker 0's rounds: their training loss, the alignment of their deltas, and their length.
 
     Args:
         settings: settings of the run.
-        max_steps: local steps per worker that it has; None: not known.
+        max_steps: local steps per worker of the run; None: unknown.
     """
 
     def __init__(self, settings: Settings, max_steps: int | None) -> None:
@@ -41,15 +41,15 @@ class Guard:
         self._against = 0
 
     def see_round(self, loss: float, alignment: float, round_length: int) -> list[str]:
-        """See a round.
+        """Check a round.
 
         Args:
-            loss: mean training loss of its steps, about; NaN: not known.
-            alignment: cosine between the round's delta and the outer momentum, about; NaN: not known.
-            round_length: H of now.
+            loss: approximate mean training loss of its steps; NaN: unknown.
+            alignment: approximate cosine between the round's delta and the outer momentum; NaN: unknown.
+            round_length: the current H.
 
         Returns:
-            What is to be said: each thing once in a run.
+            New warnings; each is given once in a run.
         """
         self._rounds += 1
         said = {check: check(loss, alignment, round_length) for check in self._checks}
@@ -104,18 +104,18 @@ class Guard:
 
 
 class MeanLoss:
-    """The mean training loss between two looks: the losses stay where they are until then."""
+    """The mean training loss between two calls of :meth:`take`; losses stay on their device until then."""
 
     def __init__(self) -> None:
         self._losses: deque[Tensor] = deque(maxlen=_KEPT)
 
     def see(self, outputs: Any) -> None:
-        """See what a training step has returned, as callbacks are given it."""
+        """Add the outputs of a training step, as passed to callbacks."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor) and loss.numel() == 1:
             self._losses.append(loss.detach())
 
     def take(self) -> float:
-        """The mean since the last look, of the latest 1,024; NaN if there was none."""
+        """The mean since the last call, of the latest 1,024 losses; NaN without any."""
         losses, self._losses = self._losses, deque(maxlen=_KEPT)
         return float(torch.stack([loss.reshape(()).float() for loss in losses]).mean()) if losses else math.nan

@@ -1,4 +1,4 @@
-"""How the strategy has processes started where torchrun, SLURM or another launcher has not done so."""
+"""The strategy's launchers of processes, for jobs that torchrun, SLURM or another launcher has not started."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def check_start_method(start_method: str, environment: ClusterEnvironment, inter
 
     Args:
         start_method: ``"popen"``, ``"fork"``, ``"forkserver"`` or ``"spawn"``.
-        environment: what Lightning has found about the processes.
-        interactive: whether this is a notebook or a Python prompt.
+        environment: the environment detected by Lightning.
+        interactive: whether this process is a notebook or a Python prompt.
 
     Raises:
-        MisconfigurationException: if it cannot.
+        MisconfigurationException: if the start method cannot work.
     """
     started = not isinstance(environment, LightningEnvironment) and environment.creates_processes_externally
     if start_method != "popen" and started:
@@ -53,7 +53,7 @@ class ScriptLauncher(SubprocessScriptLauncher):
         """See Lightning's.
 
         Raises:
-            MisconfigurationException: if there is no script: the code has come from standard input or ``python -c``.
+            MisconfigurationException: if there is no script, but code from standard input or ``python -c``.
         """
         starts_others = self.num_processes > 1 and not self.cluster_environment.creates_processes_externally
         if starts_others and sys.modules["__main__"].__spec__ is None and not os.path.exists(sys.argv[0]):
@@ -66,7 +66,7 @@ class ScriptLauncher(SubprocessScriptLauncher):
 
 
 class _Summarized(Protocol):
-    """The part of the strategy that its launcher needs."""
+    """The part of the strategy used by its launcher."""
 
     summary: RunSummary | None
 
@@ -96,7 +96,7 @@ class ForkingLauncher(MultiProcessingLauncher):
     @override
     def get_extra_results(self, trainer: pl.Trainer) -> dict[str, Any]:
         summary = self._async_strategy.summary
-        # Lightning walks through what it sends, and refuses frozen dataclasses.
+        # Lightning traverses the results, and refuses frozen dataclasses.
         return super().get_extra_results(trainer) | {"summary": summary and asdict(summary)}
 
     @override

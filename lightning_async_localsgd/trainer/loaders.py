@@ -25,18 +25,18 @@ __all__ = ["TrainingLoaders"]
 
 
 class TrainingLoaders:
-    """Gives each training loader of a ``fit`` the division of its batches; the same one if it is set up again.
+    """The divisions of the training loaders of a ``fit``; a loader that is set up again keeps its division.
 
     Args:
-        fit: the ``fit`` that they are read in.
-        reading: tells whether it is the training loop that reads. Anyone else reads a process' part of the data.
+        fit: the ``fit``.
+        reading: tells whether the training loop reads. Other code reads a process's part of the data.
     """
 
     def __init__(self, fit: Fit, reading: Callable[[], bool]) -> None:
         self._fit = fit
         self._reading = reading
-        self._divisions: list[Division] = []  # by place: the first loader, the second one, ...
-        self._before: object = None  # the loaders before those that are being set up
+        self._divisions: list[Division] = []  # in the order of the loaders
+        self._before: object = None  # the previous loaders, while new ones are set up
         self._place = 0
 
     def process(self, loader: object) -> object:
@@ -60,7 +60,7 @@ class TrainingLoaders:
         """This worker's part of a map-style loader.
 
         Args:
-            loader: the loader, which must not be used otherwise.
+            loader: the loader; it must not be used otherwise.
             seed: seed of the order of its samples.
         """
         trainer, store = self._fit.trainer, self._fit.job.store
@@ -92,9 +92,9 @@ class TrainingLoaders:
         )
 
     def _make_division(self, trainer: pl.Trainer, store: Store) -> Division:
-        """By leases where epochs are counted, else by Eq. 2."""
+        """Leases if epochs are counted, otherwise shards by Eq. 2."""
         fit, place = self._fit, self._fit.place
-        # A step that fetches its batches itself would learn too late that there is no more.
+        # A step that fetches its batches itself would notice the end of the leases too late.
         fetches = is_param_in_hook_signature(trainer.lightning_module.training_step, "dataloader_iter", explicit=True)
         if trainer.max_epochs in (None, -1) or fetches:
             return Shards(
@@ -119,7 +119,7 @@ class TrainingLoaders:
         return self._fit.worker.local_steps if self._fit.worker is not None else 0
 
     def close(self) -> None:
-        """The ``fit`` is over."""
+        """Close the divisions, at the end of the ``fit``."""
         for division in self._divisions:
             division.close()
         self._divisions, self._before, self._place = [], None, 0

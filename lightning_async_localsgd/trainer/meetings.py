@@ -1,4 +1,4 @@
-"""Where all processes of a fit meet: before the first step, to find that all have data, and after the last update."""
+"""Meetings of all processes of a fit: before the first step, to check that all have data, and after the last update."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def meet_before_training(job: StaticJob, trains: bool) -> None:
 
     Args:
         job: the processes.
-        trains: whether Lightning trains on this process. It does not, and says little, where there is no data.
+        trains: whether Lightning trains on this process. Without data it does not, with hardly a message.
 
     Raises:
         MisconfigurationException: on every process, if some have data and others none.
-        AsyncLocalSGDError: what has become of a process that does not come.
+        AsyncLocalSGDError: if a process does not come; tells why.
     """
     train = job.gather(trains)
     empty = sorted({rank // job.worker_size for rank, trains in enumerate(train) if not trains})
@@ -37,10 +37,10 @@ def meet_before_training(job: StaticJob, trains: bool) -> None:
 
 
 def check_pass(trainer: pl.Trainer, rank: int, batches: int) -> None:
-    """Make sure that a pass over the worker's own data had batches, where more passes are to come until the job ends.
+    """Make sure that a pass over the worker's own data had batches, if further passes follow until the job ends.
 
     Raises:
-        MisconfigurationException: if it had none: then no other one will have any.
+        MisconfigurationException: if it had none; further passes would have none either.
     """
     loaders = training_loaders(trainer)
     if batches > 0 or loaders is None:
@@ -57,13 +57,13 @@ def check_pass(trainer: pl.Trainer, rank: int, batches: int) -> None:
 
 
 def learn_decisions(job: StaticJob, share: Callable[[StaticJob], None]) -> None:
-    """Take over what worker 0 has decided.
+    """Adopt the decisions of worker 0.
 
-    The run is complete: that a process is lost from now on is warned of, and fails no other one.
+    The run is complete: the loss of a process from now on leads to a warning, and fails no other process.
 
     Args:
         job: the processes.
-        share: gives all processes the decisions of worker 0; all call it.
+        share: sends worker 0's decisions to all processes; all call it.
     """
     try:
         share(job)

@@ -1,4 +1,4 @@
-"""Has an object of Lightning's or the user's behave otherwise for a while: a class is mixed into the object's own."""
+"""Temporary changes of the behaviour of single objects: a mixin is put before an object's own class."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ __all__ = ["mix_in", "mix_out"]
 
 
 class _Mixed:
-    """Marks an object into whose class another one is mixed."""
+    """Marks an object with a mixin."""
 
     plain: type
     """The object's own class."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """A copy, or a pickle, is of the object's own class: outside of this job it behaves as ever."""
+        """Copy or pickle as an object of its own class, without the mixin."""
         mixed, self.__class__ = type(self), self.plain
         try:
             make, *rest = self.__reduce_ex__(protocol)
@@ -31,13 +31,13 @@ def _new(plain: Any, *args: Any) -> Any:
 def mix_in(target: Any, mixin: type, **attributes: Any) -> None:
     """Put ``mixin`` before the class of ``target``, until :func:`mix_out`.
 
-    The object stays the one that others hold and stays an instance of its own class, under its own name.
+    The object keeps its identity, and remains an instance of its own class, under its own name.
 
     Args:
         target: the object.
-        mixin: overrides some of its methods, and calls ``super()`` where it goes on as ever.
-        **attributes: what the mixin needs to know. It lies in the new class, so that neither ``vars(target)`` nor a
-            state that is made of that shows it.
+        mixin: overrides some of its methods, and calls ``super()`` for the usual behaviour.
+        **attributes: attributes for the mixin. They are set on the new class, so that neither ``vars(target)`` nor a
+            state made from it contains them.
     """
     plain = type(target)
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
@@ -46,6 +46,6 @@ def mix_in(target: Any, mixin: type, **attributes: Any) -> None:
 
 
 def mix_out(target: Any) -> None:
-    """Take out the class that was mixed in last."""
+    """Remove the mixin that was added last."""
     if isinstance(target, _Mixed):
         target.__class__ = target.plain

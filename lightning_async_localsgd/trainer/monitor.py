@@ -1,4 +1,4 @@
-"""A callback that logs how the asynchronous run goes."""
+"""A callback that logs the state of the asynchronous run."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from lightning_async_localsgd.worker.summary import RunSummary
 
 __all__ = ["AsyncLocalSGDMonitor"]
 
-_GOODPUT_ROUNDS = 4  # of the fastest worker, times the workers
+_GOODPUT_ROUNDS = 4  # of the fastest worker, times the number of workers
 
 
 class AsyncLocalSGDMonitor(pl.Callback):
     """Logs the state of the exchange to all loggers of the trainer, every ``log_every_n_steps`` with news.
 
-    Under ``async_localsgd/``:
+    The metrics under ``async_localsgd/`` are:
 
     - ``version``: outer updates so far;
-    - ``staleness``, ``delta_norm``, ``alignment``: mean over the updates since the last time of the versions that
-      passed between the start of a round and the application of its delta, of the delta's L2 norm, and of its cosine
-      with the outer momentum;
-    - ``local_steps/<worker>``, ``steps_per_second/<worker>``: of each worker, as of the latest exchange;
-    - ``bytes_sent``, ``bytes_received``, ``blocked_seconds``: of the worker that logs, worker 0, since the start;
-    - ``goodput``: local steps of all workers over those that all could have made at their speeds, both between two
-      exchanges: the latest, and one some rounds before it. 1 where nobody waits.
+    - ``staleness``, ``delta_norm``, ``alignment``: means over the updates since the last entry. Staleness is the number
+      of versions between the start of a round and the application of its delta, the norm is the delta's L2 norm, and
+      the alignment is its cosine with the outer momentum;
+    - ``local_steps/<worker>``, ``steps_per_second/<worker>``: of each worker, at the latest exchange;
+    - ``bytes_sent``, ``bytes_received``, ``blocked_seconds``: of worker 0, which logs, since the start;
+    - ``goodput``: local steps of all workers over those possible at their speeds, both between two exchanges: the
+      latest and one a few rounds before it. 1 if no worker waits.
 
-    The step on the axis is worker 0's own, as for everything else that it logs.
+    The step of each entry is worker 0's own, as for its other entries.
 
     Example::
 
@@ -101,11 +101,11 @@ class AsyncLocalSGDMonitor(pl.Callback):
 
 
 class Goodput:
-    """Local steps made over those possible, between two exchanges: what is known of both is of the same moments.
+    """Local steps made over those possible, between two exchanges, so that both counts cover the same time.
 
     Args:
-        window: local steps of all workers that lie between the two at least, once there are as many. A worker's count
-            is of whole steps, and exchanges come at any moment of a step.
+        window: minimum number of local steps of all workers between the two, if there are as many. A short window is
+            imprecise: workers count whole steps, and exchanges come at any time within a step.
     """
 
     def __init__(self, window: int) -> None:
@@ -113,11 +113,11 @@ class Goodput:
         self._exchanges: deque[tuple[float, int]] = deque()
 
     def note(self, time: float, steps: int) -> None:
-        """Note the latest exchange, which may have been noted before.
+        """Record the latest exchange; recording it twice has no effect.
 
         Args:
-            time: when it was, in seconds.
-            steps: local steps of all workers then.
+            time: time of the exchange in seconds.
+            steps: local steps of all workers at that time.
         """
         if steps == 0 or (self._exchanges and steps <= self._exchanges[-1][1]):
             return
@@ -126,7 +126,7 @@ class Goodput:
             self._exchanges.popleft()
 
     def of(self, speeds: Sequence[float]) -> float | None:
-        """The goodput of workers at these speeds, in local steps per second; None while it is not known."""
+        """The goodput of workers at these speeds, in local steps per second; None while unknown."""
         if not self._exchanges:
             return None
         (began, before), (ended, after) = self._exchanges[0], self._exchanges[-1]
@@ -149,6 +149,6 @@ def _metrics(updates: Sequence[OuterUpdate], summary: RunSummary, speeds: Sequen
 
 
 def _mean(name: str, values: Sequence[float | None]) -> dict[str, float]:
-    """The mean of the values that there are; NaN is none."""
+    """The mean of the values that are neither None nor NaN."""
     known = [value for value in values if value is not None and value == value]
     return {name: fmean(known)} if known else {}

@@ -1,4 +1,4 @@
-"""What ``torch.distributed`` finds as its default process group in ``fit``: the job, this worker, or none."""
+"""The default process group of ``torch.distributed`` in ``fit``: the job's, this worker's, or none."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _REDUCTIONS: dict[Any, Callable[[Tensor], Tensor]] = {
 
 
 class _Done(dist.Work):
-    """A collective that is over."""
+    """A completed collective."""
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         return True
@@ -46,12 +46,12 @@ class _Done(dist.Work):
 
 
 class JobGroup(ProcessGroup):
-    """Says rank and size at no cost. Collectives of a few numbers need no connections between the processes.
+    """A group of the whole job. Rank, size and small collectives need no connections between the processes.
 
     Args:
-        rank: this process.
+        rank: rank of this process.
         size: number of processes.
-        connect: makes the group of gloo that larger collectives go through, the n-th one if called with n.
+        connect: makes the n-th gloo group, given n, for larger collectives.
     """
 
     def __init__(self, rank: int, size: int, connect: Callable[[int], ProcessGroupGloo]) -> None:
@@ -60,20 +60,20 @@ class JobGroup(ProcessGroup):
         self._gloo: Any = None
         self._connections = 0
         self.job: StaticJob | None = None
-        """The processes, by whose store they find each other; None: this process alone."""
+        """The processes and their store; None: this process alone."""
         self.closed_by: str | None = None
-        """Why there are no collectives now."""
+        """The reason for which collectives are refused now; None: they are not."""
 
     def getBackendName(self) -> str:  # noqa: N802  # torch calls it by this name
-        """The name of the kind, for torch."""
+        """The name of the backend, for torch."""
         return _BACKEND
 
     def meet(self) -> None:
-        """Wait for the others here, by name: gloo says of none of them what it has come to.
+        """Wait for all processes, with an error that names a lost one; gloo's own errors name none.
 
         Raises:
-            RuntimeError: if there are no collectives now.
-            AsyncLocalSGDError: what has become of a process that does not come.
+            RuntimeError: if collectives are refused now.
+            AsyncLocalSGDError: if a process does not come; tells why.
         """
         if self.closed_by is not None:
             raise RuntimeError(self.closed_by)
@@ -81,7 +81,7 @@ class JobGroup(ProcessGroup):
             self.job.barrier()
 
     def gloo(self) -> Any:
-        """The group of gloo, once the others are here."""
+        """The gloo group, made when all processes have come."""
         self.meet()
         if self._gloo is None:
             with listening_at(self.job.address if self.job is not None else None):
@@ -90,7 +90,7 @@ class JobGroup(ProcessGroup):
         return self._gloo
 
     def disconnect(self) -> None:
-        """Give up the connections, if there are any; the next collective that needs some makes new ones."""
+        """Close the connections, if any. The next collective that needs connections opens new ones."""
         self._gloo = None
 
     def barrier(self, *args: Any, **kwargs: Any) -> dist.Work:
@@ -99,7 +99,7 @@ class JobGroup(ProcessGroup):
         return _Done()
 
     def allreduce(self, tensors: Sequence[Tensor], opts: Any = None) -> dist.Work:  # type: ignore[override]
-        """See torch's. Gloo knows no mean, so that means go by the store whatever their size."""
+        """See torch's. Means go through the store whatever their size, because gloo does not support them."""
         if self.size() == 1:
             return _Done()
         operation = ReduceOp.SUM if opts is None else opts.reduceOp
@@ -147,7 +147,7 @@ for _name in (
 
 def _make(store: Store, rank: int, size: int, timeout: timedelta) -> JobGroup:
     def connect(number: int) -> ProcessGroupGloo:
-        """Under keys of its own: those of an earlier one hold addresses at which nobody listens any more."""
+        """A gloo group under new keys: an earlier group's keys hold addresses that are closed."""
         return ProcessGroupGloo(PrefixStore(f"gloo{number}", store), rank, size, timeout)
 
     return JobGroup(rank, size, connect)
@@ -157,7 +157,7 @@ dist.Backend.register_backend(_BACKEND, _make, devices=["cpu", "cuda"])
 
 
 def _init(store: Store, rank: int, size: int, timeout: timedelta) -> JobGroup:
-    """A group that torch knows, without being the default one."""
+    """A group registered with torch, and not the default one."""
     dist.init_process_group(_BACKEND, store=store, rank=rank, world_size=size, timeout=timeout)
     group = dist.group.WORLD
     assert isinstance(group, JobGroup)
@@ -166,16 +166,16 @@ def _init(store: Store, rank: int, size: int, timeout: timedelta) -> JobGroup:
 
 
 class Groups:
-    """The default process group of a ``fit``, at its different times.
+    """The default process group in the different phases of a ``fit``.
 
-    In step, where all processes pass, it is the job's. Workers that train each at their own pace have their own, or
-    none if they have one device: nothing that Lightning, torchmetrics or the module calls can wait for another worker.
-    While data sets and loaders are made and read, rank and size are the job's, for these are what data is divided by;
-    collectives are refused meanwhile.
+    In step, when all processes make the same calls, it is the job's. Workers that train at their own pace have their
+    own, or none with one device: no call of Lightning, torchmetrics or the module can wait for another worker. While
+    data sets and loaders are made and read, rank and size are the job's, because data is divided by these; collectives
+    are refused meanwhile.
 
     Args:
         job: the processes.
-        worker: the group of this worker's devices; None if it has one device.
+        worker: the group of this worker's devices; None: it has one device.
     """
 
     def __init__(self, job: StaticJob, worker: ProcessGroup | None) -> None:
@@ -183,7 +183,7 @@ class Groups:
         self._everyone = _init(PrefixStore("job_group", job.store), job.rank, job.size, job.timeout)
         self._everyone.job = job
         self.worker = worker
-        """The group of this worker's devices; None if it has one device."""
+        """The group of this worker's devices; None: it has one device."""
         self._alone: ProcessGroup = worker if worker is not None else _init(HashStore(), 0, 1, job.timeout)
         dist.group.WORLD = worker
 
@@ -193,35 +193,35 @@ class Groups:
         dist.group.WORLD = self._everyone
 
     def begin_out_of_step(self) -> None:
-        """From now on it is this worker's, or there is none."""
+        """From now on the default group is this worker's, or there is none."""
         self._everyone.closed_by = _OUT_OF_STEP
-        self._everyone.disconnect()  # processes that loaders fork from this one would keep the connections open
+        self._everyone.disconnect()  # processes forked by loaders would keep the connections open
         dist.group.WORLD = self.worker
 
     @contextmanager
     def of_job(self) -> Iterator[None]:
-        """Where all processes pass, or training data is made or read: the default group is the job's."""
+        """In the body the default group is the job's, for calls of all processes, and for training data."""
         with _default(self._everyone):
             yield
 
     @contextmanager
     def of_devices(self) -> Iterator[None]:
-        """The default group is this worker's, or there is none."""
+        """In the body the default group is this worker's, or there is none."""
         with _default(self.worker):
             yield
 
     @contextmanager
     def of_worker(self) -> Iterator[None]:
-        """While this worker validates: rank and size are those within the worker, also for a single device."""
+        """In the body rank and size are within the worker, also for a single device: for its validation."""
         with _default(self._alone):
             yield
 
     def end(self) -> None:
-        """There is no default group any more; that of the job is there for :meth:`of_job`."""
+        """Remove the default group; the job's stays available for :meth:`of_job`."""
         dist.group.WORLD = None
 
     def close(self) -> None:
-        """Let torch forget all of them."""
+        """Remove all groups from torch."""
         dist.group.WORLD = self._everyone
         dist.destroy_process_group()
 

@@ -57,9 +57,9 @@ class ProcessWorldStrategy(DDPStrategy):
         self._groups: Groups | None = None  # in `fit` and after it
         self._reading: Reading | None = None  # in `fit`
         self._training = False  # workers train, each at its own pace
-        self._torn_down = False  # the last `fit` is over, but for the hooks that Lightning calls after the strategy's
-        self._run_complete = False  # the last update is made: who is lost from now on fails no other one
-        self._told = False  # that a collective was of this worker alone
+        self._torn_down = False  # the last `fit` is over, except for hooks after the strategy's
+        self._run_complete = False  # the last update is made: a process lost from now on fails no other one
+        self._told = False  # the warning of a collective of this worker alone was given
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or a pickle, takes no part in the job."""
@@ -183,7 +183,7 @@ class ProcessWorldStrategy(DDPStrategy):
 
     @property
     def _in_step(self) -> bool:
-        """Whether all processes go through the same calls. In a validation in ``fit`` they do not: it is worker 0's."""
+        """Whether all processes go through the same calls. In a validation within ``fit`` only worker 0 does."""
         return self._fitting and self._job is not None and not self._training and not self._validating_alone
 
     @property
@@ -194,7 +194,7 @@ class ProcessWorldStrategy(DDPStrategy):
 
     @override
     def barrier(self, name: str | None = None) -> None:
-        """Of the whole job where all processes pass; elsewhere in ``fit`` of this worker."""
+        """Wait for the whole job where all processes pass, elsewhere in ``fit`` for this worker's processes."""
         if not self._in_step:
             self._tell_if_apart("barrier")
             with self._of_worker():
@@ -207,11 +207,11 @@ class ProcessWorldStrategy(DDPStrategy):
                 raise
             warnings.warn(f"The run is complete, but a process was lost at its end. {error}", stacklevel=2)
         if self._groups is not None and not self._torn_down:
-            self._groups.begin_in_step()  # Lightning's first barrier comes after `prepare_data`, which waits otherwise
+            self._groups.begin_in_step()  # Lightning's first barrier follows `prepare_data`
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """As :meth:`barrier`. In ``fit`` nothing is pickled.
+        """Broadcast over the same processes as :meth:`barrier`. In ``fit`` nothing is pickled.
 
         Raises:
             TypeError: in ``fit``, if ``obj`` is not made of numbers, strings, containers, paths and tensors; see
@@ -226,7 +226,7 @@ class ProcessWorldStrategy(DDPStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """As :meth:`barrier`; ``self.log(..., sync_dist=True)`` calls it."""
+        """Reduce over the same processes as :meth:`barrier`; ``self.log(..., sync_dist=True)`` calls it."""
         if not self._in_step:
             self._tell_if_apart("reduce")
             with self._of_worker():
@@ -236,7 +236,7 @@ class ProcessWorldStrategy(DDPStrategy):
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """As :meth:`barrier`; ``LightningModule.all_gather`` calls it."""
+        """Gather over the same processes as :meth:`barrier`; ``LightningModule.all_gather`` calls it."""
         if not self._in_step:
             self._tell_if_apart("all_gather", by_user=True)
             with self._of_worker():
@@ -246,7 +246,7 @@ class ProcessWorldStrategy(DDPStrategy):
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """As :meth:`barrier`."""
+        """Reduce a decision over the same processes as :meth:`barrier`."""
         self._tell_if_apart("reduce_boolean_decision")
         if not self._fitting:
             return super().reduce_boolean_decision(decision, all)
@@ -257,7 +257,7 @@ class ProcessWorldStrategy(DDPStrategy):
     # ---- in step and out of it --------------------------------------------------------------------------------------
 
     def begin_groups(self, worker: ProcessGroup | None) -> None:
-        """At the beginning of a ``fit``."""
+        """Begin a ``fit``."""
         assert self.lightning_module is not None
         self._groups = Groups(self.job, worker)
         self._reading = Reading(self._groups)
@@ -265,20 +265,20 @@ class ProcessWorldStrategy(DDPStrategy):
         self._torn_down = self._told = self._run_complete = False
 
     def leave_step(self) -> None:
-        """From here on each worker trains at its own pace."""
+        """Begin training: from now on each worker trains at its own pace."""
         assert self._groups is not None
         self._training = True
         self._groups.begin_out_of_step()
 
     def meet_again(self, run_complete: bool = False) -> None:
-        """From here on all processes go through the same calls."""
+        """End training: from now on all processes go through the same calls."""
         assert self._groups is not None
         self._run_complete |= run_complete
         self._training = False
         self._groups.begin_in_step()
 
     def end_groups(self) -> None:
-        """At the end of a stage; after a ``fit`` the job is still there for collectives."""
+        """End a stage. After a ``fit`` the job can still be used for collectives."""
         if self._reading is not None:
             assert self.lightning_module is not None
             self._reading.leave(self.lightning_module.trainer)
@@ -306,7 +306,7 @@ class ProcessWorldStrategy(DDPStrategy):
 
     @contextmanager
     def _of_worker(self) -> Iterator[None]:
-        """The worker's own group, also while training data is made or read; outside `fit` the default one."""
+        """In the body the default group is the worker's own, also while training data is made or read."""
         if self._groups is None:
             yield
             return
@@ -314,10 +314,10 @@ class ProcessWorldStrategy(DDPStrategy):
             yield
 
     def _tell_if_apart(self, what: str, by_user: bool = False) -> None:
-        """Warn once of a user's call that cannot be of the job. Lightning's own are right as they are."""
+        """Warn once of a user's call that cannot be job-wide. Lightning's own calls are correct within the worker."""
         if not (self._fitting and self._training) or self._told or self.world_size == self.worker_size:
             return
-        if self._validating_alone:  # then all that is gathered is this worker's
+        if self._validating_alone:  # then only this worker's values are gathered
             return
         if _is_librarys(sys._getframe(2)) and not by_user:
             return
@@ -334,12 +334,12 @@ class ProcessWorldStrategy(DDPStrategy):
 
 
 def _is_librarys(caller: FrameType) -> bool:
-    """Whether a call comes from Lightning or from here, and not from the user's code."""
+    """Whether a call comes from Lightning or this library, and not from the user's code."""
     return str(caller.f_globals.get("__name__", "")).startswith(_LIBRARIES)
 
 
 def explain_missing_group(error: BaseException) -> None:
-    """Have torch's error about a missing process group say what to do instead."""
+    """Add advice to torch's error about a missing process group."""
     error.args = tuple(
         NO_GROUP if isinstance(arg, str) and arg.startswith("Default process group has not been initialized") else arg
         for arg in error.args

@@ -1,4 +1,4 @@
-"""A progress bar that counts the batches of the job, and checkpoint names that tell the job's steps."""
+"""A progress bar that counts the job's batches, and checkpoint names with the job's steps."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["JobBar", "NamedByJob"]
 
 
 class JobBar(ProgressBar):
-    """Mixed into worker 0's bar: it counts batches per worker that the job has made, and shows the job's steps.
+    """A mixin for worker 0's bar: it counts the job's batches per worker, and shows the job's steps.
 
-    Worker 0's own batches would run past the total if it is fast, and end before it if it is slow.
+    Worker 0's own batches would exceed the total if it is fast, and not reach it if it is slow.
     """
 
     fit: Fit
@@ -36,7 +36,7 @@ class JobBar(ProgressBar):
     ) -> None:
         made, total = self.epochs.batches_made, self.total_train_batches
         if isinstance(self, TQDMProgressBar) and made < total and self.refresh_rate > 0:
-            made -= made % self.refresh_rate  # it is drawn at multiples only, which the count may jump over
+            made -= made % self.refresh_rate  # the bar is drawn at multiples only, and the count may skip them
         super().on_train_batch_end(trainer, pl_module, outputs, batch, int(min(made, total)) - 1)
 
     @override
@@ -46,13 +46,13 @@ class JobBar(ProgressBar):
 
 
 class NamedByJob(ModelCheckpoint):
-    """Mixed into worker 0's checkpoint callback: ``{step}`` in a file's name is the job's, as under DDP."""
+    """A mixin for worker 0's checkpoint callback: ``{step}`` in file names is the job's step, as under DDP."""
 
     fit: Fit
 
     @override
     def _monitor_candidates(self, trainer: pl.Trainer) -> dict[str, Tensor]:
         candidates = super()._monitor_candidates(trainer)
-        if not isinstance(trainer.callback_metrics.get("step"), Tensor):  # the user's own comes first
+        if not isinstance(trainer.callback_metrics.get("step"), Tensor):  # the user's own takes precedence
             candidates["step"] = torch.tensor(self.fit.job_steps)
         return candidates

@@ -1,4 +1,4 @@
-"""Data is made and read as under DDP: ``torch.distributed`` knows then what to divide it by."""
+"""Making and reading of data as under DDP: ``torch.distributed`` then has the rank and size to divide it by."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ __all__ = ["Reading"]
 
 
 class Reading:
-    """Watches the loops of a trainer when they make and read data.
+    """Sets the process group while the loops of a trainer make and read data.
 
-    Training data is divided by the processes of the job, validation data by those of the worker that validates.
+    Training data is divided by the processes of the job, validation data by the processes of the validating worker.
 
     Args:
-        groups: the process groups that the data may ask.
+        groups: the process groups.
     """
 
     def __init__(self, groups: Groups) -> None:
         self._groups = groups
         self.by_loop = False
-        """Whether it is the training loop that reads, and not a hook that looks at the data."""
+        """Whether the training loop reads, and not a hook."""
 
     def watch(self, trainer: pl.Trainer) -> None:
         """Watch a trainer's loops, until :meth:`leave`."""
@@ -37,13 +37,13 @@ class Reading:
         mix_in(trainer.fit_loop.epoch_loop.val_loop, _ReadingValidationLoop, reading=self)
 
     def leave(self, trainer: pl.Trainer) -> None:
-        """Leave the loops as they were."""
+        """Restore the loops."""
         mix_out(trainer.fit_loop)
         mix_out(trainer.fit_loop.epoch_loop.val_loop)
 
     @contextmanager
     def training_data(self) -> Iterator[None]:
-        """While the training loop makes or reads data."""
+        """In the body the training loop makes or reads data."""
         before, self.by_loop = self.by_loop, True
         try:
             with self._groups.of_job():
@@ -53,12 +53,12 @@ class Reading:
 
     @contextmanager
     def validation_data(self) -> Iterator[None]:
-        """While the validation loop makes or reads data."""
+        """In the body the validation loop makes or reads data."""
         with self._groups.of_worker():
             yield
 
     def batches(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The same batches, read as training data is read."""
+        """The same batches, each read within :meth:`training_data`."""
         return UnderWay(self._batches(batches))
 
     def _batches(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -72,7 +72,7 @@ class Reading:
 
 
 class _ReadLoaders:
-    """Loaders as the training loop goes through them."""
+    """Loaders as the training loop reads them."""
 
     def __init__(self, loaders: Any, reading: Reading) -> None:
         self._loaders = loaders

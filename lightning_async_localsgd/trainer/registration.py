@@ -35,10 +35,10 @@ def register_default_names() -> None:
 
 
 def register_strategy(name: str, **settings: Any) -> None:
-    """Give the strategy with these settings a name, which ``Trainer(strategy=name)`` takes from then on.
+    """Register the strategy with these settings under a name, for ``Trainer(strategy=name)``.
 
-    For configuration files and command lines that hand over a name only. Each ``Trainer`` gets a strategy of its own.
-    A name that was given before is given anew.
+    This is for configuration files and command lines that pass only a name. Each ``Trainer`` gets its own strategy. A
+    second registration of a name replaces the first.
 
     Example::
 
@@ -46,9 +46,9 @@ def register_strategy(name: str, **settings: Any) -> None:
         trainer = L.Trainer(devices=2, strategy="two_sites")
 
     Args:
-        name: the name, in lower case, for ``Trainer`` looks for it so.
-        **settings: arguments of :class:`~lightning_async_localsgd.AsyncLocalSGDStrategy`. What is an object, such as
-            ``pace`` or ``transforms``, all strategies of the name share.
+        name: the name, in lower case, because ``Trainer`` looks it up in lower case.
+        **settings: arguments of :class:`~lightning_async_localsgd.AsyncLocalSGDStrategy`. All strategies of the name
+            share objects among them, such as ``pace`` or ``transforms``.
 
     Raises:
         ValueError: if Lightning has a strategy of this name, the name is not in lower case, or a setting is outside its

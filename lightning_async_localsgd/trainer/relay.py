@@ -1,4 +1,4 @@
-"""Tensors from one process to others through the job's store: slower than a group, and nobody's death is another's."""
+"""Tensors from one process to others through the job's store: slower than a group, and a lost taker fails no other."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _AHEAD = 2  # chunks that may wait in the store to be read
 
 
 class Relay:
-    """Process 0 gives, the others take, chunk by chunk. The store holds a few chunks at a time.
+    """Process 0 sends, the others receive, chunk by chunk. The store holds a few chunks at a time.
 
     Args:
         job: the processes.
-        name: what keys in this stage's part of the store begin with.
+        name: prefix of the keys in this stage's part of the store.
     """
 
     def __init__(self, job: StaticJob, name: str) -> None:
@@ -29,14 +29,14 @@ class Relay:
         self._name = name
 
     def give(self, tensors: Sequence[Tensor], takers: Sequence[int]) -> dict[int, Exception]:
-        """Process 0's part.
+        """Send tensors; called on process 0.
 
         Args:
-            tensors: what to give.
-            takers: who takes it.
+            tensors: the tensors.
+            takers: ranks of the receiving processes.
 
         Returns:
-            What has become of those that were lost meanwhile, by process.
+            The error of each process that was lost meanwhile, by process.
 
         Raises:
             PeerLostError: if the store does not answer.
@@ -54,7 +54,7 @@ class Relay:
         return lost
 
     def _clear(self, number: int, takers: Sequence[int], lost: dict[int, Exception]) -> None:
-        """When all have taken the chunk of this number, counted from 1, it makes room."""
+        """Delete the chunk of this number, counted from 1, when all have read it."""
         if number < 1:
             return
         number -= 1
@@ -65,11 +65,11 @@ class Relay:
 
     @torch.no_grad()
     def take(self, tensors: Sequence[tuple[Tensor | None, int]]) -> None:
-        """Another process' part.
+        """Receive tensors; called on the other processes.
 
         Args:
-            tensors: what is overwritten, in the order in which process 0 gives it, each with its bytes. None: what
-                process 0 gives is of no use here.
+            tensors: the tensors to overwrite, in process 0's order, each with its size in bytes. None: the tensor sent
+                by process 0 is discarded.
 
         Raises:
             AsyncLocalSGDError: if process 0 is lost.

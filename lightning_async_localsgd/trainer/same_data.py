@@ -1,4 +1,4 @@
-"""Workers that train on the same data, because it was not divided among them: found out early, and said once."""
+"""Early detection of workers that train on the same data because it was not divided among them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from lightning_async_localsgd.trainer.fit import Fit
 
 __all__ = ["SameData"]
 
-_BATCHES = 3  # that are compared
+_BATCHES = 3  # number of batches to compare
 _BYTES = 1 << 16  # of each tensor
 
 
 class SameData:
     """Compares the first batches of this process with those of all others, through the job's store.
 
-    Whoever comes second with the same batches in the same order warns. Batches that are all alike say nothing.
+    The second process with the same batches in the same order warns. Batches equal to each other prove nothing.
 
     Args:
         store: a part of the job's store, this comparison's own.
-        rank: this process.
+        rank: rank of this process.
     """
 
     def __init__(self, store: Store, rank: int) -> None:
@@ -49,7 +49,7 @@ class SameData:
         return cls(PrefixStore("first_batches", fit.job.store), fit.place.global_rank)
 
     def see(self, batch: Any) -> None:
-        """Take note of a batch that was trained."""
+        """Record a trained batch."""
         if len(self._checksums) == _BATCHES:
             return
         self._checksums.append(_checksum(batch))

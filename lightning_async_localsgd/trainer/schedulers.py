@@ -18,18 +18,19 @@ __all__ = ["JobSchedulers"]
 
 
 class JobSchedulers:
-    """Steps the learning-rate schedulers that count steps with the job instead of with this worker's batches.
+    """Steps learning-rate schedulers that count steps: by the job's steps instead of this worker's batches.
 
-    Lightning's own stepping is switched off by a ``frequency`` it never reaches; the ``interval`` stays, which
-    ``LearningRateMonitor`` reads. Schedulers that the module steps itself, once in every step of its own, step with
-    the job as well.
+    A ``frequency`` that is never reached switches off Lightning's own stepping. The ``interval`` is unchanged, because
+    ``LearningRateMonitor`` reads it. Schedulers that the module steps itself, once in each of its steps, also count the
+    job's steps.
 
     Args:
-        trainer: whose schedulers.
-        job_steps: steps of the job that they have made already.
-        follow: whether schedulers that watch a metric once per epoch are stepped when worker 0 says, with its value.
-        progress: tells this worker's local steps and the steps of the job, of the run so far.
-        budget: steps of the job that the run has; None if that is open.
+        trainer: the trainer of the schedulers.
+        job_steps: steps of the job that the schedulers have counted before.
+        follow: whether schedulers that watch a metric once per epoch are stepped at worker 0's messages, with its
+            value.
+        progress: returns this worker's local steps and the job's steps in this run.
+        budget: steps of the job in the run; None: unknown.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class JobSchedulers:
         self._taken = [c for c in configs if not c.reduce_on_plateau and self._steps_of(c) > 0]
         self._by_metric = [c for c in plateaus if c.interval == "step"]
         self._followed = [c for c in plateaus if c.interval == "epoch" and follow]
-        # By place: configurations compare by value, and so cannot be keys.
+        # A list: configurations compare by value and cannot be keys.
         self._frequencies = [(c, c.frequency) for c in [*self._taken, *self._by_metric, *self._followed]]
         self._every = [c.frequency * self._steps_of(c) for c in self._taken]
         self._metric_every = [c.frequency for c in self._by_metric]
@@ -61,10 +62,10 @@ class JobSchedulers:
         self.steps = job_steps
 
     def _steps_of(self, config: LRSchedulerConfig) -> int:
-        """Steps of the job in an interval of a scheduler; 0 if Lightning is to step it.
+        """Steps of the job in an interval of a scheduler; 0: Lightning steps it.
 
-        Epochs that all workers share end at about the same time. A pass that is a worker's own would end sooner on a
-        fast worker.
+        Shared epochs end at about the same time on all workers. A pass of a worker's own would end sooner on a fast
+        worker.
         """
         if config.interval == "step":
             return 1
@@ -74,7 +75,7 @@ class JobSchedulers:
         return math.ceil(batches / self._trainer.accumulate_grad_batches)
 
     def advance(self, job_steps: int) -> None:
-        """Make up for the steps that the job has made since the last call."""
+        """Step the schedulers by the job's steps since the last call."""
         for step in range(self.steps + 1, job_steps + 1):
             for config, every in zip(self._taken, self._every, strict=True):
                 if step % every == 0:
@@ -82,13 +83,13 @@ class JobSchedulers:
         self.steps = max(self.steps, job_steps)
 
     def heed_metrics(self, validated: bool) -> None:
-        """Step those that watch a metric every few steps, if as many have passed, with its value of now.
+        """Step schedulers that watch a metric every few steps, if as many have passed, with its current value.
 
         Args:
-            validated: whether a validation is over, so that its metrics must be there.
+            validated: whether a validation has ended, so that its metrics must exist.
 
         Raises:
-            MisconfigurationException: if a metric that must be there by now is not.
+            MisconfigurationException: if a metric that must exist by now does not.
         """
         before, self._metrics_at = self._metrics_at, self.steps
         for config, every in zip(self._by_metric, self._metric_every, strict=True):
@@ -105,13 +106,13 @@ class JobSchedulers:
                 )
 
     def step_plateaus(self, values: Sequence[float | None]) -> None:
-        """Step those that watch a metric as worker 0 has, each with its value; None: not this one."""
+        """Step schedulers that watch a metric as on worker 0, each with its value; None: no step."""
         for config, value in zip(self._followed, values, strict=False):
             if value is not None:
                 self._trainer.lightning_module.lr_scheduler_step(config.scheduler, value)
 
     def restore(self) -> None:
-        """Give the schedulers back to Lightning."""
+        """Return the schedulers to Lightning."""
         for config, frequency in self._frequencies:
             config.frequency = frequency
         for scheduler in self._by_hand:
@@ -119,7 +120,7 @@ class JobSchedulers:
 
 
 def _stepped_by_hand(trainer: pl.Trainer, automatic: bool) -> Iterator[LRScheduler]:
-    """Schedulers that Lightning does not step: with manual optimization all, else those that only the module knows."""
+    """Schedulers that Lightning does not step: all with manual optimization, otherwise those unknown to Lightning."""
     registered = [config.scheduler for config in trainer.lr_scheduler_configs]
     attributes = list(vars(trainer.lightning_module).values())
     known = registered if automatic else []
@@ -131,10 +132,10 @@ def _stepped_by_hand(trainer: pl.Trainer, automatic: bool) -> Iterator[LRSchedul
 
 
 class _Hand:
-    """Tells how many steps of a scheduler one call of its ``step`` is worth.
+    """Computes the number of steps of a scheduler for one call of its ``step``.
 
-    Under DDP a module that calls it in each of its steps has it count the steps of the job. Whoever calls it at other
-    times (once per epoch, twice per step) gets what they call.
+    A call in each step of the module counts the job's steps, as under DDP. Calls at other times (once per epoch, twice
+    per step) count as they are.
     """
 
     def __init__(self, trainer: pl.Trainer, progress: Callable[[], tuple[int, int]], budget: int | None) -> None:
@@ -147,7 +148,7 @@ class _Hand:
         self._in_each_step = True
 
     def steps_due(self) -> int:
-        """Steps of the scheduler that are due with this call."""
+        """Number of steps due with this call."""
         own, job = self._progress()
         self._calls += 1
         steps, batches = own - self._own_before, self._batches.ready - self._batches_before
@@ -163,11 +164,11 @@ class _Hand:
 
 
 class _SteppedByHand(LRScheduler):
-    """Mixed into a scheduler that the module steps."""
+    """A mixin for schedulers that the module steps."""
 
     hand: _Hand
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """Step as often as the job has since the last call."""
+        """Step by the job's steps since the last call."""
         for _ in range(self.hand.steps_due()):
             super().step(*args, **kwargs)

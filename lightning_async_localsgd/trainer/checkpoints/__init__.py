@@ -1,1 +1,1 @@
-"""Checkpoints of a job: what they hold, how they are written, and how a ``fit`` goes on from one."""
+"""Checkpoints of a job: their content, their files, and the resuming of a ``fit``."""

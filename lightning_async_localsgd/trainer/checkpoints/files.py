@@ -1,4 +1,4 @@
-"""The files of a job's checkpoints: what is written where, in which order, and what is found again.
+"""The files of a job's checkpoints: their paths, the order of writing, and the search for complete ones.
 
 A checkpoint is the ordinary Lightning file ``name.ckpt`` with the global model, worker 0's side of the training and,
 under ``"async_localsgd"``, the outer state and shared progress (see ``saving.py``). Beside it, in
@@ -9,8 +9,8 @@ under ``"async_localsgd"``, the outer state and shared progress (see ``saving.py
     ...
     manifest.json   written last: with it, and with files of the sizes and checksums that it names, it is whole
 
-The id begins with that of the run. Each file is written aside and renamed. What a checkpoint replaces goes when it is
-whole and on the disk, so whatever moment a job dies at, the last whole checkpoint is there.
+The id begins with the run's. Each file is written under a temporary name and renamed. An older checkpoint is deleted
+when its replacement is whole and on the disk: whenever a job dies, the last whole checkpoint exists.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _LEADER = "leader.ckpt"
 
 
 class _Folders:
-    """The folders of each name's checkpoints that are this run's to delete: what it found there, then its own.
+    """The checkpoint folders of each name that this run may delete: those that it found, and its own.
 
-    Another job may write checkpoints of the same name at the same time: its folders are its own.
+    Another job may write checkpoints of the same name at the same time; this run does not delete these.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class _Folders:
     def begin(self, path: str, checkpoint_id: str) -> Path:
         """The folder of a new checkpoint."""
         ids = self._known(path)
-        if checkpoint_id in ids:  # another worker has made it already
+        if checkpoint_id in ids:  # another worker has made it
             ids.remove(checkpoint_id)
         ids.append(checkpoint_id)
         folder = _folder(path) / checkpoint_id
@@ -72,10 +72,10 @@ class _Folders:
 
 
 class SideFiles:
-    """The sides of one worker, another one than worker 0, whose folder of checkpoints may be on another host.
+    """The checkpoint files of one worker other than worker 0. Its checkpoint folder may be on another host.
 
     Args:
-        worker: the worker.
+        worker: rank of the worker.
     """
 
     def __init__(self, worker: int) -> None:
@@ -90,7 +90,7 @@ class SideFiles:
         return record
 
     def link(self, path: str, checkpoint_id: str, other_path: str, other_id: str) -> FileRecord:
-        """Make the side of one checkpoint that of another one as well."""
+        """Use the side of one checkpoint also for another one."""
         name = _part_name(self._worker)
         folder = self._folders.begin(other_path, other_id)
         aside = folder / f"{name}.tmp"
@@ -100,11 +100,11 @@ class SideFiles:
         return FileRecord.of(folder / name)
 
     def forget_older(self, path: str, checkpoint_id: str) -> None:
-        """A checkpoint is whole: the sides that it replaces go."""
+        """Delete the sides replaced by a checkpoint, when it is whole."""
         self._delete(path, self._folders.take_older(path, checkpoint_id))
 
     def forget(self, path: str) -> None:
-        """All checkpoints of this name go."""
+        """Delete the sides of all checkpoints of this name."""
         self._delete(path, self._folders.take_all(path))
 
     def _delete(self, path: str, folders: list[Path]) -> None:
@@ -121,15 +121,15 @@ class _Unfinished:
 
 
 class CheckpointFiles:
-    """Worker 0's books: which checkpoints are not whole yet, and which are to go once the newer ones are.
+    """Worker 0's record of checkpoints: those not whole yet, and those to delete when newer ones are whole.
 
-    The training thread and those that write in the background share them.
+    The training thread and background threads share it.
 
     Args:
         delete: deletes a Lightning file.
         workers: number of workers.
-        on_replaced: called with a path and an id when that checkpoint is whole; with None in the place of the id when
-            all checkpoints of a name have been deleted.
+        on_replaced: called with a path and an id when that checkpoint is whole; with None as the id when all
+            checkpoints of a name have been deleted.
     """
 
     def __init__(
@@ -149,12 +149,12 @@ class CheckpointFiles:
         self._lock = threading.RLock()
 
     def begin(self, path: str) -> str:
-        """A checkpoint is going to be written; returns its id.
+        """Begin a checkpoint. Returns its id.
 
-        The older one of its name is wanted only until this one is whole.
+        The older checkpoint of its name is kept until this one is whole.
         """
         with self._lock:
-            if path in self._to_remove:  # its name is used again
+            if path in self._to_remove:  # the name is used again
                 self._to_remove.remove(path)
             self._number += 1
             checkpoint_id = f"{self._run}-{self._number}"
@@ -163,7 +163,7 @@ class CheckpointFiles:
 
     @contextmanager
     def write(self, path: str, checkpoint_id: str) -> Iterator[Path]:
-        """Where to write worker 0's Lightning file; after the ``with`` it is at ``path``, instead of an older one."""
+        """The path for writing worker 0's Lightning file. After the ``with`` it replaces the file at ``path``."""
         with self._lock:
             folder = self._folders.begin(path, checkpoint_id)
         yield folder / _LEADER
@@ -172,7 +172,7 @@ class CheckpointFiles:
         os.replace(aside, path)
 
     def leader_written(self, checkpoint_id: str, record: FileRecord) -> None:
-        """Worker 0's side is there."""
+        """Record that worker 0's side is written."""
         unfinished = self._unfinished.get(checkpoint_id)
         if unfinished is not None:
             make_durable(_folder(unfinished.path) / checkpoint_id / _LEADER)
@@ -180,7 +180,7 @@ class CheckpointFiles:
             self._written(checkpoint_id, _LEADER, record)
 
     def part_written(self, checkpoint_id: str, worker: int, record: FileRecord) -> None:
-        """Another worker's side is there, as it tells; with the last one the checkpoint is whole."""
+        """Record that another worker's side is written. With the last one the checkpoint is whole."""
         self._written(checkpoint_id, _part_name(worker), record)
 
     def _written(self, checkpoint_id: str, name: str, record: FileRecord) -> None:
@@ -193,13 +193,13 @@ class CheckpointFiles:
                 self._finish(checkpoint_id, unfinished)
 
     def _finish(self, checkpoint_id: str, unfinished: _Unfinished) -> None:
-        for earlier in list(self._unfinished):  # all have told of theirs: those that are not whole never will be
+        for earlier in list(self._unfinished):  # all reports are in: these will never be whole
             del self._unfinished[earlier]
             if earlier == checkpoint_id:
                 break
         path, folder = unfinished.path, _folder(unfinished.path) / checkpoint_id
         problems = (_problem(folder / name, record.size) for name, record in unfinished.files.items())
-        # Another host's file may be seen later, or not at all.
+        # Another host's file may become visible later, or never.
         if problem := next(
             (p for p in problems if p and "is missing" not in p), "" if folder.exists() else str(folder)
         ):
@@ -217,7 +217,7 @@ class CheckpointFiles:
         self._remove_what_is_replaced()
 
     def remove(self, path: str) -> None:
-        """Delete a checkpoint, at once or when all newer ones are whole."""
+        """Delete a checkpoint, now or when all newer ones are whole."""
         with self._lock:
             self._to_remove.append(path)
             self._remove_what_is_replaced()
@@ -229,7 +229,7 @@ class CheckpointFiles:
             self.forget(path)
 
     def forget(self, path: str) -> None:
-        """The Lightning file of this name, if there is one, is worker 0's alone: older sides do not belong to it."""
+        """Delete older sides of a name: its Lightning file, if any, is of worker 0 alone."""
         for folder in self._folders.take_all(path):
             shutil.rmtree(folder, ignore_errors=True)
         _remove_empty(_folder(path))
@@ -247,19 +247,19 @@ def _write_manifest(folder: Path, run: str, files: Mapping[str, FileRecord]) -> 
 
 @dataclass(frozen=True)
 class Whole:
-    """A checkpoint for which every worker has written its side."""
+    """A whole checkpoint: every worker has written its side."""
 
     path: str
-    """Its Lightning file."""
+    """Path of the Lightning file."""
     folder: str
-    """Where the workers' sides are."""
+    """The folder of the workers' sides."""
     files: Mapping[str, tuple[int, int] | None]
-    """Size and CRC-32 of each file, by name; None in a checkpoint that was written before they were noted."""
+    """Size and CRC-32 of each file, by name; None in checkpoints of older versions, which lack them."""
 
     def problem(self, worker: int) -> str:
-        """What keeps a worker from going on from here; empty if nothing does.
+        """The reason for which a worker cannot resume from this checkpoint; empty if it can.
 
-        Worker 0 reads its own file and looks at the sizes of all that it sees, another worker reads its own side.
+        Worker 0 reads its own file and checks the sizes of all files that it sees. Other workers read their own sides.
         """
         if worker == 0:
             own = self.files[_LEADER]
@@ -272,7 +272,7 @@ class Whole:
 
 
 def find_wholes(path: str, checkpoint_id: str | None) -> list[Whole]:
-    """The checkpoint itself if its manifest is there; then those that it was to replace, the newest first.
+    """The checkpoint itself if it has a manifest; then the older ones that it was to replace, newest first.
 
     Args:
         path: a Lightning file.
@@ -301,10 +301,11 @@ def read_part(folder: Path, worker: int, weights_only: bool | None = None, mmap:
     """One worker's side of a whole checkpoint.
 
     Args:
-        folder: the checkpoint's.
-        worker: whose side.
-        weights_only: whether to unpickle nothing but tensors and plain values; None: so.
-        mmap: whether to read of the file only what is looked at. Its tensors must be gone before the file is.
+        folder: the checkpoint's folder.
+        worker: rank of the worker.
+        weights_only: whether to unpickle only tensors and plain values; None: True.
+        mmap: whether to map the file into memory and read tensors on access. Release its tensors before the file is
+            deleted.
     """
     path = folder / _part_name(worker)
     if not path.exists():
@@ -314,7 +315,7 @@ def read_part(folder: Path, worker: int, weights_only: bool | None = None, mmap:
 
 
 def not_seen(path: str) -> str:
-    """What to tell of a file that one worker sees and another one does not."""
+    """The message about a file that one worker sees and another one does not."""
     return (
         f"{path} is not there, though worker 0 finds the checkpoint whole. All workers must see the folder of the "
         "checkpoint: copy `name.ckpt.workers` to this host, or share the folder."
@@ -322,7 +323,7 @@ def not_seen(path: str) -> str:
 
 
 def _problem(path: Path, size: int | None = None, crc32: int | None = None) -> str:
-    """What is wrong with a file; empty if it has this size and checksum, as far as they are known."""
+    """The defect of a file; empty if it has this size and checksum, as far as known."""
     if not path.exists():
         return f"{path} is missing"
     found = path.stat().st_size
@@ -342,7 +343,7 @@ def _found(path: str) -> list[str]:
 
 
 def _remove_empty(folder: Path) -> None:
-    with suppress(OSError):  # there may be something of others
+    with suppress(OSError):  # the folder may hold files of others
         folder.rmdir()
 
 

@@ -1,4 +1,4 @@
-"""What a ``fit`` goes on from: which checkpoint is whole, and each worker's own side of it."""
+"""The resuming of a ``fit``: the search for a whole checkpoint, and each worker's side of it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ __all__ = ["Restoring"]
 
 
 class Restoring:
-    """Finds the last whole checkpoint and puts each worker's side of it together. All processes go through it alike.
+    """Finds the last whole checkpoint and assembles each worker's side of it. All processes make the same calls.
 
     Args:
         place: the place of this process.
         read_file: reads a Lightning file, given its path and ``weights_only``.
-        broadcast: gives all processes the value of one, given the value and, as ``src``, its rank.
-        weights_only: whether to unpickle nothing but tensors and plain values; None: so.
+        broadcast: broadcasts a value from the process of rank ``src``.
+        weights_only: whether to unpickle only tensors and plain values; None: True.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Restoring:
         self._weights_only = weights_only
 
     def restore(self, path: str) -> tuple[dict[str, Any], Resumed]:
-        """What Lightning is to restore from, with this worker's side in the place of worker 0's, and the rest.
+        """The checkpoint for Lightning, with this worker's side in place of worker 0's, and the library's own part.
 
         Args:
             path: a Lightning file.
@@ -71,7 +71,7 @@ class Restoring:
             reason = f"was written by {entry['workers']} workers, and there are {workers} now"
         else:
             own = sides.take_own()
-            # The worker's own counts of that fit go on.
+            # The worker's own counts in that fit continue.
             return checkpoint, Resumed(
                 entry["state"],
                 entry["steps_before_fit"],
@@ -88,7 +88,7 @@ class Restoring:
         return checkpoint, Resumed(entry["state"], entry["job_steps"], fetches=fetches, settings=entry.get("settings"))
 
     def _find(self, path: str) -> tuple[dict[str, Any], Whole | None]:
-        """The Lightning file to go on from, and where the sides of it are; None: nowhere."""
+        """The Lightning file to resume from, and the checkpoint with its sides; None: it has no sides."""
         checkpoint, unreadable = self._read(path)
         if checkpoint is not None and "id" not in checkpoint.get(KEY, {}):
             return checkpoint, None
@@ -106,13 +106,13 @@ class Restoring:
                     whole.path, self._weights_only
                 ), whole
         if checkpoint is None:
-            return self._read_file(path, self._weights_only), None  # which says why it cannot be read
+            return self._read_file(path, self._weights_only), None  # raises the reason if it cannot be read
         if problem:
             rank_zero_warn(f"The checkpoint {path} is not whole: {problem}.")
         return checkpoint, None
 
     def _read(self, path: str) -> tuple[dict[str, Any] | None, str]:
-        """The Lightning file, or why it cannot be read; worker 0 says so for all."""
+        """The Lightning file, or the reason for which worker 0 cannot read it; the same on all workers."""
         checkpoint, problem = None, ""
         if self._place.global_rank == 0:
             try:
@@ -125,7 +125,7 @@ class Restoring:
         return checkpoint, problem
 
     def _wholes(self, path: str, checkpoint_id: str | None) -> list[Whole]:
-        """What worker 0 sees: others may see a shared folder later, or not at all."""
+        """The whole checkpoints seen by worker 0; others may see a shared folder later, or never."""
         seen = []
         if self._place.global_rank == 0 and "://" not in path:
             seen = [[whole.path, whole.folder, whole.files] for whole in find_wholes(path, checkpoint_id)]
@@ -137,7 +137,7 @@ class Restoring:
         ]
 
     def _problem(self, whole: Whole) -> str:
-        """What keeps some worker from going on from there, as all tell each other."""
+        """The reason for which some worker cannot resume from a checkpoint, gathered from all."""
         own = whole.problem(self._place.worker_rank) if self._place.device_rank == 0 else ""
         problems = [self._broadcast(own, src=worker * self._place.worker_size) for worker in range(self._place.workers)]
         for worker, problem in enumerate(problems):
@@ -147,11 +147,11 @@ class Restoring:
 
 
 class _Sides:
-    """The sides of a checkpoint, as this process goes on from them.
+    """The sides of a checkpoint, for this process.
 
     Args:
-        checkpoint: the Lightning file, which is changed.
-        whole: where the other sides are.
+        checkpoint: the content of the Lightning file; it is modified.
+        whole: the checkpoint with the other sides.
         place: the place of this process.
         weights_only: as for :class:`Restoring`.
     """
@@ -168,33 +168,33 @@ class _Sides:
         self._place = place
         self._weights_only = weights_only
         self._saved_by: int = checkpoint[KEY]["workers"]
-        self._places = _places(checkpoint, checkpoint[KEY])  # of worker 0's loaders, or what has been merged
+        self._places = _places(checkpoint, checkpoint[KEY])  # of worker 0's loaders, or merged
         _take_positions(checkpoint)
 
     def take_own(self) -> Mapping[str, Any]:
-        """Put this worker's own into the checkpoint, and return what is not Lightning's."""
+        """Put this worker's own state into the checkpoint. Returns the part that is not Lightning's."""
         checkpoint = self._checkpoint
         if self._place.worker_rank == 0:
             entry: dict[str, Any] = checkpoint[KEY]
             return entry
         part = read_part(self._folder, self._place.worker_rank, self._weights_only)
         own = part.pop("checkpoint")
-        # What watches worker 0's metrics goes on as on worker 0.
+        # Schedulers that watch worker 0's metrics continue from worker 0's state.
         own["lr_schedulers"] = [
             theirs if "num_bad_epochs" in theirs else ours
             for theirs, ours in zip(checkpoint["lr_schedulers"], own["lr_schedulers"], strict=True)
         ]
         _take_positions(own)
-        # What only worker 0 runs, and decides by, is in its side alone.
+        # The states of callbacks that only worker 0 runs are in its side alone.
         own["callbacks"] = checkpoint["callbacks"] | own.get("callbacks", {})
         checkpoint |= own
         return part
 
     def fetches(self, own: Mapping[str, Any]) -> SavedFetches:
-        """Where this process goes on in its data.
+        """The position of this process in its data.
 
         Args:
-            own: what :meth:`take_own` gave.
+            own: the result of :meth:`take_own`.
         """
         devices = own.get("fetches", ())
         device = self._place.device_rank
@@ -210,15 +210,15 @@ class _Sides:
         return SavedFetches(places, fetches["random"])
 
     def shared_places(self) -> list[dict[str, Any]]:
-        """Places of loaders that all workers share; those of a worker's own mean nothing to another one."""
+        """Positions of loaders that all workers share; a position of a worker's own loader is useless to others."""
         return [place if "division" in place else {} for place in self._places]
 
     def merge_positions(self) -> None:
-        """Have the training loaders leave out what any worker has trained on."""
+        """Make the training loaders leave out the batches trained by any worker."""
         shared = any("trained" in place.get("division", ()) for place in self._places)
         if not shared and self._saved_by == self._place.workers:
             own = self._place.worker_rank
-            if own > 0:  # places of the worker's own, also in checkpoints that hold them as Lightning does
+            if own > 0:  # the worker's own positions, also in checkpoints that hold them in Lightning's way
                 part = read_part(self._folder, own, self._weights_only, mmap=True)
                 self._places = _places(part["checkpoint"], part)
             return
@@ -227,7 +227,7 @@ class _Sides:
         of_all = [self._places, *(_places(part["checkpoint"], part) for part in parts)]
         own = self._place.worker_rank
         if self._saved_by != self._place.workers:
-            # All go on as the one that was furthest behind, so that nobody has left an epoch too early.
+            # All continue as the worker furthest behind, so that none has left an epoch too early.
             own = min(range(self._saved_by), key=lambda worker: _epochs_over(sides[worker]["loops"], of_all[worker]))
             self._checkpoint |= {key: sides[own][key] for key in ("loops", "lr_schedulers")}
             _take_positions(self._checkpoint)
@@ -243,22 +243,22 @@ def _merge(places: tuple[dict[str, Any], ...], own: int) -> dict[str, Any]:
 
 
 def _places(checkpoint: Mapping[str, Any], side: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Where a worker's training loaders are: this library's part of a side says so, or, once, Lightning's.
+    """The positions of a worker's training loaders: in this library's part of a side, formerly in Lightning's.
 
     Args:
         checkpoint: Lightning's part.
-        side: this library's.
+        side: this library's part.
     """
     if "fetches" in side:
         places: list[dict[str, Any]] = side["fetches"][0].get("loaders", [])
         copies: list[dict[str, Any]] = apply_to_collection(places, Tensor, Tensor.clone)
-        return copies  # the file may be gone when they are looked at
+        return copies  # the file may be deleted before they are read
     states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
     return [{"division": s} if "trained" in s or "cursors" in s else {"loader": s} for s in states]
 
 
 def _take_positions(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Take out of Lightning's part where loaders with a ``state_dict`` are: each worker has its own, beside it."""
+    """Remove the positions of loaders with a ``state_dict`` from Lightning's part: each worker has its own."""
     loops = checkpoint.get("loops")
     if loops is None:
         return []
@@ -268,7 +268,7 @@ def _take_positions(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _epochs_over(loops: Mapping[str, Any], places: list[dict[str, Any]]) -> tuple[int, int]:
-    """Epochs that are over for a worker, in its loop and in its leases."""
+    """Number of epochs that a worker has ended, in its loop and in its leases."""
     over = [place["division"]["over"][0] for place in places if "over" in place.get("division", ())]
     in_leases = min((epoch if epoch is not None else -1 for epoch in over), default=-1)
     return loops["fit_loop"]["epoch_progress"]["current"]["processed"], in_leases

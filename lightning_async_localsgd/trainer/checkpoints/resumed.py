@@ -1,4 +1,4 @@
-"""The state that a ``fit`` goes on from."""
+"""The state of a resumed ``fit``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Resumed"]
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a ``fit`` goes on from."""
+    """The state from which a ``fit`` resumes."""
 
     state: Mapping[str, Any] | None
     """The global state and shared progress, as ``SavedState.global_state_dict`` gave it.
@@ -22,15 +22,15 @@ class Resumed:
     None: the file is another strategy's.
     """
     steps_before_fit: int | None
-    """Steps of the job that the counts in ``state`` do not hold; None: the trainer's ``global_step``."""
+    """Steps of the job not included in the counts of ``state``; None: the trainer's ``global_step``."""
     worker: Mapping[str, Any] | None = None
     """This worker's own state, as ``SavedState.local_state_dict`` gave it; None: workers start from the global one."""
     scheduler_steps: int = 0
-    """Steps of the job that the learning-rate schedulers have made."""
+    """Steps of the job counted by the learning-rate schedulers."""
     fetches: SavedFetches | None = None
-    """Where this process was in its data."""
+    """The position of this process in its data."""
     settings: Mapping[str, Any] | None = None
-    """The settings of then, as ``Settings.credentials`` gave them."""
+    """The settings of the saved run, from ``Settings.credentials``."""
 
     def load_into(self, saved: SavedState) -> None:
         """Have a worker that has not started go on from here.

@@ -1,4 +1,4 @@
-"""What a checkpoint of a job holds, and who saves it. Where it is written: ``files.py``."""
+"""The content of a job's checkpoints and its saving. Their files: ``files.py``."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from lightning_async_localsgd.worker.rank import WorkerRank
 __all__ = ["KEY", "JobCheckpoints", "is_local"]
 
 KEY = "async_localsgd"
-"""Where this library's entry is in a Lightning checkpoint."""
+"""Key of this library's entry in a Lightning checkpoint."""
 _OWN = ("optimizer_states", "lr_schedulers", "loops", "callbacks")
-"""What of a Lightning checkpoint is each worker's own, beside its precision plugin's state."""
+"""Entries of a Lightning checkpoint that are each worker's own, beside its precision plugin's state."""
 
 
 class JobCheckpoints:
-    """Saves a worker's part in a job, as Lightning asks the strategy to.
+    """Saves a worker's part of a job's checkpoints, at Lightning's request to the strategy.
 
-    Worker 0 decides: it asks all for a cut of the exchange, and each worker saves its side of that moment. Checkpoints
-    that follow before worker 0's next step hold the same moment, so that nobody is asked again. Worker 0 writes its
-    file before it goes on, as Lightning does; the others copy their side and write it in the background.
+    Worker 0 decides: it requests a cut of the exchange, and each worker saves its side of that cut. Further checkpoints
+    before worker 0's next step are of the same cut, without another request. Worker 0 writes its file before it
+    continues, as Lightning does. The others copy their side and write it in the background.
 
     Args:
         fit: the ``fit`` of this process.
-        checkpoint_io: tells the plugin that writes Lightning files.
+        checkpoint_io: returns the plugin that writes Lightning files.
         delete: deletes a Lightning file.
     """
 
@@ -50,7 +50,7 @@ class JobCheckpoints:
         self._fit = fit
         self._checkpoint_io = checkpoint_io
         self._delete = delete
-        self._tensors: dict[str, Tensor] = {}  # the global ones in the checkpoint that is being made
+        self._tensors: dict[str, Tensor] = {}  # the global tensors in the checkpoint under construction
         self._moment: dict[str, Any] | None = None
         self._background = BackgroundWriter()
         self._saving_side = False
@@ -58,7 +58,7 @@ class JobCheckpoints:
 
     @cached_property
     def files(self) -> CheckpointFiles:
-        """Worker 0's books of what is written."""
+        """Worker 0's record of checkpoints."""
         return CheckpointFiles(self._delete, self._fit.place.workers, self._tell_replaced)
 
     @cached_property
@@ -122,7 +122,7 @@ class JobCheckpoints:
 
     @cached_property
     def _io(self) -> CheckpointIO:
-        """Writes worker 0's file as the user's plugin does, in the background if that does."""
+        """The plugin for worker 0's file: writes with the user's plugin, in the background if that does."""
         io = self._checkpoint_io()
         if isinstance(io, AsyncCheckpointIO) and io.checkpoint_io is not None:
             return AsyncCheckpointIO(_LeaderFile(io.checkpoint_io, self.files, self._background))
@@ -153,7 +153,7 @@ class JobCheckpoints:
         return entry
 
     def forget_moment(self) -> None:
-        """A checkpoint that is written from now on is of another moment than the last one."""
+        """Require a new cut for the next checkpoint."""
         self._moment = None
         self._tensors = {}
 
@@ -184,9 +184,9 @@ class JobCheckpoints:
             checkpoint = dump_checkpoint(trainer)
         precision = type(trainer.precision_plugin).__qualname__
         own = {key: checkpoint[key] for key in (*_OWN, precision) if key in checkpoint}
-        side = apply_to_collection(part | {"checkpoint": own}, Tensor, _copied)  # training goes on meanwhile
+        side = apply_to_collection(part | {"checkpoint": own}, Tensor, _copied)  # training continues meanwhile
         self._background.submit(self._write_part, what, side)
-        if self._ending:  # what is told after this worker's last header is not heard
+        if self._ending:  # messages after this worker's last header are lost
             self._background.wait()
 
     @contextmanager
@@ -236,29 +236,29 @@ class JobCheckpoints:
         return [self._fit.fetches_state(), *self._worker.gather_from_devices()]
 
     def pack_fetches(self) -> bytes:
-        """What another process than the first of its worker gives to :meth:`_fetches`."""
+        """The data position of a process other than the first of its worker, for :meth:`_fetches`."""
         buffer = io.BytesIO()
         torch.save(self._fit.fetches_state(), buffer)
         return buffer.getvalue()
 
     def check(self) -> None:
-        """Raise what has failed in the background.
+        """Raise an error of the background thread.
 
         Raises:
-            Exception: as it was there.
+            Exception: the original error.
         """
         self._background.check()
 
     def prepare_to_end(self) -> None:
-        """This worker is about to make its last exchange: have the others hear of what it has written."""
+        """Finish writing and report it, before this worker's last exchange."""
         self._ending = True
         self._background.wait()
 
     def wait_until_written(self) -> None:
-        """Wait for what is being written in the background.
+        """Wait for the background thread to finish writing.
 
         Raises:
-            Exception: what it has failed of.
+            Exception: the error of a failed write.
         """
         if "_io" in vars(self):
             self._io.teardown()
@@ -275,9 +275,9 @@ class _LeaderFile(WrappingCheckpointIO):
     """Writes a Lightning file to where worker 0's side belongs, and enters it in the books.
 
     Args:
-        checkpoint_io: how it is written.
-        files: the books.
-        background: where it waits until the file is on the disk.
+        checkpoint_io: the plugin that writes the file.
+        files: the record of checkpoints.
+        background: waits until the file is on the disk.
     """
 
     def __init__(self, checkpoint_io: CheckpointIO, files: CheckpointFiles, background: BackgroundWriter) -> None:
@@ -294,7 +294,7 @@ class _LeaderFile(WrappingCheckpointIO):
 
     @override
     def teardown(self) -> None:
-        """The user's plugin ends with the strategy."""
+        """Do nothing: the strategy ends the user's plugin."""
 
 
 def is_local(path: Any) -> bool:
@@ -307,9 +307,9 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _aliases(module: nn.Module) -> dict[str, list[str]]:
-    """The first name of each parameter and buffer, and all names it goes by.
+    """The first name of each parameter and buffer, and all of its names.
 
-    Tied weights have several, and so have parameters that are views of the same memory.
+    Tied weights have several names, and so have parameters that are views of the same memory.
     """
     names: dict[Any, list[str]] = {}
     for name, tensor in chain(

@@ -1,4 +1,4 @@
-"""Writes files of checkpoints straight from the tensors, and knows afterwards whether they are as they were written."""
+"""Writes checkpoint files directly from tensors, with a checksum."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from typing_extensions import override
 
 __all__ = ["BackgroundWriter", "FileRecord", "StreamingCheckpointIO", "make_durable", "save_with", "write_file"]
 
-_BUFFER = 1 << 23  # bytes: torch writes many small pieces, which cost more than what is in them
+_BUFFER = 1 << 23  # bytes: joins torch's many small writes, which are slow
 _BLOCK = 1 << 22  # bytes read at once
 
 
 class FileRecord(NamedTuple):
-    """What tells whether a file is whole."""
+    """Size and checksum of a file."""
 
     size: int
-    """Bytes."""
+    """Size in bytes."""
     crc32: int
 
     @classmethod
     def of(cls, path: Path) -> FileRecord:
-        """That of a file, which is read."""
+        """The record of an existing file, which is read."""
         size = crc = 0
         with path.open("rb") as file:
             while block := file.read(_BLOCK):
@@ -39,7 +39,7 @@ class FileRecord(NamedTuple):
 
 
 class _Recorded(io.RawIOBase):
-    """Passes on to a file what is written, and keeps its size and checksum."""
+    """Passes writes on to a file, and computes their size and checksum."""
 
     def __init__(self, file: io.FileIO) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class _Recorded(io.RawIOBase):
 
 
 def write_file(content: Any, path: Path) -> FileRecord:
-    """Write an object aside with ``torch.save`` and rename the file; no copy is made of tensors on the CPU."""
+    """Write an object with ``torch.save`` under a temporary name and rename the file, without copying CPU tensors."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.tmp")
     with open(aside, "wb", buffering=0) as file:
@@ -69,12 +69,12 @@ def write_file(content: Any, path: Path) -> FileRecord:
 
 
 def make_durable(path: Path) -> None:
-    """Have a file or folder, and its name, outlive a power failure."""
+    """Flush a file or folder, and its name, to the disk, so that it survives a power failure."""
     for place in (path, path.parent):
         descriptor = os.open(place, os.O_RDONLY)
         try:
             os.fsync(descriptor)
-        except OSError:  # some network file systems have no such call for folders
+        except OSError:  # some network file systems do not support this for folders
             if place is path and path.is_file():
                 raise
         finally:
@@ -82,7 +82,7 @@ def make_durable(path: Path) -> None:
 
 
 class StreamingCheckpointIO(TorchCheckpointIO):
-    """Lightning's way to write a checkpoint, without its two copies of the whole file in memory."""
+    """Lightning's default plugin, without its two copies of the whole file in memory."""
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -93,7 +93,7 @@ class StreamingCheckpointIO(TorchCheckpointIO):
 
 
 def save_with(checkpoint_io: Any, checkpoint: dict[str, Any], path: Path) -> FileRecord:
-    """Have a plugin write a file."""
+    """Write a file with a plugin. Returns its size and checksum."""
     if type(checkpoint_io) in (TorchCheckpointIO, StreamingCheckpointIO):
         return write_file(checkpoint, path)
     checkpoint_io.save_checkpoint(checkpoint, str(path))
@@ -101,15 +101,15 @@ def save_with(checkpoint_io: Any, checkpoint: dict[str, Any], path: Path) -> Fil
 
 
 class BackgroundWriter:
-    """Does one thing after the other on a thread of its own. What fails there is raised by the next call."""
+    """Calls functions one after the other on a thread of its own. The next method call raises their errors."""
 
     def __init__(self) -> None:
         self._thread: ThreadPoolExecutor | None = None
         self._under_way: list[Future[Any]] = []
-        self._lock = threading.RLock()  # Lightning's `AsyncCheckpointIO` has a thread of its own, which submits too
+        self._lock = threading.RLock()  # the thread of Lightning's `AsyncCheckpointIO` submits as well
 
     def submit(self, function: Callable[..., Any], *args: Any) -> None:
-        """Have it called after all that was submitted before."""
+        """Call ``function`` after all functions submitted before."""
         with self._lock:
             self.check()
             if self._thread is None:
@@ -117,13 +117,13 @@ class BackgroundWriter:
             self._under_way.append(self._thread.submit(function, *args))
 
     def check(self) -> None:
-        """Raise what has failed."""
+        """Raise the error of a failed function."""
         with self._lock:
             while self._under_way and self._under_way[0].done():
                 self._under_way.pop(0).result()
 
     def wait(self) -> None:
-        """Wait until all is done, and end the thread; raise what has failed."""
+        """Wait until all functions have returned, and end the thread. Raises the error of a failed function."""
         if self._thread is not None:
             self._thread.shutdown(wait=True)
             self._thread = None
