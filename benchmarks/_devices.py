@@ -1,4 +1,4 @@
-"""Devices of unequal speed, simulated: every local step is filled up with sleep to the time the device would take."""
+"""Simulated devices of unequal speed: sleep extends every local step to the step time of the device."""
 
 import time
 from typing import Any
@@ -16,11 +16,11 @@ def scaled(scale: float) -> list[float]:
 
 
 class SimulatedDevice(L.Callback):
-    """Makes every local step take ``seconds``, what it really computes included, and keeps the time.
+    """Makes every local step take ``seconds``, its real computation included, and records the times.
 
-    The step counts from its batch to the end of the inner optimizer's step. It is filled up there, as that optimizer's
-    first post-hook: what a strategy does between steps (an exchange, a wait) adds to it and cannot hide in the sleep.
-    What DDP does within the backward pass can, which is in DDP's favour.
+    A step lasts from its batch to the end of the inner optimizer's step. The sleep takes place there, in that
+    optimizer's first post-hook. A strategy's work between steps (an exchange, a wait) adds to the time and cannot hide
+    in the sleep. DDP's communication within the backward pass can hide, in DDP's favour.
 
     Times are of ``time.monotonic``, one clock for all processes of a machine.
     """
@@ -28,12 +28,12 @@ class SimulatedDevice(L.Callback):
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.begin = 0.0
-        """When the first step began."""
+        """Start of the first step."""
         self.end = 0.0
-        """When the last step so far ended."""
+        """End of the last step so far."""
         self.steps = 0
         self.late_steps = 0
-        """Steps whose computation alone took longer than the device would."""
+        """Number of steps with a computation longer than the device's step time."""
         self._step_begin = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

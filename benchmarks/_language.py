@@ -25,7 +25,7 @@ _EVALUATION_BATCH = 64
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned, by what, and how: the same for every method."""
+    """Data, model and inner optimizer: the same for every method."""
 
     vocab_size: int = 1024
     context: int = 32
@@ -98,7 +98,7 @@ def held_out_loss(gpt: GPT, parameters: Mapping[str, Tensor], windows: TokenWind
     return sum(losses) / len(windows)
 
 
-# ---- what is prepared once and kept ---------------------------------------------------------------------------------
+# ---- cached preparations --------------------------------------------------------------------------------------------
 
 
 def load_tokens(cache: Path, task: Task) -> tuple[TokenWindows, TokenWindows]:

@@ -1,4 +1,4 @@
-"""The report of the paper's tables: our figures beside the published ones, what they say of its claims, pictures."""
+"""The report of the paper's tables: our figures beside the published ones, a check of its claims, pictures."""
 
 import json
 import math
@@ -298,7 +298,7 @@ def toy_table(figures: Figures) -> str:
 
 
 def conditions(figures: Figures) -> str:
-    """What the runs have in common, as they were."""
+    """The common conditions of the runs."""
     grid = figures.grid
     speeds = "; ".join(
         f"{level}: {', '.join(f'{s:.2f}' for s in seconds_per_step(level, WORKERS))}" for level in LEVELS
@@ -317,7 +317,7 @@ def conditions(figures: Figures) -> str:
 
 
 def claims_table(figures: Figures) -> str:
-    """What the paper says, and whether it holds here."""
+    """The paper's claims, and whether each holds here."""
     dn = figures.by_level(DN)
     very = figures.cell(DN)
     rest = [*figures.by_workers(DN)[1:], *figures.by_size(DN)[1:]]
@@ -487,7 +487,7 @@ BLOCKS: dict[str, Callable[[Figures], str]] = {
     "sizes": sizes_table,
     "toy": toy_table,
 }
-"""What ``docs/reproduction.md`` takes between ``<!-- paper: NAME -->`` and ``<!-- end -->``."""
+"""The parts of ``docs/reproduction.md`` between ``<!-- paper: NAME -->`` and ``<!-- end -->``."""
 
 
 def report(grid: Grid, results: Results, folder: Path, document: Path) -> None:

@@ -1,4 +1,4 @@
-"""One run of the paper's tables: what it is, how it is simulated, and where its result is kept."""
+"""One run of the paper's tables: its settings, its simulation, and the file of its result."""
 
 import json
 import math
@@ -49,8 +49,8 @@ TUNED = {
     "polythres": (0.05, 0.1, 0.2),
     "delay-compensation": (0.025, 0.05, 0.1),
 }
-"""What each baseline's outer learning rate is tuned over. That of synchronous DiLoCo and of delayed Nesterov is the
-paper's 0.7, untuned."""
+"""Candidates for each baseline's outer learning rate. Synchronous DiLoCo and delayed Nesterov use the paper's 0.7,
+untuned."""
 
 CURVE_POINTS = 20
 _CURVE_WINDOWS = 256  # of the held-out text: a curve has many points, and only its last is a result

@@ -137,7 +137,7 @@ class ResNet(L.LightningModule):
 
 
 class Recognized(NamedTuple):
-    """What a classifier makes of held-out images."""
+    """Figures of a classifier on held-out images."""
 
     accuracy: float
     loss: float

@@ -23,7 +23,7 @@ _TEST_SEED = 10_000
 
 @dataclass(frozen=True)
 class Project:
-    """A module, its data, and what its user looks at."""
+    """A module, its data, and its metric."""
 
     make: Callable[[int, int], tuple[L.LightningModule, Dataset[Any]]]
     """From a seed and the steps of the run."""
@@ -102,7 +102,7 @@ def _series(samples: int, seed: int) -> TensorDataset:
 
 
 class _Forecaster(nn.Module):
-    """A GRU over the past, and a linear layer for all that is to come."""
+    """A GRU over the past values, and a linear layer for the future ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ def _language(seed: int, steps: int) -> tuple[L.LightningModule, Dataset[Any]]:
 
 
 class _Reversed(Dataset[Tensor]):
-    """The same text from its end to its beginning: what an adapter is to learn."""
+    """The same text from its end to its beginning: the task of an adapter."""
 
     def __init__(self, windows: TokenWindows) -> None:
         self._windows = windows
@@ -222,7 +222,7 @@ class _Reversed(Dataset[Tensor]):
 
 
 class _LowRank(nn.Module):
-    """A frozen linear layer, and what is learned beside it."""
+    """A frozen linear layer with a trainable low-rank one beside it."""
 
     def __init__(self, layer: nn.Linear, rank: int) -> None:
         super().__init__()

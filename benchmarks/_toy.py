@@ -1,8 +1,8 @@
 """The toy task of Liu et al. 2024: classify a mixture of mixtures of Gaussians.
 
 Every class is a mixture of Gaussians around centres of unit norm, and the classes are mixed. Held-out points are drawn
-like the training points, from the same centres. What the paper leaves open is chosen here: the noise is the standard
-deviation of every coordinate, the hidden layer has 128 units, and 8,000 points are held out.
+like the training points, from the same centres. Choices that the paper leaves open: the noise is the standard deviation
+of every coordinate, the hidden layer has 128 units, and 8,000 points are held out.
 """
 
 from functools import cache
@@ -55,7 +55,7 @@ def evaluate(module: ToyClassifier) -> dict[str, float]:
 
 
 def best_possible() -> dict[str, float]:
-    """The same of a classifier that knows the centres: no other does better, but for chance."""
+    """Loss and accuracy of a classifier that knows the centres: an upper bound, except for chance."""
     points, classes = load_points()[1].tensors
     likelihoods = -(torch.cdist(points, _centres()) ** 2) / (2 * NOISE**2)
     scores = likelihoods.view(-1, CLASSES, CENTRES).logsumexp(dim=2)

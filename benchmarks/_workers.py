@@ -1,4 +1,4 @@
-"""Worker processes: started as a launcher would, watched, and ended whatever happens."""
+"""Worker processes: started as by a launcher, supervised, and always ended."""
 
 import multiprocessing
 import os
@@ -31,18 +31,18 @@ class WorkerFailedError(RuntimeError):
 def run_workers(
     target: Callable[[int, Config], Result], config: Config, workers: int, timeout: float = 600.0
 ) -> list[Result]:
-    """Run ``target(rank, config)`` in one process per worker; returns what they return, by rank.
+    """Run ``target(rank, config)`` in one process per worker; returns the results by rank.
 
     Every process finds the environment that torchrun gives, and computes on one thread.
 
     Args:
         target: A function of a module's top level.
-        config: What all workers get alike; pickled.
+        config: Argument of all workers; pickled.
         workers: Number of processes.
-        timeout: Seconds after which workers that are still at it are taken to hang.
+        timeout: Seconds after which unfinished workers are taken to hang.
 
     Raises:
-        WorkerFailedError: If a worker fails or hangs; says what the workers printed last.
+        WorkerFailedError: If a worker fails or hangs; with the last output of the workers.
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # read when a new process imports torch
     port = free_port()
@@ -70,7 +70,7 @@ def run_workers(
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """A free TCP port."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return int(probe.getsockname()[1])
@@ -111,7 +111,7 @@ def _work(
     log: Path,
     sender: Connection,
 ) -> None:
-    """What a worker process runs."""
+    """Main function of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with log.open("w") as output:

@@ -37,14 +37,14 @@ WORKERS = (4, 8, 16)
 PAPERS = (0.7, 0.9)
 """Outer learning rate and momentum that the papers use."""
 CANDIDATES = ((0.7, 0.5), (0.7, 0.7), (0.7, 0.8), PAPERS, (1.0, 0.3), (1.0, 0.5), (1.0, 0.7), (1.0, 0.9))
-"""What synchronous DiLoCo is tuned over, with four workers."""
+"""Candidates for the tuning of synchronous DiLoCo with four workers."""
 FEWER = 3
 """Of more workers, the best of these candidates with four are tried."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where training starts from, and how far it goes."""
+    """The start and the length of training."""
 
     pretrain_steps: int
     steps: int
@@ -85,7 +85,7 @@ def make_run(start: Start, workers: int, method: str, level: str, seed: int, out
 
 
 class Grid:
-    """The runs, as far as they are known: who is tuned depends on what the tuning has shown."""
+    """The runs known so far: later runs depend on the results of the tuning."""
 
     def __init__(self, results: Results, args: argparse.Namespace) -> None:
         self.results = results
@@ -212,7 +212,7 @@ def _table_rows(grid: Grid, start: Start, workers: int) -> Iterator[str]:
 
 
 def largest_rise(result: Result) -> float:
-    """The most that held-out perplexity has grown by from one evaluation to the next; 1: not at all."""
+    """Largest ratio of held-out perplexity at one evaluation to the previous one; 1: it never grew."""
     losses = [point[3] for point in result["curve"]]
     return max([1.0, *(math.exp(after - before) for before, after in pairwise(losses))])
 

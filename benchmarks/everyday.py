@@ -1,4 +1,4 @@
-"""What validation, checkpoints and logging cost two unequal workers, against the same training without all three.
+"""The cost of validation, checkpoints and logging for two unequal workers, against the same training without these.
 
     python benchmarks/everyday.py
 
@@ -7,9 +7,9 @@ validation every 50 batches of worker 0, a checkpoint every 100 of its steps, an
 ``sync_dist=True`` in every step. Both ways take turns, in the same processes.
 
 Throughput is local steps of all workers over those possible at the speeds of their devices in the time from the first
-step of any worker to the last step of any. What worker 0 spends on its validation batches is its work and not the
-library's: it is taken from worker 0's time. All else counts: lending the global parameters to validation and taking
-its own back, writing checkpoints, what worker 1 writes for them, waiting.
+step of any worker to the last step of any. Worker 0's time for validation batches is its own work, not the library's,
+and is subtracted. All else counts: putting the global parameters into the module for validation and restoring its own,
+writing checkpoints on both workers, waiting.
 """
 
 import argparse
@@ -52,7 +52,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Config:
-    """What all workers get alike."""
+    """Settings of all workers."""
 
     step_seconds: float
     """Of worker 0."""
@@ -71,7 +71,7 @@ class Config:
 
 @dataclass(frozen=True)
 class WorkerRun:
-    """How one worker fared in one run; times on the clock that all processes share."""
+    """Times of one worker in one run, on the clock shared by all processes."""
 
     begin: float
     end: float
@@ -85,7 +85,7 @@ class WorkerRun:
     checkpoint_megabytes: float
 
 
-# ---- what the workers run -------------------------------------------------------------------------------------------
+# ---- worker processes -----------------------------------------------------------------------------------------------
 
 
 class Batches(IterableDataset[tuple[Tensor, Tensor]]):
@@ -116,7 +116,7 @@ class Classifier(L.LightningModule):
         return F.cross_entropy(self.net(x), y)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.everyday:  # after the step, whose simulated time would hide what logging takes
+        if self.everyday:  # after the step: its simulated time would hide the cost of logging
             self.log("train_loss", outputs["loss"], on_step=True, sync_dist=True)
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
@@ -128,7 +128,7 @@ class Classifier(L.LightningModule):
 
 
 class Times(L.Callback):
-    """Measures what worker 0 spends on validation batches and on checkpoints, on its training thread."""
+    """Measures the time of worker 0's training thread for validation batches and for checkpoints."""
 
     def __init__(self) -> None:
         self.validations = 0

@@ -7,9 +7,9 @@ First the start that all methods share, then each method with a worker per devic
     torchrun --nproc-per-node 4 benchmarks/paper.py --full --model 20M --method sync
     python benchmarks/paper.py --full --model 20M --method single
 
-Every run adds a line to ``paper_full.jsonl``. Devices that are alike are made unequal by ``--heterogeneity`` and
-``--fastest-step``, which fill up their steps with sleep. What the paper does not say, or our notes of it, is an option;
-the defaults of batch size, learning rate and warm-up are those of DiLoCo (arXiv 2311.08105).
+Every run adds a line to ``paper_full.jsonl``. ``--heterogeneity`` and ``--fastest-step`` make equal devices unequal by
+sleep in their steps. Settings that the paper leaves open are options; the defaults of batch size, learning rate and
+warm-up are DiLoCo's (arXiv 2311.08105).
 """
 
 import argparse
@@ -108,7 +108,7 @@ def make_strategy(args: argparse.Namespace, workers: int) -> Any:
 
 
 def step_seconds(args: argparse.Namespace, workers: int) -> list[float]:
-    """Seconds that a step of each worker shall take; none if the devices are as they are."""
+    """Seconds per step of each worker; empty: real speeds."""
     if args.heterogeneity is None:
         return []
     seconds = seconds_per_step(args.heterogeneity, workers)

@@ -1,4 +1,4 @@
-"""What `plan` predicts, against real runs of four workers.
+"""The predictions of `plan`, against real runs of four workers.
 
     python benchmarks/plan.py              # step times and speeds, over the loopback interface
     python benchmarks/plan.py --limited    # also with slow links; needs root
@@ -6,9 +6,9 @@
 Four real workers train with the strategy, their devices simulated as in throughput.py. Two step times of the fastest
 worker, two distributions of speeds; with slow links (network namespaces joined by a switch, `tc tbf`) with and without
 overlap. The figure is predicted over real throughput: local steps of all workers per second, from the first step of any
-to the last step of any. The prediction knows the number of parameters, the rate of the links, and how long a step of
-each worker takes where it trains alone: measured just before, as anybody would who plans (all four at the same time,
-without knowing of each other, for two cores serve them). `ratio_nominal` goes by what the devices are set to instead.
+to the last step of any. The prediction knows the number of parameters, the rate of the links, and the step time of each
+worker that trains alone. That is measured just before, with all four workers at the same time, because they share two
+cores. `ratio_nominal` uses the nominal step times of the devices instead.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SPEEDS = {
     "very unequal": [seconds / TOY_SECONDS_PER_STEP[0] for seconds in TOY_SECONDS_PER_STEP],
     "a little unequal": [1.0, 1.1, 1.3, 1.6],
 }
-"""Step times of the workers, over that of the fastest."""
+"""Step times of the workers, over the fastest worker's."""
 FASTEST = (0.02, 0.06)
 """Seconds per step of the fastest worker."""
 
@@ -70,7 +70,7 @@ class Config:
 
 @dataclass(frozen=True)
 class WorkerTimes:
-    """How one worker fared; times on the clock that all processes share."""
+    """Times of one worker, on the clock shared by all processes."""
 
     begin: float
     end: float
@@ -125,7 +125,7 @@ def predict(config: Config, step_seconds: Sequence[float]) -> Plan:
 
 
 def compare(config: Config) -> dict[str, Any]:
-    """Run one setting; returns what was predicted and what was measured."""
+    """Run one setting; returns prediction and measurement."""
     predicted, nominal = predict(config, config.measured), predict(config, config.step_seconds)
     with ExitStack() as stack:
         if config.mbit is not None:

@@ -51,10 +51,10 @@ MOMENTS = 25
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, and how long."""
+    """A module and the length of its training."""
 
     quality: str
-    """What counts, the higher the better."""
+    """The quality metric, the higher the better."""
     steps: int
     """Per worker, on average."""
     local_steps: int
@@ -112,10 +112,10 @@ class Run:
     outer: tuple[float, float] | None
     """Learning rate and momentum of the outer optimizer, delayed Nesterov."""
     folder: str
-    """Where the data lies."""
+    """Folder of the data."""
 
 
-# ---- what the workers run -------------------------------------------------------------------------------------------
+# ---- worker processes -----------------------------------------------------------------------------------------------
 
 
 class Snapshots(L.Callback):
@@ -148,7 +148,7 @@ def train_each(rank: int, runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def train(rank: int, run: Run) -> dict[str, Any]:
-    """Train one task on one side, as worker ``rank``; worker 0 tells how good it has become."""
+    """Train one task on one side, as worker ``rank``; worker 0 returns the quality."""
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*find_unused_parameters.*")
     L.seed_everything(run.seed, verbose=False)
@@ -191,7 +191,7 @@ def train(rank: int, run: Run) -> dict[str, Any]:
 
 
 def judge(module: L.LightningModule, snapshots: list[dict[str, Tensor]], run: Run) -> dict[str, float]:
-    """What counts, and what tells more, on held-out data."""
+    """The quality metric, and further metrics, on held-out data."""
     held_out = TensorDataset(*torch.load(data_path(run, "held-out")))
     if isinstance(module, ResNet):
         return recognize(module.net, held_out)._asdict()
@@ -293,7 +293,7 @@ def print_table(tasks: dict[str, Any]) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """What the figures were measured with."""
+    """Versions and hardware of the measurement."""
     return {
         "python": platform.python_version(),
         "cores": os.cpu_count(),

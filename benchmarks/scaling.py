@@ -1,4 +1,4 @@
-"""What the simulator predicts from 2 to 1,024 workers: time, traffic, memory, staleness. Nothing is measured here.
+"""The simulator's predictions from 2 to 1,024 workers: time, traffic, memory, staleness. Nothing is measured here.
 
     python benchmarks/scaling.py            # some minutes on one core
     python benchmarks/scaling.py --quick    # up to 32 workers; writes nothing
@@ -58,7 +58,7 @@ def table(rows: list[dict[str, Any]], network: str) -> str:
 
 
 def totals(rows: list[dict[str, Any]]) -> str:
-    """What does not depend on the network, or hardly."""
+    """Figures that depend little or not at all on the network."""
     network = next(iter(NETWORKS))
     lines = [
         "### Traffic, memory, staleness",

@@ -1,4 +1,4 @@
-"""What a simulation costs beside its training steps, and how much memory many virtual workers take.
+"""The cost of a simulation beside its training steps, and the memory of many virtual workers.
 
     python benchmarks/simulation.py            # both
     python benchmarks/simulation.py --quick    # a smoke run
@@ -40,7 +40,7 @@ def make_loader(task: Task) -> DataLoader[Any]:
 
 
 def speeds(workers: int) -> list[float]:
-    """Those of the paper's toy, over and over."""
+    """The device speeds of the paper's toy experiment, repeated."""
     return [1 / seconds for seconds, _ in zip(cycle(TOY_SECONDS_PER_STEP), range(workers), strict=False)]
 
 

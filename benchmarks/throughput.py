@@ -9,10 +9,10 @@ scaled down. One run measures, one after the other and each in processes of its 
   the processor as the workers of every other mode do;
 - this library as it is by default, and in its synchronous mode;
 - Lightning's DDP and torchft's DiLoCo;
-- what the exchange costs while there is nothing to send.
+- the cost of the exchange while there is nothing to send.
 
-A mode's time goes from the begin of the first step of any worker to the end of the last one of any worker, so what a
-worker waits for another at the end counts; starting processes and building models does not.
+A mode's time goes from the begin of the first step of any worker to the end of the last one of any worker. A wait for
+other workers at the end counts; starting processes and building models does not.
 """
 
 import argparse
@@ -56,7 +56,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Config:
-    """What all workers of a mode get alike; times in seconds."""
+    """Settings of all workers of a mode; times in seconds."""
 
     mode: str
     seconds: float
@@ -82,7 +82,7 @@ class Config:
 
 @dataclass(frozen=True)
 class WorkerTimes:
-    """How one worker fared; times on the clock that all processes share."""
+    """Times of one worker, on the clock shared by all processes."""
 
     begin: float
     end: float
@@ -101,7 +101,7 @@ class IdleCost:
     """All of its process: also the threads of gloo and, in worker 0, of the store."""
 
 
-# ---- what the workers run -------------------------------------------------------------------------------------------
+# ---- worker processes -----------------------------------------------------------------------------------------------
 
 
 class Batches(IterableDataset[tuple[Tensor, Tensor]]):
@@ -160,7 +160,7 @@ def train(rank: int, config: Config) -> WorkerTimes:
     device = SimulatedDevice(config.step_seconds[rank])
     callbacks: list[L.Callback] = [device]
     if config.mode == TORCHFT:
-        from _torchft import TorchftDiLoCo  # nobody else needs torchft
+        from _torchft import TorchftDiLoCo  # no other mode needs torchft
 
         callbacks.append(TorchftDiLoCo(rank, WORKERS, config.local_steps))
     strategy = make_strategy(config)
@@ -176,7 +176,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*`IterableDataset` has `__len__` defined.*")
 
 
-# ---- what the exchange costs while it sleeps ------------------------------------------------------------------------
+# ---- the cost of a sleeping exchange --------------------------------------------------------------------------------
 
 
 class IdleProbe(L.Callback):
@@ -328,7 +328,7 @@ def draw(summary: dict[str, dict[str, Any]], config: Config, path: Path) -> None
 
 
 def environment() -> dict[str, Any]:
-    """What the figures were measured with."""
+    """Versions and hardware of the measurement."""
     versions: dict[str, str | None] = {}
     for package in ("lightning-async-localsgd", "torch", "lightning", "torchft"):
         try:

@@ -6,8 +6,8 @@
 
 Four workers, slowed to the device speeds of the paper's toy experiment, train a small GPT from a common start, be it
 pretrained or random. Every method makes the same total of local steps with the same inner optimizer, batches and data;
-what differs is what the methods are. Each result is kept as one line of ``time_to_loss.jsonl`` when it is there, so a
-run can be ended at any time and goes on from there.
+only the methods differ. Each result is stored at once as one line of ``time_to_loss.jsonl``, so that an interrupted run
+can be continued.
 
 Worker 0 keeps copies of the global parameters while it trains. They are evaluated on held-out text after the run.
 """
@@ -72,7 +72,7 @@ COLORS = {
 }
 PEERS = (DDP, TORCHFT)
 OUTER_LEARNING_RATES = (0.025, 0.05, 0.1)
-"""What async DiLoCo is tuned over, on one seed; the paper found 0.05 to 0.1 best."""
+"""Candidates for the tuning of async DiLoCo, on one seed; the paper found 0.05 to 0.1 best."""
 TUNING_SEED = 0
 SYNC_OUTER = {"warm": (1.0, 0.9), "scratch": (0.7, 0.7)}
 """Outer learning rate and momentum that ``cold_start.py`` found best for synchronous DiLoCo, on its tuning seed."""
@@ -83,7 +83,7 @@ Result = dict[str, Any]  # one line of the results
 
 @dataclass(frozen=True)
 class Settings:
-    """What all methods have in common."""
+    """Common settings of all methods."""
 
     task: Task
     steps: int
@@ -120,7 +120,7 @@ class Run:
 
 @dataclass(frozen=True)
 class WorkerRun:
-    """What a worker reports; times on the clock that all processes share."""
+    """The report of a worker; times on the clock shared by all processes."""
 
     begin: float
     end: float
@@ -133,7 +133,7 @@ class WorkerRun:
     summary: RunSummary | None
 
 
-# ---- what the workers run -------------------------------------------------------------------------------------------
+# ---- worker processes -----------------------------------------------------------------------------------------------
 
 
 class Recorder(L.Callback):
@@ -184,7 +184,7 @@ def make_strategy(run: Run) -> Any:
     nesterov = partial(torch.optim.SGD, momentum=0.9, nesterov=True)
     algorithm_3 = partial(DelayedNesterov, lr=0.7, momentum=0.9)
     ours = partial(AsyncLocalSGDStrategy, local_steps=run.settings.local_steps)
-    # Who waits for its exchange waits at most this long for others as well: two steps of the slowest worker.
+    # Without overlap a worker also waits for others, at most two steps of the slowest worker.
     waiting = partial(ours, overlap=False, grace_period=2 * run.settings.scale * max(TOY_SECONDS_PER_STEP))
     if run.method in (SYNC, SYNC_TUNED):
         outer = partial(nesterov, lr=0.7)
@@ -212,7 +212,7 @@ def make_callbacks(rank: int, run: Run) -> tuple[SimulatedDevice, Recorder, list
     recorder = Recorder(every, leader=rank == 0)
     callbacks: list[L.Callback] = [device, recorder]
     if run.method == TORCHFT:
-        from _torchft import TorchftDiLoCo  # nobody else needs torchft
+        from _torchft import TorchftDiLoCo  # no other method needs torchft
 
         callbacks.append(TorchftDiLoCo(rank, WORKERS, settings.local_steps))
     return device, recorder, callbacks
@@ -390,7 +390,7 @@ def execute_missing(args: argparse.Namespace, settings: Settings, results: Resul
 
 
 def seconds_to_reach(result: Result, loss: float) -> float | None:
-    """When the global parameters first had at most this held-out loss."""
+    """Time at which the global parameters first had at most this held-out loss; None: never."""
     return next((moment for moment, value in result["held_out_loss"] if value <= loss), None)
 
 
@@ -494,7 +494,7 @@ def mean_curve(results: list[Result]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def report(settings: Settings, results: Results, folder: Path) -> None:
-    """Write what is there as JSON, Markdown and PNG."""
+    """Write the results so far as JSON, Markdown and PNG."""
     by_method = results.by_method()
     if not by_method:
         raise SystemExit("There is no result with these settings yet.")

@@ -6,7 +6,7 @@ trains two workers on text that ships with Python, and so does, without torchrun
 
     python examples/train_lm.py --workers 2
 
-What makes it asynchronous is the `strategy` of the `Trainer`, and nothing else.
+Only the `strategy` of the `Trainer` makes it asynchronous.
 """
 
 import argparse
@@ -46,7 +46,7 @@ class SharedCUDAAccelerator(CUDAAccelerator):
     """CUDA for any number of processes: those beyond the number of GPUs share them.
 
     Lightning wants as many devices as there are processes, but rejects a GPU that is named twice (`devices=[0, 0]`).
-    An accelerator of one's own is where it can be said that processes share one.
+    A custom accelerator can say that processes share a GPU.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Settings that are possible and useless are told, in real runs too; others are not."""
+"""Useless settings lead to warnings, in real runs too; other settings do not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Averages of weights (EMA, SWA): what worker 0 has averaged is validated, saved, and everyone's in the end."""
+"""Averages of weights (EMA, SWA): worker 0's average is validated, saved, and on all workers at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `async-localsgd`: what it writes, how it ends when it is told to, and what it refuses."""
+"""The command `async-localsgd`: its output, its reaction to signals, and its errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def simulate(tmp_path: Path) -> list[str]:
 
 
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What is said about arguments that cannot be; fails if it is anything but one line and the exit code 2."""
+    """The message about invalid arguments; fails unless it is one line with the exit code 2."""
     try:
         code: Any = main(arguments)
     except SystemExit as ended:
@@ -47,7 +47,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_help_and_what_is_wrong_with_an_argument_do_not_wait_for_heavy_imports(
     assert outcome.returncode == code and said in outcome.stdout + outcome.stderr, outcome.stderr
 
 
-# ---- what is written -------------------------------------------------------------------------------------------------
+# ---- output ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_its_result_as_json_csv_picture_and_table(

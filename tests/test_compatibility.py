@@ -1,4 +1,4 @@
-"""What people use Lightning with, row by row: two workers of unequal speed, and the property that must hold."""
+"""Common uses of Lightning, row by row: two workers of unequal speed, and the property that must hold."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Clipped(Seeing):
 
 
 class Fused(Seeing):
-    """With an optimizer that does itself what a gradient scaler asks for."""
+    """With an optimizer that handles a gradient scaler's requests itself."""
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), lr=1e-2, fused=True)
@@ -335,7 +335,7 @@ class Unfreezing(L.Callback):
 
 @dataclass
 class End:
-    """What a row's property is about, on one worker."""
+    """The observations of one worker for a row's property."""
 
     rank: int
     trainer: L.Trainer

@@ -1,4 +1,4 @@
-"""A constraint that the module keeps after its steps holds for what is taken over, and for the global parameters."""
+"""A constraint that the module keeps after its steps holds after adoptions, and for the global parameters."""
 
 from __future__ import annotations
 

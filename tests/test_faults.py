@@ -57,7 +57,7 @@ CASES = WHOLE if ALL else PART
 
 
 class Fault:
-    """What befalls one worker, once it is in a state.
+    """A fault of one worker in a given state.
 
     Args:
         network: where the workers are.
@@ -161,7 +161,7 @@ class Module(Regression):
 
 
 def fit(rank: int, size: int, fault: Fault, folder: str) -> tuple[float | None, str]:
-    """Train; returns the seconds from the fault to the end, and what this worker ended with: its error or warnings."""
+    """Train; returns the seconds from the fault to the end, and this worker's error or warnings."""
     fault.network.enter(rank)
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE")  # worker 0 hosts the store
     os.environ.update(MASTER_ADDR=fault.network.address(0), MASTER_PORT="29400")
@@ -187,7 +187,7 @@ def fit(rank: int, size: int, fault: Fault, folder: str) -> tuple[float | None, 
 
 
 def strike_in_final_transfer(fault: Fault, rank: int) -> None:
-    """When the training thread of a worker that has trained begins to send or receive what no delta carries."""
+    """When the training thread begins to send or receive, after training, tensors that no delta carries."""
     broadcast = GlooTransport.broadcast
 
     def strike_and_broadcast(self: GlooTransport, chunk: Tensor, root: int) -> Any:

@@ -244,7 +244,7 @@ def test_a_checkpoint_can_be_gone_on_from_with_another_number_of_workers(
         assert abs(summary.total_local_steps - 3 * (60 - made)) <= 3 * 5 and summary.digest == ends[0][3].digest
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 def test_impossible_arguments_are_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

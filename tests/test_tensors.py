@@ -1,4 +1,4 @@
-"""What becomes of a module's tensors of every kind and precision in a run of real workers."""
+"""A module's tensors of every kind and precision in a run of real workers."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_float64_parameters_keep_what_fp32_cannot_carry_until_it_adds_up() -> No
         assert last == pytest.approx(1 + steps * 2.0**-27, abs=4 * 2.0**-23)
 
 
-# ---- what is not finite ----------------------------------------------------------------------------------------------
+# ---- non-finite values -----------------------------------------------------------------------------------------------
 
 
 class Odd(nn.Module):

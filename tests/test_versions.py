@@ -1,4 +1,4 @@
-"""What the package declares to work with is what the tests run with."""
+"""The tests run with the versions that the package declares."""
 
 from __future__ import annotations
 

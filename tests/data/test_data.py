@@ -85,7 +85,7 @@ class Job:
         self.iterators = [worker.units(name, total) for worker in self.workers]
 
     def train(self, name: Pass, order: Any, most: int) -> list[tuple[int, int]]:
-        """Up to ``most`` units, by whoever ``order`` says; returns who trained what."""
+        """Train up to ``most`` units, on the workers in ``order``; returns worker and unit of each."""
         trained = []
         for worker in order:
             unit = next(self.iterators[worker], None)

@@ -1,4 +1,4 @@
-"""The text of the examples: what it needs, and what it says where that is missing."""
+"""The text of the examples: its requirements, and its errors if one is missing."""
 
 from __future__ import annotations
 

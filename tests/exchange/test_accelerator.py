@@ -13,7 +13,7 @@ XPU, CPU = torch.device("xpu", 1), torch.device("cpu")
 
 
 class Event:
-    """Knows when it was recorded, and whether somebody has waited for it."""
+    """Records when it was recorded, and whether it was waited for."""
 
     log: list[tuple[Any, ...]]
 

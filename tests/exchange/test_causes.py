@@ -1,4 +1,4 @@
-"""Why a run ends: all raise the error that the first one met, whatever state the exchange and the store are in."""
+"""The end of a failed run: all workers raise the first error, in every state of the exchange and the store."""
 
 from __future__ import annotations
 

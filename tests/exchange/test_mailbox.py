@@ -1,4 +1,4 @@
-"""What crosses between the two threads, and in which order."""
+"""The data passed between the two threads, and its order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workers find out whether they agree, at a price that does not grow with what they have to compare."""
+"""Workers find out whether they agree, at a cost independent of the size of the compared values."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class CountingStore:
 
 
 def introduce(models: list[list[str]]) -> tuple[list[Any], int]:
-    """What introducing workers with these models comes to for each, and the bytes that went through the store."""
+    """The result of each worker's comparison of these models, and the bytes that went through the store."""
     store = CountingStore(HashStore())
 
     def one(rank: int) -> Any:

@@ -1,4 +1,4 @@
-"""The store's host may freeze, processes may die or be slow: whoever asks or waits learns it in time."""
+"""The store's host may freeze, and processes may die or be slow: calls and waits end in time."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def serve(sender: Connection) -> None:
 
 @pytest.fixture
 def frozen() -> Iterator[TCPStore]:
-    """A store whose host is stopped."""
+    """A store with a stopped host."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
     process = start_process(serve, sender)
     sender.close()

@@ -1,4 +1,4 @@
-"""What is sent of a round, and what a module holds after an adoption, in every precision."""
+"""The delta of a round, and the module after an adoption, in every precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a turn's headers make of the shared progress."""
+"""The effect of a turn's headers on the shared progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may hold a turn open, and what a header says of a pushed round."""
+"""The workers that may hold a turn open, and the header of a pushed round."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Planning: what is known without it comes out, and what it recommends does what it says."""
+"""Planning: it reproduces known results, and its recommendations have the predicted effect."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_memory_is_what_the_state_keeps(settings: dict[str, Any], copies: int, m
     assert memory_bytes(PARAMETERS, Settings(**settings), 4) == 4 * PARAMETERS * copies + messages
 
 
-# ---- what is recommended ---------------------------------------------------------------------------------------------
+# ---- recommendations -------------------------------------------------------------------------------------------------
 
 
 def test_what_is_recommended_reaches_the_target_and_less_does_not() -> None:
@@ -217,7 +217,7 @@ def test_of_several_causes_the_one_that_is_shortest_comes_first() -> None:
     assert little_memory.sentence.index("GB/s") < little_memory.sentence.index("Mbit/s")
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

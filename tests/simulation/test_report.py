@@ -1,4 +1,4 @@
-"""What is written and drawn of a simulated run is what its result holds."""
+"""The files and figures of a simulated run show its result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.simulation.results import make_result
 
 
 def nothing_yet(workers: int = 2) -> SimulationResult:
-    """What there is before the first round has ended."""
+    """A result before the end of the first round."""
     return replace(
         make_result((1.0,) * workers),
         seconds=0.0,

@@ -1,4 +1,4 @@
-"""The simulation: what it learns is what its workers have learned, and the same call gives the same bits."""
+"""The simulation: its result consists of its workers' training, and the same call gives the same bits."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def final(result: SimulationResult) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in result.state_dict.values()])
 
 
-# ---- what is learned ------------------------------------------------------------------------------------------------
+# ---- learning -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -146,7 +146,7 @@ def test_random_numbers_outside_are_left_alone() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-# ---- what Lightning modules do --------------------------------------------------------------------------------------
+# ---- Lightning modules ----------------------------------------------------------------------------------------------
 
 
 class Noisy(Regression):
@@ -339,7 +339,7 @@ def test_a_delta_that_is_not_finite_is_dropped_and_its_worker_starts_again() -> 
     assert sum(update.local_steps for update in result.updates) < result.total_local_steps
 
 
-# ---- who is there, and what it costs --------------------------------------------------------------------------------
+# ---- joining, leaving and their cost --------------------------------------------------------------------------------
 
 
 def test_workers_join_and_leave() -> None:

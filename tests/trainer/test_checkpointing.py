@@ -76,7 +76,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path) 
 
 
 def last_whole(path: Path) -> Whole | None:
-    """What a job would go on from."""
+    """The checkpoint from which a job would resume."""
     checkpoint_id = torch.load(path, weights_only=True)["async_localsgd"]["id"]
     wholes = find_wholes(str(path), checkpoint_id)
     return next((w for w in wholes if not any(w.problem(worker) for worker in range(len(w.files)))), None)

@@ -109,7 +109,7 @@ def test_a_fast_worker_0_validates_as_often_as_under_ddp(options: dict[str, Any]
 
 
 class Reading(Regression):
-    """Reads of its trainer what projects read, on every worker."""
+    """Reads the attributes of its trainer that projects read, on every worker."""
 
     def __init__(self, pauses: Sequence[float]) -> None:
         super().__init__(pauses)

@@ -1,4 +1,4 @@
-"""What workers other than worker 0 are told of validation."""
+"""Validation metrics on workers other than worker 0."""
 
 from __future__ import annotations
 

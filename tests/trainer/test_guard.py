@@ -1,4 +1,4 @@
-"""The guard says what goes wrong, once, and nothing of a run that goes well."""
+"""The guard warns once of each problem, and not at all in a good run."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from tests.modules import Batches, Regression, make_trainer, regression_data, st
 from tests.processes import results, run_processes
 
 LONG = 120.0
-"""A timeout that no test outlasts: what is noticed, is noticed at once."""
+"""A timeout that no test outlasts: problems are noticed at once."""
 
 
 def make(size: int, timeout: float, **kwargs: Any) -> L.Trainer:

@@ -1,4 +1,4 @@
-"""What the monitor logs, and what the progress bar shows."""
+"""The metrics of the monitor, and the progress bar."""
 
 from __future__ import annotations
 

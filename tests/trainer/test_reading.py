@@ -1,4 +1,4 @@
-"""Who am I: data is divided by rank and size as under DDP, workers wait for nobody, and same data is noticed."""
+"""Data is divided by rank and size as under DDP, no worker waits for another, and equal data is noticed."""
 
 from __future__ import annotations
 

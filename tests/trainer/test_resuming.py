@@ -1,4 +1,4 @@
-"""What a run goes on with: each worker's own data and random numbers, the settings of now, other strategies' files."""
+"""Resumed runs: each worker's own data and random numbers, the current settings, other strategies' files."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ SAMPLES = 96
 
 
 class Validated(Regression):
-    """Keeps what validation sees, and its own parameters and optimizer state on either side of it."""
+    """Records validation's parameters, and its own parameters and optimizer state before and after it."""
 
     def __init__(self, pauses: Any = (0.002, 0.01)) -> None:
         super().__init__(pauses)

@@ -1,4 +1,4 @@
-"""What counts as a local step, under Lightning and in a plain loop: nothing that was learned gets lost."""
+"""Detection of local steps, under Lightning and in a plain loop: no progress is lost."""
 
 from __future__ import annotations
 

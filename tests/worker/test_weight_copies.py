@@ -1,4 +1,4 @@
-"""Optimizers that keep copies of the weights: what is taken over from other workers is not undone by them."""
+"""Optimizers that keep copies of the weights: they do not undo adoptions."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class ScheduleFree(Optimizer):
 
 
 class DualAveraging(Optimizer):
-    """The parameters are what they were at first, minus the sum of all gradients."""
+    """The parameters are the initial ones minus the sum of all gradients."""
 
     def __init__(self, params: Any, lr: float) -> None:
         super().__init__(params, {"lr": lr})
@@ -124,7 +124,7 @@ class DualAveraging(Optimizer):
 
 
 def data(rank: int) -> tuple[Tensor, Tensor]:
-    """What each worker has seen is a half of the task: features of one sign."""
+    """Each worker's data is a half of the task: features of one sign."""
     x, y, _ = regression_data(512).tensors
     half = (x[:, 0] > 0) == bool(rank)
     return x[half][:128], y[half][:128]

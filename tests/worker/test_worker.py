@@ -1,4 +1,4 @@
-"""The worker without Lightning, in real processes: what it learns, and what happens when something goes wrong."""
+"""The worker without Lightning, in real processes: its learning, and its errors."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def errors_of(outcomes: list[Outcome]) -> list[str]:
     return [outcome.error for outcome in outcomes]
 
 
-# ---- what is learned -------------------------------------------------------------------------------------------------
+# ---- learning --------------------------------------------------------------------------------------------------------
 
 
 def train(rank: int, size: int, settings: Settings, max_steps: int, pause: float = 0.0) -> Any:
@@ -365,7 +365,7 @@ def test_a_round_lasts_as_long_as_its_steps_and_not_as_the_wait_before_it(quorum
     assert all(seconds == steps for steps, seconds in updates)
 
 
-# ---- what can go wrong -----------------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 def dying(rank: int, size: int, pause: float) -> Any:
@@ -513,7 +513,7 @@ def test_a_number_outside_its_range_names_its_sender() -> None:
     assert "Worker 1" in error and "`speed` is inf" in error
 
 
-# ---- what must not grow or burn --------------------------------------------------------------------------------------
+# ---- memory and processor time ---------------------------------------------------------------------------------------
 
 
 def idle(rank: int, size: int) -> Any:
