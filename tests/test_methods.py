@@ -44,10 +44,13 @@ def test_replicas_of_every_method_agree(name: str, pace: str | None) -> None:
     before = replicas[0].flat.clone()
     for i in range(14):
         workers = list(range(WORKERS)) if settings.quorum == WORKERS else [i * i % WORKERS]
+        delta, snapshot = random_delta(replicas[0].layout, 1 + i), random_delta(replicas[0].layout, 100 + i)
+        arrivals = [Arrival(worker, i % 12) for worker in workers]
+        replicas[workers[0]].transform_delta(delta, arrivals[0], snapshot)  # by its sender alone
         for replica in replicas:
-            replica.pseudo_gradient.copy_(random_delta(replica.layout, 1 + i))
-            replica.apply([Arrival(worker, i % 12) for worker in workers])
-            replica.begin_rounds(workers)
+            accepted = [arrival for arrival in arrivals if replica.accepts(arrival)]
+            replica.pseudo_gradient.copy_(delta)
+            replica.apply(accepted, refused=len(arrivals) - len(accepted))
     assert len({replica.digest() for replica in replicas}) == 1
     assert torch.isfinite(replicas[0].flat).all() and not torch.equal(replicas[0].flat, before)
 

@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from itertools import chain
 from statistics import median
 from typing import NamedTuple, TypeVar
 
@@ -42,7 +43,7 @@ from lightning_async_localsgd.membership import JobStore, Roster
 from lightning_async_localsgd.outer import GlobalState, Unsendable, write_delta
 from lightning_async_localsgd.protocol.budget import Budget
 from lightning_async_localsgd.protocol.header import Flag, Header
-from lightning_async_localsgd.protocol.ledger import Ledger
+from lightning_async_localsgd.protocol.ledger import DueDelta, Ledger
 from lightning_async_localsgd.protocol.messages import Abort, Message
 from lightning_async_localsgd.protocol.progress import OuterUpdate
 from lightning_async_localsgd.protocol.turn import add_round, turn_interval
@@ -315,16 +316,25 @@ class ExchangeThread:
         """Apply this turn's deltas, if enough are there; returns the outer updates, and whose deltas were applied."""
         updates: list[OuterUpdate] = []
         groups = self._ledger.due(headers)
+        self._transform_own(groups)
         own = None if self._pending is None else self._pending.base
-        codec = self._codecs[self._ledger.codec]
-        sums = self._trade.sums([[header.worker for header in group] for group in groups], own, codec)
+        senders = [[delta.header.worker for delta in group if delta.accepted] for group in groups]
+        sums = self._trade.sums(senders, own, self._codecs[self._ledger.codec])
         for group, _ in zip(groups, sums, strict=True):
-            measures = self._state.measure(len(group)) if self._mailbox.measure_updates else (None, None)
-            self._watch_direction(group)
+            sent = [delta.header for delta in group if delta.accepted]
+            measures = self._state.measure(len(sent)) if sent and self._mailbox.measure_updates else (None, None)
+            self._watch_direction(sent)
             with record_function("async_localsgd::apply"), self._mailbox.global_state():
                 updates += self._ledger.apply(group, *measures)
                 synchronize(self._state.flat.device)  # the training thread may read it on another stream
-        return updates, [header for group in groups for header in group]
+        return updates, [delta.header for group in groups for delta in group]
+
+    def _transform_own(self, groups: list[list[DueDelta]]) -> None:
+        """Apply to this worker's delta, if it is to be sent, the transformations that are a sender's."""
+        for _, arrival, accepted in chain(*groups):
+            if accepted and arrival.worker == self._roster.rank:
+                assert self._pending is not None
+                self._state.transform_delta(self._pending.base, arrival, self._pending.snapshot)
 
     def _watch_direction(self, group: list[Header]) -> None:
         """On worker 0: how its own delta lies to the momentum, by a sample of the elements; the guard looks at it."""

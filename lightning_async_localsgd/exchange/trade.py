@@ -39,6 +39,7 @@ class Trade(Protocol):
 
         Args:
             groups: the ranks of the workers whose deltas make up each sum, in rising order. A worker is in one group.
+                A group may be empty: its sum is not written.
             own: the delta of this worker, shape ``(n,)``, fp32, if a group has it. It is used up.
             codec: the codec of this turn.
 
@@ -152,7 +153,8 @@ class Reduce:
         pieces = [self._vector.pieces(span, codec) for span in self._slices]
         for group in groups:
             with record_function("async_localsgd::exchange"):
-                _Sum(self._transport, self._rank, self._others, self._vector, pieces, group, own).bring()
+                if group:  # else all its deltas are refused
+                    _Sum(self._transport, self._rank, self._others, self._vector, pieces, group, own).bring()
             yield
 
 

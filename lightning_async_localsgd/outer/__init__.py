@@ -3,6 +3,7 @@
 from lightning_async_localsgd.outer.delayed_nesterov import GROWTH, REACH, DelayedNesterov, default_outer_optimizer
 from lightning_async_localsgd.outer.delta import Adopter, Unsendable, write_delta
 from lightning_async_localsgd.outer.state import Constraint, GlobalState, OuterOptimizerFactory
+from lightning_async_localsgd.outer.sums import SumOptimizer, needs_single_deltas, takes_sums
 from lightning_async_localsgd.outer.transforms import (
     Arrival,
     AsyncBuffer,
@@ -27,8 +28,11 @@ __all__ = [
     "OuterOptimizerFactory",
     "Poly",
     "PolyThres",
+    "SumOptimizer",
     "Transform",
     "Unsendable",
     "default_outer_optimizer",
+    "needs_single_deltas",
+    "takes_sums",
     "write_delta",
 ]

@@ -38,6 +38,19 @@ class DelayedNesterov(torch.optim.Optimizer):
     With ``c = 0``, N pseudo-gradients taken from the same :math:`\theta` move it exactly as one
     ``torch.optim.SGD(nesterov=True)`` step on their mean.
 
+    Only the sum of pseudo-gradients counts between two ends of the buffer. ``step(count=n)`` consumes ``p.grad`` as the
+    sum :math:`S` of n pseudo-gradients, none of them beyond the end of the buffer. The result is that of n single steps
+    but for rounding:
+
+    .. math::
+        \Delta &\leftarrow \Delta + S \\
+        \text{if } (t + n) \bmod N = 0: \quad
+        m' &= \beta m + \Delta / N, \quad
+        \theta \leftarrow \theta - \epsilon \left( (n - 1) c \, \beta m + (1 - cN + c) \, \beta m' + S / N \right), \\
+        m &\leftarrow m', \quad \Delta \leftarrow 0 \\
+        \text{otherwise:} \quad
+        \theta &\leftarrow \theta - \epsilon \left( n c \, \beta m + S / N \right)
+
     From scratch, directions still turn in the first rounds, and a momentum that adds up ten of them leads astray; so it
     does where rounds are so short that workers learn from each other all the time. With ``growth`` :math:`a` and
     ``reach`` :math:`b`, the momentum's horizon :math:`1 / (1 - \beta_r)`, in buffers, begins at 1 (none), grows by
@@ -129,44 +142,79 @@ class DelayedNesterov(torch.optim.Optimizer):
                         state["buffer"] = torch.zeros_like(state["momentum"])
                         group["received"] = 0
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Apply ``p.grad`` of every parameter as one pseudo-gradient. ``p.grad`` is left as it was.
-
-        Args:
-            closure: accepted for the sake of the ``Optimizer`` interface; evaluated if given.
+    @property
+    def room(self) -> int:
+        """Number of pseudo-gradients that fit before the next end of a buffer, at least 1.
 
         Raises:
             RuntimeError: if ``buffer_size`` was left open and nobody filled it in.
         """
+        return self._room_after(0)
+
+    def sum_sizes(self, count: int) -> list[int]:
+        """The sizes of the sums in which :meth:`step` takes the next ``count`` pseudo-gradients, in order.
+
+        Raises:
+            RuntimeError: if ``buffer_size`` was left open and nobody filled it in.
+        """
+        sizes: list[int] = []
+        while (left := count - sum(sizes)) > 0:
+            sizes.append(min(left, self._room_after(sum(sizes))))
+        return sizes
+
+    def _room_after(self, count: int) -> int:
+        """The room once ``count`` more pseudo-gradients have been consumed."""
+        if any(group["buffer_size"] is None for group in self.param_groups):
+            raise RuntimeError("`buffer_size` is None: outside the strategy, pass the number of workers.")
+        return min(g["buffer_size"] - (g["received"] + count) % g["buffer_size"] for g in self.param_groups)
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None, *, count: int = 1
+    ) -> float | None:
+        """Apply ``p.grad`` of every parameter as one pseudo-gradient, or as a sum. ``p.grad`` is left as it was.
+
+        Args:
+            closure: accepted for the sake of the ``Optimizer`` interface; evaluated if given.
+            count: number of pseudo-gradients that ``p.grad`` is the sum of, at most :attr:`room`.
+
+        Raises:
+            RuntimeError: if ``buffer_size`` was left open and nobody filled it in.
+            ValueError: if ``count`` is less than 1 or larger than :attr:`room`.
+        """
+        if not 1 <= count <= self.room:
+            raise ValueError(
+                f"`count` must be between 1 and {self.room}, the pseudo-gradients that fit before the end of the "
+                f"buffer, got {count}. Split the sum as `sum_sizes` tells."
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            if group["buffer_size"] is None:
-                raise RuntimeError("`buffer_size` is None: outside the strategy, pass the number of workers.")
             beta = _momentum_of_now(group)
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, p.grad, beta, group)
-            group["received"] = (group["received"] + 1) % group["buffer_size"]
+                    self._update(p, p.grad, count, beta, group)
+            group["received"] = (group["received"] + count) % group["buffer_size"]
             group["filled"] += group["received"] == 0
         return loss
 
-    def _update(self, p: Tensor, pseudo_gradient: Tensor, beta: float, group: dict[str, Any]) -> None:
+    def _update(self, p: Tensor, total: Tensor, count: int, beta: float, group: dict[str, Any]) -> None:
         # Products and sums are separate operations on purpose: a fused multiply-add rounds once where two operations
         # round twice, and whether it is used depends on the processor and on how a loop is split over threads. Replicas
         # on unlike machines must agree to the bit.
         lr, n, c = group["lr"], group["buffer_size"], group["momentum_activation"]
-        first, last = group["received"] == 0, group["received"] == n - 1
+        first, last = group["received"] == 0, group["received"] + count == n
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p)
             # Without activation nobody reads the momentum before the buffer is full, so the buffer is gathered in it.
             if c > 0 and n > 1:
                 state["buffer"] = torch.zeros_like(p)
-        for theta, g, m, buffer in _blocks(p, pseudo_gradient, state["momentum"], state.get("buffer")):
+        before_end = (count - 1 if last else 0) * c * beta  # of the momentum that the end of the buffer replaces
+        activation = (1 - c * n + c if last else count * c) * beta
+        for theta, g, m, buffer in _blocks(p, total, state["momentum"], state.get("buffer")):
             update = g.div(n)
             if buffer is None:
                 if first:
@@ -174,10 +222,11 @@ class DelayedNesterov(torch.optim.Optimizer):
                 m.add_(update)
             else:
                 buffer.add_(update)
+                if before_end:
+                    update.add_(m.mul(before_end))
                 if last:
                     m.mul_(beta).add_(buffer)
                     buffer.zero_()
-            activation = (1 - c * n + c if last else c) * beta
             if activation:
                 update.add_(m.mul(activation))
             theta.sub_(update.mul_(lr))

@@ -15,8 +15,14 @@ from torch.optim import Optimizer
 from lightning_async_localsgd.outer.delayed_nesterov import DelayedNesterov, default_outer_optimizer
 from lightning_async_localsgd.outer.layout import Layout
 from lightning_async_localsgd.outer.resuming import given_settings, load_outer_optimizer
-from lightning_async_localsgd.outer.round_starts import RoundStarts
-from lightning_async_localsgd.outer.transforms import Arrival, Context, Transform, check_transforms
+from lightning_async_localsgd.outer.sums import SumOptimizer, needs_single_deltas, takes_sums
+from lightning_async_localsgd.outer.transforms import (
+    Arrival,
+    Context,
+    Transform,
+    check_transforms,
+    transform_delta,
+)
 
 __all__ = ["Constraint", "GlobalState", "OuterOptimizerFactory"]
 
@@ -39,10 +45,12 @@ class GlobalState:
         device: where the state lives.
         transforms: what the pseudo-gradient goes through, in this order, before the outer optimizer.
         constraint: what the parameters are to keep after each outer update.
+        sums: whether the deltas of a turn are added up on their way, so that with ``quorum=1`` one outer update takes
+            the sum of several. Else each delta comes as it is. None: where it can be.
 
     Raises:
-        ValueError: if the outer optimizer's settings are impossible for this number of workers, or the transformations
-            for this quorum.
+        ValueError: if the outer optimizer's settings are impossible for this number of workers, the transformations are
+            no chain, or something needs single deltas and there are to be sums.
     """
 
     def __init__(
@@ -54,10 +62,12 @@ class GlobalState:
         device: torch.device | str = "cpu",
         transforms: Sequence[Transform] = (),
         constraint: Constraint | None = None,
+        sums: bool | None = False,
     ) -> None:
-        check_transforms(transforms, quorum)
+        check_transforms(transforms)
         self.layout = layout
         self.workers = workers
+        self.quorum = quorum
         self.flat = layout.empty(device)
         """Global parameters, then global buffers: fp32, shape ``(layout.numel,)``."""
         self.pseudo_gradient = layout.empty(device)
@@ -78,11 +88,19 @@ class GlobalState:
         self._by_name = layout.by_name(self.flat)
         self._flat_parameters = self.flat[: layout.parameter_numel]
         self._transform_states = self._initial_transform_states()
-        needs_start = any(transform.needs_start for transform in self.transforms)
-        self._starts = RoundStarts(self._flat_parameters, workers) if needs_start else None
+        self._per_delta = [transform for transform in self.transforms if transform.per_delta]
+        for transform, state in zip(self._per_delta, self._transform_states, strict=False):
+            if state:
+                raise ValueError(
+                    f"{type(transform).__name__} is `per_delta` and keeps a state: it can be one or other."
+                )
+        self.sums = self.can_sum if sums is None else sums
+        """Whether deltas are added up on their way."""
+        if sums and (reason := needs_single_deltas(self.optimizer, self.transforms, quorum)):
+            raise ValueError(reason)
         self._holes = self._hole_values = torch.empty(0)
         self.version = 0
-        """Number of outer updates applied so far."""
+        """Number of outer updates so far: with ``quorum=1`` of deltas, else of means."""
 
     @torch.no_grad()
     def begin(self, tensors: Sequence[Tensor]) -> list[str]:
@@ -121,64 +139,116 @@ class GlobalState:
     def _initial_transform_states(self) -> list[dict[str, Any]]:
         return [transform.init(self._flat_parameters) for transform in self.transforms]
 
-    @torch.no_grad()
-    def apply(self, arrivals: Sequence[Arrival]) -> None:
-        """Make one outer update from :attr:`pseudo_gradient`, which is used up.
+    @property
+    def can_sum(self) -> bool:
+        """Whether deltas may be added up on their way; see :func:`~lightning_async_localsgd.outer.sums.takes_sums`."""
+        return takes_sums(self.optimizer, self.transforms, self.quorum)
 
-        The mean of the deltas goes through the transformations and then, unless one of them holds it back, through the
-        outer optimizer. Buffers are mixed in any case: each worker's delta weighs 1/workers.
+    def update_sizes(self, count: int) -> list[int]:
+        """The number of deltas in each outer update of a turn that brings ``count`` deltas, in order."""
+        if self.quorum > 1:
+            return [count] if count else []
+        if self.sums:
+            assert isinstance(self.optimizer, SumOptimizer)
+            return self.optimizer.sum_sizes(count)
+        return [1] * count
+
+    def accepts(self, arrival: Arrival) -> bool:
+        """Whether the transformations let this delta be applied at all."""
+        return all(transform.accepts(arrival) for transform in self._per_delta)
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether :meth:`transform_delta` looks at the global parameters."""
+        return any(transform.needs_start for transform in self._per_delta)
+
+    @torch.no_grad()
+    def transform_delta(
+        self, delta: Tensor, arrival: Arrival, snapshot: Tensor, parameters: Tensor | None = None
+    ) -> None:
+        """Put a worker's delta through the transformations that its sender applies, in place.
+
+        To be called by the sender alone, once the turn's headers are known, before the delta is written for the wire.
+        All tensors are flat and fp32, of shape ``(layout.numel,)``; buffers stay.
 
         Args:
-            arrivals: whose deltas ``pseudo_gradient`` is the sum of, at least one.
+            delta: the delta, as :func:`~lightning_async_localsgd.outer.write_delta` has written it.
+            arrival: worker and staleness.
+            snapshot: what the worker held at the end of the round.
+            parameters: the global parameters at the beginning of the turn; None: those of now.
+        """
+        if not self._per_delta:
+            return
+        numel = self.layout.parameter_numel
+        now = self.flat if parameters is None else parameters
+        transform_delta(
+            self._per_delta, delta[:numel], arrival, snapshot[:numel], now[:numel], self._default_buffer_size
+        )
+        self.clear_holes(delta)  # transformations may have looked at the parameters
+
+    @torch.no_grad()
+    def apply(self, arrivals: Sequence[Arrival], refused: int = 0) -> None:
+        """Make one outer update from :attr:`pseudo_gradient`, which is used up.
+
+        With a quorum the mean of the deltas, else the one delta, goes through the transformations that are not
+        ``per_delta`` and then, unless one of them holds it back, through the outer optimizer. With :attr:`sums` and
+        ``quorum=1`` the outer optimizer takes the sum in one step. Buffers are mixed in any case: each worker's delta
+        weighs 1/workers.
+
+        Args:
+            arrivals: workers and stalenesses of the deltas that ``pseudo_gradient`` is the sum of, of a number that
+                :meth:`update_sizes` tells; none of them: nothing moves.
+            refused: number of deltas that were not accepted. They count for the version alone.
         """
         deltas = len(arrivals)
-        if deltas > 1:
-            self.pseudo_gradient.div_(deltas)
-        if self._transform(arrivals):
-            if self._starts is not None:
-                self._starts.before_move()
-            self.clear_holes(self.pseudo_gradient)  # transformations may have looked at the parameters
+        if deltas > 0:
+            if self.quorum > 1 and deltas > 1:
+                self.pseudo_gradient.div_(deltas)
+                mixed = deltas / self.workers
+            else:
+                mixed = 1 / self.workers
+            if self._transform(arrivals):
+                self._move(deltas if self.quorum == 1 else 1)
+            start = self.layout.parameter_numel
+            if start < self.layout.numel:
+                self.flat[start:].sub_(self.pseudo_gradient[start:].mul_(mixed))
+        self.version += deltas + refused if self.quorum == 1 else 1
+
+    def _move(self, count: int) -> None:
+        """Have the outer optimizer move the parameters by the sum of so many pseudo-gradients."""
+        if count == 1:
             self.optimizer.step()
-            if self._holes.numel() > 0:
-                self._flat_parameters[self._holes] = self._hole_values  # weight decay would make NaN of them
-            if self._constraint is not None:
-                self._constraint(self._by_name)
-        start = self.layout.parameter_numel
-        if start < self.layout.numel:
-            self.flat[start:].sub_(self.pseudo_gradient[start:].mul_(deltas / self.workers))
-        self.version += 1
+        else:
+            assert isinstance(self.optimizer, SumOptimizer)
+            self.optimizer.step(count=count)
+        if self._holes.numel() > 0:
+            self._flat_parameters[self._holes] = self._hole_values  # weight decay would make NaN of them
+        if self._constraint is not None:
+            self._constraint(self._by_name)
 
     def _transform(self, arrivals: Sequence[Arrival]) -> bool:
         """Put the pseudo-gradient through the transformations; returns whether it is to move the parameters now."""
-        if not self.transforms:
+        first = len(self._per_delta)
+        if first == len(self.transforms):
             return True
         arrived = self.pseudo_gradient[: self.layout.parameter_numel]
-        start = None if self._starts is None else self._starts.of(arrivals[0].worker)
-        context = Context(arrivals, self._flat_parameters, start, self._default_buffer_size)
+        context = Context(arrivals, self._flat_parameters, None, self._default_buffer_size)
         pseudo_gradient = arrived
-        for transform, state in zip(self.transforms, self._transform_states, strict=True):
+        for transform, state in zip(self.transforms[first:], self._transform_states[first:], strict=True):
             transformed = transform.update(pseudo_gradient, state, context)
             if transformed is None:
                 return False
             pseudo_gradient = transformed
         if pseudo_gradient is not arrived:
             arrived.copy_(pseudo_gradient)
+        self.clear_holes(self.pseudo_gradient)  # transformations may have looked at the parameters
         return True
-
-    def begin_rounds(self, workers: Iterable[int]) -> None:
-        """These workers start their next rounds from the state of now; their first rounds start from the first state.
-
-        To be called for every worker that adopts the state, before the next update: transformations with
-        ``needs_start`` are to see it when that worker's delta is applied.
-        """
-        if self._starts is not None:
-            self._starts.begin(workers)
 
     @torch.no_grad()
     def measure(self, deltas: int = 1, every: int = 1) -> tuple[float, float]:
         """L2 norm of what :attr:`pseudo_gradient` is the sum of, and its cosine with the outer momentum.
 
-        Of parameters alone, before any transformation. The cosine is NaN while there is no momentum. Between momentum
+        Of parameters alone, after transformations of the single delta and before the others. The cosine is NaN while there is no momentum. Between momentum
         updates that of delayed Nesterov holds the pseudo-gradients gathered since the last one as well.
 
         Args:
@@ -214,11 +284,6 @@ class GlobalState:
             digest.update(repr([(k, v) for k, v in sorted(group.items()) if k != "params"]).encode())
         for state in self._transform_states:
             _hash_state(digest, state)
-        if self._starts is not None:
-            starts = self._starts.state_dict()
-            digest.update(repr(starts["began"]).encode())
-            for copy in starts["copies"]:
-                _hash_tensor(digest, copy)
         return digest.hexdigest()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -246,15 +311,13 @@ class GlobalState:
                 {"name": type(transform).__qualname__, "state": deepcopy(state)}
                 for transform, state in zip(self.transforms, self._transform_states, strict=True)
             ],
-            "starts": None if self._starts is None else deepcopy(self._starts.state_dict()),
         }
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> list[str]:
         """Take over a state saved by :meth:`state_dict`. Settings are those given to this object, not those of then.
 
-        Transformations that it does not know begin anew, and rounds of which it does not tell where they started are
-        taken to start from it.
+        Transformations that it does not know begin anew.
 
         Returns:
             What differs from the settings of then, in one line each.
@@ -285,8 +348,6 @@ class GlobalState:
             state_dict.get("optimizer_given"),
         )
         differences += self._load_transforms(state_dict.get("transforms", ()))
-        if self._starts is not None:
-            self._starts.load_state_dict(state_dict.get("starts"))
         self.version = state_dict["version"]
         return differences
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from lightning_async_localsgd.protocol.ledger import Arrival
@@ -20,21 +22,25 @@ __all__ = [
     "PolyThres",
     "Transform",
     "check_transforms",
+    "transform_delta",
 ]
 
 _BLOCK = 1 << 16  # elements: the operands of one block stay in the cache
+_MEMBERS = ("init", "accepts", "update", "per_delta", "needs_start")
 
 
 class Context(NamedTuple):
     """What a transformation sees beside the pseudo-gradient. To be read, not written."""
 
     arrivals: Sequence[Arrival]
-    """Whose delta the pseudo-gradient is; with ``quorum > 1``, whose mean."""
+    """Whose delta the pseudo-gradient is: one, or with ``quorum > 1``, unless the transformation is ``per_delta``, all
+    whose mean it is."""
     parameters: Tensor
-    """Global parameters of now, θ_t: flat, fp32, on the state's device, of the pseudo-gradient's shape."""
+    """Global parameters of now, θ_t, at the places of the pseudo-gradient: flat, fp32, on its device and of its shape.
+    A ``per_delta`` transformation sees those of the beginning of the turn."""
     start: Tensor | None
-    """Global parameters from which the worker's round started, θ_t'; ``parameters`` itself if they have not moved
-    since. None unless a transformation of the chain declares ``needs_start``."""
+    """Parameters from which the worker's round started, θ_t', of the same shape. None unless a ``per_delta``
+    transformation of the chain declares ``needs_start``."""
     default_buffer_size: int
     """Outer updates in which every worker's delta is once: the number of workers, or fewer with ``quorum > 1``."""
 
@@ -45,21 +51,25 @@ class Context(NamedTuple):
 
 
 class Transform(Protocol):
-    """A transformation of the pseudo-gradient: derive from it, or write an object with the same three members.
+    """A transformation of the pseudo-gradient: derive from it, or write an object with the same members.
 
-    Every worker transforms its own copy of the same pseudo-gradients in the same order, so the result must depend on
-    the arguments alone, to the bit. Products and sums are separate operations (``mul_`` and then ``add_``, no
-    ``add_(alpha=...)``, ``addcmul_`` or ``lerp_``): a fused multiply-add rounds once where two operations round twice,
-    and whether it is used depends on the processor. The order in which a sum or norm over elements adds them up depends
-    on the number of threads. Parameters that tell two transformations apart are attributes that
-    hold plain values: workers compare them at the start.
+    Transformations that are ``per_delta`` come first in a chain. The worker that has made a delta applies them before
+    it sends the delta. The others are applied by every worker, to its own copy of the same pseudo-gradients in the same
+    order, so the result must depend on the arguments alone, to the bit. Products and sums are separate operations
+    (``mul_`` and then ``add_``, no ``add_(alpha=...)``, ``addcmul_`` or ``lerp_``): a fused multiply-add rounds once
+    where two operations round twice, and whether it is used depends on the processor. The order in which a sum or norm
+    over elements adds them up depends on the number of threads. Parameters that tell two transformations apart are
+    attributes that hold plain values: workers compare them at the start.
 
-    With ``quorum > 1`` deltas are added up while they arrive, so that their mean is transformed and not each of them.
+    With ``quorum > 1`` deltas are added up while they arrive, so that the transformations that are not ``per_delta``
+    get their mean and not each of them.
     """
 
+    per_delta: ClassVar[bool] = False
+    """Whether each element of the result depends on that element of one delta alone, its arrival, and that element of
+    ``context``. Such a transformation is given the delta in parts, keeps no state and returns a tensor."""
     needs_start: ClassVar[bool] = False
-    """Whether ``context.start`` is looked at. Up to ``workers`` copies of the parameters are kept for it, and it is
-    refused with ``quorum > 1``, where a mean has no one start."""
+    """Whether ``context.start`` is looked at; for ``per_delta`` transformations alone."""
 
     def init(self, parameters: Tensor) -> dict[str, Any]:
         """The state at the beginning: tensors and plain values, by name; saved in checkpoints.
@@ -68,6 +78,13 @@ class Transform(Protocol):
             parameters: a flat fp32 vector of the pseudo-gradient's shape and device. Its values mean nothing yet.
         """
         return {}
+
+    def accepts(self, arrival: Arrival) -> bool:
+        """Whether a delta is applied at all; asked of ``per_delta`` transformations alone, alike on every worker.
+
+        A delta that one of them refuses is not sent. It moves neither parameters nor buffers, and counts as a version.
+        """
+        return True
 
     def update(self, pseudo_gradient: Tensor, state: dict[str, Any], context: Context) -> Tensor | None:
         """Transform one pseudo-gradient.
@@ -87,7 +104,7 @@ class Transform(Protocol):
 class Poly(Transform):
     """Polynomial penalty: ``g ← (1 + staleness)^(−power) g``.
 
-    With ``quorum > 1`` the mean of the deltas is weighted by their mean staleness.
+    Each delta is weighted by its own staleness, also with ``quorum > 1``.
 
     Args:
         power: at least 0; 0 changes nothing.
@@ -102,6 +119,8 @@ class Poly(Transform):
 
     power: float = 0.5
 
+    per_delta: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         _check_at_least(0, power=self.power)
 
@@ -114,7 +133,7 @@ class Poly(Transform):
 class PolyThres(Transform):
     """Polynomial penalty with a threshold: :class:`Poly`, and what is staler than ``threshold`` is dropped.
 
-    With ``quorum > 1`` both go by the mean staleness of the deltas whose mean is transformed.
+    Both go by the delta's own staleness, also with ``quorum > 1``: the mean is that of the deltas that remain.
 
     Args:
         power: at least 0.
@@ -130,13 +149,17 @@ class PolyThres(Transform):
     power: float = 0.5
     threshold: int = 10
 
+    per_delta: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         _check_at_least(0, power=self.power, threshold=self.threshold)
 
-    def update(self, pseudo_gradient: Tensor, state: dict[str, Any], context: Context) -> Tensor | None:
-        """Weigh by staleness, or drop."""
-        if context.staleness > self.threshold:
-            return None
+    def accepts(self, arrival: Arrival) -> bool:
+        """Whether the delta is not staler than the threshold."""
+        return arrival.staleness <= self.threshold
+
+    def update(self, pseudo_gradient: Tensor, state: dict[str, Any], context: Context) -> Tensor:
+        """Weigh by staleness."""
         return _weigh(pseudo_gradient, context.staleness, self.power)
 
 
@@ -162,6 +185,7 @@ class DelayCompensation(Transform):
 
     strength: float = 1.0
 
+    per_delta: ClassVar[bool] = True
     needs_start: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -170,9 +194,9 @@ class DelayCompensation(Transform):
     def update(self, pseudo_gradient: Tensor, state: dict[str, Any], context: Context) -> Tensor:
         """Add the correction."""
         assert context.start is not None
-        if context.start is not context.parameters:
-            for g, now, start in _blocks(pseudo_gradient, context.parameters, context.start):
-                g.add_(now.sub(start).mul_(g).mul_(g).mul_(self.strength))
+        if context.staleness > 0:  # else θ has not moved since
+            moved = context.parameters.sub(context.start)
+            pseudo_gradient.add_(moved.mul_(pseudo_gradient).mul_(pseudo_gradient).mul_(self.strength))
         return pseudo_gradient
 
 
@@ -180,7 +204,8 @@ class DelayCompensation(Transform):
 class AsyncBuffer(Transform):
     """Async buffer: of every ``size`` pseudo-gradients, first in first out, the mean goes on; else nothing moves.
 
-    Put it last in a chain: what comes after it sees the staleness of the last pseudo-gradient of the buffer alone.
+    It needs single deltas in sequence. What comes after it in a chain sees the staleness of the last pseudo-gradient of
+    the buffer alone.
 
     Args:
         size: N, pseudo-gradients per step of the outer optimizer; None: the number of workers (over ``quorum``, where
@@ -222,8 +247,8 @@ class AsyncBuffer(Transform):
         return pseudo_gradient
 
 
-def check_transforms(transforms: Sequence[Transform], quorum: int) -> None:
-    """Refuse what is no chain of transformations, or one that cannot be right with this quorum.
+def check_transforms(transforms: Sequence[Transform]) -> None:
+    """Refuse what is no chain of transformations.
 
     Raises:
         ValueError: naming what is wrong with it.
@@ -235,18 +260,61 @@ def check_transforms(transforms: Sequence[Transform], quorum: int) -> None:
             raise ValueError(
                 f"`transforms` holds the class {transform.__name__}: pass an object, {transform.__name__}()."
             )
-        methods = (getattr(transform, "init", None), getattr(transform, "update", None))
-        if not (all(map(callable, methods)) and hasattr(transform, "needs_start")):
+        if missing := [name for name in _MEMBERS if not hasattr(transform, name)]:
             raise ValueError(
-                "`transforms` must hold objects with `init`, `update` and `needs_start` (see "
-                f"`lightning_async_localsgd.outer.Transform`), got {transform!r}."
+                f"`transforms` must hold objects with {', '.join(f'`{name}`' for name in _MEMBERS)} (see "
+                f"`lightning_async_localsgd.outer.Transform`). {transform!r} lacks {', '.join(missing)}."
             )
-        if transform.needs_start and quorum > 1:
+        if transform.needs_start and not transform.per_delta:
             raise ValueError(
-                f"`transforms` holds {type(transform).__name__}, which needs the parameters that a delta's round "
-                f"started from; with `quorum={quorum}` it would get the mean of deltas from different starts. "
-                "Use it with `quorum=1`."
+                f"{type(transform).__name__} needs the start of a round, which the delta's own worker alone has: set "
+                "`per_delta = True` too."
             )
+    for before, transform in pairwise(transforms):
+        if transform.per_delta and not before.per_delta:
+            raise ValueError(
+                f"{type(transform).__name__} is applied to a delta before it is sent, and {type(before).__name__} "
+                f"after: put {type(transform).__name__} first in `transforms`."
+            )
+
+
+@torch.no_grad()
+def transform_delta(
+    transforms: Sequence[Transform],
+    delta: Tensor,
+    arrival: Arrival,
+    snapshot: Tensor,
+    parameters: Tensor,
+    default_buffer_size: int,
+) -> None:
+    """Put a delta through ``per_delta`` transformations, in place. All tensors are flat, fp32 and of one shape.
+
+    The parameters that the round started from are ``delta + snapshot``. They exist for one block at a time.
+
+    Args:
+        transforms: all of them ``per_delta``.
+        delta: the delta of a round.
+        arrival: the round's worker and staleness.
+        snapshot: what the worker held at the end of the round.
+        parameters: the global parameters at the beginning of the turn.
+        default_buffer_size: see :class:`Context`.
+
+    Raises:
+        TypeError: if a transformation returns no tensor.
+    """
+    needs_start = any(transform.needs_start for transform in transforms)
+    for part, end, now in _blocks(delta, snapshot, parameters):
+        context = Context((arrival,), now, part.add(end) if needs_start else None, default_buffer_size)
+        transformed: Tensor | None = part
+        for transform in transforms:
+            transformed = transform.update(transformed, {}, context)
+            if transformed is None:
+                raise TypeError(
+                    f"{type(transform).__name__}.update has returned None. A transformation that is `per_delta` "
+                    "refuses a delta by `accepts`."
+                )
+        if transformed is not part:
+            part.copy_(transformed)
 
 
 def _weigh(pseudo_gradient: Tensor, staleness: float, power: float) -> Tensor:

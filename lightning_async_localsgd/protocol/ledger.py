@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate, count
 from typing import NamedTuple, Protocol
 
 from lightning_async_localsgd.protocol.budget import Budget
@@ -12,7 +14,7 @@ from lightning_async_localsgd.protocol.pace import make_pace
 from lightning_async_localsgd.protocol.progress import Beat, OuterUpdate, Progress
 from lightning_async_localsgd.protocol.rules import Rules
 
-__all__ = ["Arrival", "Ledger", "LedgerState"]
+__all__ = ["Arrival", "DueDelta", "Ledger", "LedgerState"]
 
 
 class Arrival(NamedTuple):
@@ -23,27 +25,39 @@ class Arrival(NamedTuple):
     """Versions that passed between the start of the worker's round and this update."""
 
 
+class DueDelta(NamedTuple):
+    """A delta that is applied in a turn, or refused."""
+
+    header: Header
+    arrival: Arrival
+    accepted: bool
+    """Whether it is applied. If not, it is not sent, and counts as a version."""
+
+
 class LedgerState(Protocol):
     """The state that the ledger updates: a :class:`~lightning_async_localsgd.outer.GlobalState` or a stand-in."""
 
     version: int
 
-    def apply(self, arrivals: Sequence[Arrival]) -> None:
-        """Make one outer update of the sum of these deltas."""
+    def update_sizes(self, count: int) -> list[int]:
+        """The number of deltas in each outer update of a turn that brings ``count`` deltas, in order."""
+
+    def accepts(self, arrival: Arrival) -> bool:
+        """Whether this delta is to be applied at all."""
+
+    def apply(self, arrivals: Sequence[Arrival], refused: int = 0) -> None:
+        """Make one outer update of the sum of these deltas, and count so many more that are not applied."""
 
     def set_round_length(self, local_steps: int) -> None:
         """Set H, local steps per round of the fastest worker, from now on."""
-
-    def begin_rounds(self, workers: Iterable[int]) -> None:
-        """Record that these workers start their next rounds from the current state."""
 
 
 class Ledger:
     """Tracks the progress of a run, identically on every worker, because all read the same headers.
 
-    In each turn, :meth:`due` returns the deltas to apply, in groups. The deltas of each group are summed as the state's
-    pseudo-gradient, and :meth:`apply` makes an outer update of it. :meth:`close_turn` returns the shared progress. The
-    real exchange and the simulated one share this class.
+    In each turn, :meth:`due` returns the deltas to apply, in groups. The accepted deltas of each group are summed as the
+    state's pseudo-gradient, and :meth:`apply` makes an outer update of it. :meth:`close_turn` returns the shared
+    progress. The real exchange and the simulated one share this class.
 
     Args:
         state: the global state.
@@ -80,51 +94,68 @@ class Ledger:
         """Name of the codec of the turn of now."""
         state.set_round_length(self._local_steps)
 
-    def due(self, headers: Sequence[Header]) -> list[list[Header]]:
+    def due(self, headers: Sequence[Header]) -> list[list[DueDelta]]:
         """The deltas to apply in this turn, in rank order: each group makes one outer update.
 
-        With ``quorum=1`` each delta is a group of its own. Otherwise all deltas of the turn are one group, as soon as
-        there are enough of them, or no other worker will send one.
+        With ``quorum=1`` the accepted deltas are split as the state tells. A refused delta is in the group of the next
+        accepted one, or in the last group. With a larger quorum all deltas of the turn are one group, as soon as there
+        are enough of them, or no other worker will send one.
         """
+        deltas = self._deltas(headers)
+        ends = list(accumulate(self._state.update_sizes(sum(delta.accepted for delta in deltas))))
+        groups: list[list[DueDelta]] = [[] for _ in ends or deltas[:1]]
+        accepted = 0
+        for delta in deltas:
+            groups[min(bisect_right(ends, accepted), len(groups) - 1)].append(delta)
+            accepted += delta.accepted
+        return groups
+
+    def _deltas(self, headers: Sequence[Header]) -> list[DueDelta]:
+        """All deltas to apply in this turn, with the staleness that each will have."""
         deltas = [h for h in headers if Flag.DELTA in h.flags]
-        if self._rules.quorum == 1:
-            return [[header] for header in deltas]
+        if self._rules.quorum > 1 and not self._meets_quorum(headers, len(deltas)):
+            return []
+        versions = count(self._state.version, 1 if self._rules.quorum == 1 else 0)
+        arrivals = [Arrival(h.worker, version - h.start_version) for h, version in zip(deltas, versions, strict=False)]
+        return [DueDelta(h, arrival, self._state.accepts(arrival)) for h, arrival in zip(deltas, arrivals, strict=True)]
+
+    def _meets_quorum(self, headers: Sequence[Header], deltas: int) -> bool:
         none_to_come = Flag.DELTA | Flag.FINAL
         if not self._budget.exhausted([h.steps for h in headers], self._under_way(headers)):
             none_to_come |= Flag.IDLE  # these push their remaining steps at the end of the run
-        enough = len(deltas) >= self._rules.quorum or all(h.flags & none_to_come for h in headers)
-        return [deltas] if deltas and enough else []
+        return deltas >= self._rules.quorum or all(h.flags & none_to_come for h in headers)
 
     def apply(
-        self, group: Sequence[Header], norm: float | None = None, alignment: float | None = None
+        self, group: Sequence[DueDelta], norm: float | None = None, alignment: float | None = None
     ) -> list[OuterUpdate]:
-        """Make one outer update of a group's deltas, whose sum is in the state's pseudo-gradient.
+        """Make one outer update of a group's accepted deltas, whose sum is in the state's pseudo-gradient.
 
         Args:
-            group: the headers of those deltas.
-            norm: L2 norm of their mean, if measured.
+            group: a group that :meth:`due` has returned, in order.
+            norm: L2 norm of the mean of the accepted deltas, if measured.
             alignment: cosine between their mean and the outer momentum, if measured.
         """
-        stalenesses = [self._state.version - header.start_version for header in group]
-        self._state.apply([Arrival(h.worker, staleness) for h, staleness in zip(group, stalenesses, strict=True)])
+        arrivals = [arrival for _, arrival, accepted in group if accepted]
+        version = self._state.version
+        self._state.apply(arrivals, refused=len(group) - len(arrivals))
         self._updates += len(group)
-        self._total_staleness += sum(stalenesses)
-        self._max_staleness = max(self._max_staleness, *stalenesses)
-        for header in group:
+        self._total_staleness += sum(arrival.staleness for _, arrival, _ in group)
+        self._max_staleness = max(self._max_staleness, *(arrival.staleness for _, arrival, _ in group))
+        for header, _, _ in group:
             self._shard_samples[header.shard] += header.round_samples
         return [
             OuterUpdate(
-                version=self._state.version,
+                version=min(version + i, self._state.version),
                 worker=header.worker,
                 round=header.round,
                 local_steps=header.round_steps,
                 samples=header.round_samples,
-                staleness=staleness,
+                staleness=arrival.staleness,
                 seconds=header.round_seconds,
                 norm=norm,
                 alignment=alignment,
             )
-            for header, staleness in zip(group, stalenesses, strict=True)
+            for i, (header, arrival, _) in enumerate(group, start=1)
         ]
 
     def close_turn(
@@ -138,12 +169,11 @@ class Ledger:
 
         Args:
             headers: the headers of all workers.
-            applied: the headers of the applied deltas.
+            applied: the headers of the applied and the refused deltas.
             bytes_sent: total bytes sent by this worker; with ``bytes_received`` the only value of its own.
             bytes_received: total bytes received by this worker.
         """
         dropped = [header.worker for header in headers if Flag.DROPPED in header.flags]
-        self._state.begin_rounds(dropped + [header.worker for header in applied])
         for worker in dropped:
             self._dropped[worker] += 1
         for header in applied:

@@ -85,7 +85,7 @@ class Settings:
                 "`constraint` must be a function that changes a mapping from names to parameters in place, got "
                 f"{self.constraint!r}."
             )
-        check_transforms(self.transforms, self.quorum)
+        check_transforms(self.transforms)
         if isinstance(self.local_buffers, str) or not all(isinstance(name, str) for name in self.local_buffers):
             raise ValueError(
                 f'`local_buffers` must be a list of names or patterns, such as ["queue", "*.cache"], got '

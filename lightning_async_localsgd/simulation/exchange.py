@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from lightning_async_localsgd.codecs import Codec
 from lightning_async_localsgd.protocol.header import HEADER_BYTES, Flag, Header
-from lightning_async_localsgd.protocol.ledger import Ledger, LedgerState
+from lightning_async_localsgd.protocol.ledger import DueDelta, Ledger, LedgerState
 from lightning_async_localsgd.protocol.progress import Progress
 from lightning_async_localsgd.protocol.turn import add_round, may_push, turn_interval
 from lightning_async_localsgd.settings import Settings
@@ -102,7 +102,6 @@ class VirtualExchange:
         """A worker begins to take part; returns the version of the global parameters that it begins from."""
         insort(self._present, worker)
         self._mailboxes[worker].flags = Flag.NONE
-        self._state.begin_rounds([worker])
         return self._state.version
 
     def leave(self, worker: int) -> None:
@@ -210,7 +209,8 @@ class VirtualExchange:
     def _exchange_deltas(self) -> None:
         headers = [self._headers[worker] for worker in range(len(self._mailboxes))]
         groups = self._ledger.due(headers)
-        senders = [header.worker for group in groups for header in group]
+        sums = [[delta.header.worker for delta in group if delta.accepted] for group in groups]
+        senders = [worker for group in sums for worker in group]
         if senders:
             self._latest_deltas = self._clock.now
         present = sorted({*self._present, *senders})
@@ -218,10 +218,8 @@ class VirtualExchange:
         cost = len(groups) * costs.update_seconds + (costs.turn_seconds if senders else 0.0)
         codec = self._codecs[self._ledger.codec]
         if costs.sums:
-            sums = [[header.worker for header in group] for group in groups]
             sent = sum(self._network.reduce_seconds(s, present, costs.elements, codec.wire_bytes) for s in sums)
         else:
-            sums = [[sender] for sender in senders]
             sent = self._network.gather_seconds(senders, present, costs.elements, codec.wire_bytes)
         self._count_bytes(sums, present, codec.wire_bytes(costs.elements))
         for sender in senders:
@@ -237,19 +235,19 @@ class VirtualExchange:
             delta: size of a delta on the wire.
         """
         told = HEADER_BYTES + (1 if self._settings.overlap else 0)
+        load = Network.reduce_load if self._costs.sums else Network.gather_load
         for worker in present:
             self.bytes_sent[worker] += (len(present) - 1) * told
             self.bytes_received[worker] += (len(present) - 1) * told
-            for senders in sums:
-                load = Network.reduce_load if self._costs.sums else Network.gather_load
+            for senders in filter(None, sums):
                 sent, received = load(senders, present, worker)
                 self.bytes_sent[worker] += round(sent * delta)
                 self.bytes_received[worker] += round(received * delta)
 
-    def _publish(self, headers: list[Header], groups: list[list[Header]], codec: Codec) -> None:
+    def _publish(self, headers: list[Header], groups: list[list[DueDelta]], codec: Codec) -> None:
         for group in self._replicas.trade(groups, codec):
             self._observer.updated(self._clock.now, self._ledger.apply(group))
-        applied = [header for group in groups for header in group]
+        applied = [delta.header for group in groups for delta in group]
         dropped = [header for header in headers if Flag.DROPPED in header.flags]
         self.progress = self._ledger.close_turn(headers, applied)
         if self._codecs[self.progress.codec] is not codec:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from lightning_async_localsgd.codecs import Codec
-from lightning_async_localsgd.protocol.header import Header
+from lightning_async_localsgd.protocol.ledger import DueDelta
 from lightning_async_localsgd.protocol.progress import OuterUpdate, Progress
 from lightning_async_localsgd.protocol.rounds import Rounds
 
@@ -37,8 +37,12 @@ class Replicas(Protocol):
     def finite(self, worker: int) -> bool:
         """Whether the delta of the round that a worker has pushed can be sent."""
 
-    def trade(self, groups: Sequence[Sequence[Header]], codec: Codec) -> Iterator[Sequence[Header]]:
-        """Bring the sum of one group's deltas after the other into the state's pseudo-gradient; yields whose."""
+    def trade(self, groups: Sequence[Sequence[DueDelta]], codec: Codec) -> Iterator[Sequence[DueDelta]]:
+        """Bring the sum of one group's accepted deltas after the other into the state's pseudo-gradient.
+
+        Yields:
+            Each group, once its sum is there.
+        """
 
     def publish(self, workers: Sequence[int]) -> None:
         """These workers are to adopt the global parameters of now, when they get to it."""

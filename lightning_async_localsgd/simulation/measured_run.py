@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from lightning_async_localsgd.codecs import Codec
 from lightning_async_localsgd.outer import Arrival
-from lightning_async_localsgd.protocol.header import Header
+from lightning_async_localsgd.protocol.ledger import DueDelta
 from lightning_async_localsgd.protocol.progress import OuterUpdate, Progress
 from lightning_async_localsgd.protocol.rounds import Rounds
 from lightning_async_localsgd.settings import Settings
@@ -60,7 +60,7 @@ class MeasuredRun:
             workers,
             10**12,  # far off: planned is the middle of a run
             settings,
-            _Versions(),
+            _Versions(settings.quorum),
             _Nothing(),
             self,
             network,
@@ -122,7 +122,7 @@ class _Nothing:
     def finite(self, worker: int) -> bool:
         return True
 
-    def trade(self, groups: Sequence[Sequence[Header]], codec: Codec) -> Iterator[Sequence[Header]]:
+    def trade(self, groups: Sequence[Sequence[DueDelta]], codec: Codec) -> Iterator[Sequence[DueDelta]]:
         yield from groups
 
     def publish(self, workers: Sequence[int]) -> None: ...
@@ -133,12 +133,17 @@ class _Nothing:
 class _Versions:
     """A global state of which there is nothing but the version."""
 
-    def __init__(self) -> None:
+    def __init__(self, quorum: int) -> None:
         self.version = 0
+        self._quorum = quorum
 
-    def apply(self, arrivals: Sequence[Arrival]) -> None:
+    def update_sizes(self, count: int) -> list[int]:
+        return [1] * count if self._quorum == 1 else [count] if count else []
+
+    def accepts(self, arrival: Arrival) -> bool:
+        return True
+
+    def apply(self, arrivals: Sequence[Arrival], refused: int = 0) -> None:
         self.version += 1
-
-    def begin_rounds(self, workers: Iterable[int]) -> None: ...
 
     def set_round_length(self, local_steps: int) -> None: ...

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_async_localsgd.codecs import Codec, ErrorFeedback
 from lightning_async_localsgd.exchange.trade import WireVector
 from lightning_async_localsgd.outer import Adopter, GlobalState, Unsendable, write_delta
-from lightning_async_localsgd.protocol.header import Header
+from lightning_async_localsgd.protocol.ledger import DueDelta
 from lightning_async_localsgd.protocol.progress import Progress
 from lightning_async_localsgd.protocol.rounds import Rounds
 from lightning_async_localsgd.protocol.slices import Span, owned_slices
@@ -139,18 +139,22 @@ class TrainingReplicas:
         return not replica.unsendable.parameters
 
     @torch.no_grad()
-    def trade(self, groups: Sequence[Sequence[Header]], codec: Codec) -> Iterator[Sequence[Header]]:
+    def trade(self, groups: Sequence[Sequence[DueDelta]], codec: Codec) -> Iterator[Sequence[DueDelta]]:
         """See :meth:`Replicas.trade`."""
         target = self._state.pseudo_gradient
         buffers = self._global_buffers.clone()
+        before_turn = self._of_now().values if self._state.needs_start else None
         for group in groups:
-            for i, header in enumerate(group):
-                replica = self._replicas[header.worker]
+            arrivals = [due.arrival for due in group if due.accepted]
+            for i, arrival in enumerate(arrivals):
+                replica = self._replicas[arrival.worker]
                 delta = target if i == 0 and codec.lossless else torch.empty_like(target)
                 self._write_delta(replica, buffers, delta)
+                assert replica.snapshot is not None
+                self._state.transform_delta(delta, arrival, replica.snapshot, before_turn)
                 for piece in replica.wire.pieces(Span(0, target.numel()), codec):
                     replica.wire.decode(replica.wire.encode(delta, piece), piece, add=i > 0)
-            if len(group) > 1 and self._state.sums and not codec.lossless:
+            if len(arrivals) > 1 and self._state.sums and not codec.lossless:
                 self._write_sum(codec)
             yield group
 

@@ -98,8 +98,6 @@ class SavedState:
                 f"{'; '.join(differences)}.",
                 stacklevel=2,
             )
-        if not same_workers:
-            self._state.begin_rounds(range(self._size))
         self._replica.load(self._state.flat)
         self._has_others_copies = not same_workers
         self.version = self._state.version

@@ -108,8 +108,9 @@ def test_elements_that_were_never_finite_stay_and_the_others_move() -> None:
         buffers = before[layout.parameter_numel :]
         unsendable = write_delta(state, before.clone(), snapshot, buffers, state.pseudo_gradient, LARGEST)
         assert unsendable == Unsendable()
-        state.apply([Arrival(0, 0)])
-        state.begin_rounds([0])
+        state.transform_delta(state.pseudo_gradient, Arrival(0, 2), snapshot)
+        assert bool(torch.isfinite(state.pseudo_gradient).all())
+        state.apply([Arrival(0, 2)])
         weight = layout.views(state.flat)[0]
         assert bool((weight[0, 3:] == -math.inf).all())
         assert bool(torch.isfinite(weight[1:]).all()) and not torch.equal(weight[1:], layout.views(before)[0][1:])

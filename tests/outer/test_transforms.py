@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,6 @@ from lightning_async_localsgd.outer import (
     Transform,
 )
 from lightning_async_localsgd.outer.layout import Layout
-from lightning_async_localsgd.outer.round_starts import RoundStarts
 from tests.modules import make_net
 
 NESTEROV = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
@@ -53,25 +53,21 @@ def test_poly_weighs_by_staleness(staleness: int, power: float) -> None:
 @pytest.mark.parametrize(("staleness", "applied"), [(9, True), (10, True), (11, False)])
 def test_polythres_drops_what_is_staler_than_its_threshold(staleness: int, applied: bool) -> None:
     (g,) = vectors(1)
-    result = PolyThres(0.5, threshold=10).update(g.clone(), {}, context(staleness))
-    if applied:
-        assert result is not None
-        torch.testing.assert_close(result, (1 + staleness) ** -0.5 * g)
-    else:
-        assert result is None
+    transform = PolyThres(0.5, threshold=10)
+    assert transform.accepts(Arrival(0, staleness)) is applied
+    result = transform.update(g.clone(), {}, context(staleness))
+    torch.testing.assert_close(result, (1 + staleness) ** -0.5 * g)
 
 
 def test_a_mean_of_deltas_is_as_stale_as_they_are_on_average() -> None:
-    (g,) = vectors(1)
-    seen = Context([Arrival(0, 0), Arrival(2, 5)], torch.zeros(1), None, 2)
-    torch.testing.assert_close(Poly(0.5).update(g.clone(), {}, seen), (1 + 2.5) ** -0.5 * g)
+    assert Context([Arrival(0, 0), Arrival(2, 5)], torch.zeros(1), None, 2).staleness == 2.5
 
 
 def test_delay_compensation_is_its_formula() -> None:
     g, now, start = vectors(3)
     expected = g + 0.3 * g * g * (now - start)
     torch.testing.assert_close(DelayCompensation(0.3).update(g.clone(), {}, context(2, now, start)), expected)
-    assert torch.equal(DelayCompensation(0.3).update(g.clone(), {}, context(0, now, now)), g)
+    assert torch.equal(DelayCompensation(0.3).update(g.clone(), {}, context(0, now, start)), g)
 
 
 @pytest.mark.parametrize(("size", "default"), [(3, 4), (None, 3)])
@@ -125,6 +121,17 @@ def apply(state: GlobalState, delta: Tensor, *arrivals: Arrival) -> None:
     state.apply(arrivals or [Arrival(0, 0)])
 
 
+def send(states: Sequence[GlobalState], delta: Tensor, arrival: Arrival, snapshot: Tensor) -> None:
+    """One delta, transformed by its sender alone, is applied by all."""
+    sent = delta.clone()
+    accepted = states[0].accepts(arrival)
+    if accepted:
+        states[0].transform_delta(sent, arrival, snapshot)
+    for state in states:
+        state.pseudo_gradient.copy_(sent)
+        state.apply([arrival] if accepted else [], refused=1 - accepted)
+
+
 def make_state(*transforms: Transform, optimizer: Callable[..., Optimizer] | None = NESTEROV, **kw: Any) -> GlobalState:
     return GlobalState(Layout(make_net()), optimizer, transforms=transforms, **({"workers": 4} | kw))
 
@@ -137,11 +144,8 @@ def follow_log(states: Sequence[GlobalState], begin: int, end: int) -> None:
             return
         if i < begin:
             continue
-        turn = turns[i % len(turns)]
-        for state in states:
-            for worker in turn:
-                apply(state, delta, Arrival(worker, i % 5))
-            state.begin_rounds(turn)
+        for worker in turns[i % len(turns)]:
+            send(states, delta, Arrival(worker, i % 5), delta.flip(0))
 
 
 CHAINS = [
@@ -168,62 +172,60 @@ def test_replicas_agree_also_after_a_round_trip_at_any_moment(chain: tuple[Trans
     assert first.digest() == second.digest()
 
 
-def test_the_digest_tells_buffers_and_starts_apart() -> None:
+def test_the_digest_tells_buffers_apart() -> None:
     one, other = make_state(AsyncBuffer()), make_state(AsyncBuffer())
     for state in (one, other):
         follow_log([state], 0, 1)
     assert one.digest() == other.digest()
     other._transform_states[0]["sum"].view(torch.int32)[0] ^= 1
     assert one.digest() != other.digest()
-    one, other = make_state(DelayCompensation()), make_state(DelayCompensation())
-    for state in (one, other):
-        apply(state, next(deltas(state.layout)))
-    assert one.digest() == other.digest()
-    one.begin_rounds([0])
-    assert one.digest() != other.digest()
 
 
-def test_delay_compensation_sees_where_that_worker_started() -> None:
-    state = make_state(DelayCompensation(0.5), optimizer=PLAIN, workers=3)
+@pytest.mark.parametrize("chain", [(DelayCompensation(0.5),), (Poly(1.0), DelayCompensation(0.5))], ids=str)
+def test_a_sender_compensates_for_the_moves_since_the_start_of_its_round(chain: tuple[Transform, ...]) -> None:
+    state = make_state(*chain, optimizer=PLAIN, workers=3)
     numel = state.layout.parameter_numel
     state.flat.copy_(next(deltas(state.layout, seed=5)))
-    starts = [state.flat[:numel].clone() for _ in range(3)]
+    starts = [state.flat.clone() for _ in range(3)]
     source = deltas(state.layout)
     # Worker 0 pushes often, 1 and 2 together, and 2 late: rounds from several versions overlap.
     for turn in [(0,), (0,), (1, 2), (0,), (0, 1), (0,), (2,), (1,), (0, 1, 2), (2, 0)]:
+        before_turn = state.flat.clone()
         for worker in turn:
-            g, theta = next(source), state.flat[:numel].clone()
-            apply(state, g, Arrival(worker, 1))
-            g = g[:numel]
-            expected = theta - (g + 0.5 * g * g * (theta - starts[worker]))
-            torch.testing.assert_close(state.flat[:numel], expected)
-        state.begin_rounds(turn)
+            learned, theta = next(source).clone(), state.flat.clone()
+            delta = learned.clone()
+            state.transform_delta(delta, Arrival(worker, 1), starts[worker] - learned, before_turn)
+            assert torch.equal(delta[numel:], learned[numel:])  # of buffers
+            apply(state, delta, Arrival(worker, 1))
+            g = learned / 2 if len(chain) > 1 else learned
+            expected = theta - (g + 0.5 * g * g * (before_turn - starts[worker]))
+            torch.testing.assert_close(state.flat[:numel], expected[:numel])
         for worker in turn:
-            starts[worker] = state.flat[:numel].clone()
+            starts[worker] = state.flat.clone()
 
 
-def test_workers_that_start_together_share_a_copy_and_at_most_one_per_worker_is_kept() -> None:
-    parameters = torch.zeros(3)
-    starts = RoundStarts(parameters, 4)
+def test_a_delta_longer_than_a_block_is_transformed_as_a_whole() -> None:
+    state = GlobalState(Layout(nn.Linear(300, 300)), transforms=[DelayCompensation(0.5), Poly()])
+    state.flat.copy_(next(deltas(state.layout, seed=2)))
+    delta, snapshot = next(deltas(state.layout)).clone(), next(deltas(state.layout, seed=3)).clone()
+    expected = (delta + 0.5 * delta * delta * (state.flat - delta - snapshot)) * 4**-0.5
+    state.transform_delta(delta, Arrival(0, 3), snapshot)
+    torch.testing.assert_close(delta, expected)
 
-    def move(*workers: int) -> None:
-        starts.before_move()
-        parameters.add_(1)
-        starts.begin(workers)
 
-    assert len(starts.state_dict()["copies"]) == 0
-    move()
-    assert len(starts.state_dict()["copies"]) == 1
-    for worker in range(4):
-        move(worker)
-    assert [starts.of(worker)[0].item() for worker in range(4)] == [2, 3, 4, 5]
-    assert len(starts.state_dict()["copies"]) == 3 and starts.of(3) is parameters
-    move()
-    move()
-    assert [starts.of(worker)[0].item() for worker in range(4)] == [2, 3, 4, 5]
-    assert len(starts.state_dict()["copies"]) == 4
-    move(0, 1, 2, 3)
-    assert len(starts.state_dict()["copies"]) == 0
+def test_with_a_quorum_each_delta_is_weighted_by_its_own_staleness() -> None:
+    state = make_state(Poly(0.5), optimizer=PLAIN, quorum=3)
+    source, total = deltas(state.layout), state.layout.empty()
+    arrivals = [Arrival(0, 0), Arrival(1, 3), Arrival(2, 8)]
+    expected = state.layout.empty()
+    for arrival in arrivals:
+        delta = next(source).clone()
+        expected -= delta * (1 + arrival.staleness) ** -0.5 / 3
+        state.transform_delta(delta, arrival, state.layout.empty())
+        total += delta
+    apply(state, total, *arrivals)
+    numel = state.layout.parameter_numel
+    torch.testing.assert_close(state.flat[:numel], expected[:numel])
 
 
 def test_equal_workers_with_an_async_buffer_are_synchronous_diloco() -> None:
@@ -243,8 +245,7 @@ def test_equal_workers_with_an_async_buffer_are_synchronous_diloco() -> None:
 
 
 def test_what_is_held_back_moves_no_parameter_but_counts_and_mixes_buffers() -> None:
-    module = nn.BatchNorm1d(3)
-    state = GlobalState(Layout(module), NESTEROV, workers=4, transforms=[PolyThres(threshold=1)])
+    state = GlobalState(Layout(nn.BatchNorm1d(3)), NESTEROV, workers=4, transforms=[AsyncBuffer(2)])
     delta = state.layout.empty()
     for view in state.layout.views(delta):
         view.fill_(-4.0)
@@ -254,6 +255,17 @@ def test_what_is_held_back_moves_no_parameter_but_counts_and_mixes_buffers() -> 
     assert after["running_mean"].tolist() == [1.0] * 3
     assert state.version == 1
     assert not state.optimizer.state[state.parameters[0]]  # no momentum of nothing
+
+
+@pytest.mark.parametrize(("quorum", "version"), [(1, 2), (4, 1)])
+def test_what_is_refused_moves_nothing_and_counts(quorum: int, version: int) -> None:
+    state = GlobalState(Layout(nn.BatchNorm1d(3)), NESTEROV, 4, quorum, transforms=[PolyThres(threshold=1)])
+    before = state.flat.clone()
+    assert state.accepts(Arrival(2, 1)) and not state.accepts(Arrival(2, 2))
+    state.pseudo_gradient.fill_(math.nan)  # nothing has been sent
+    state.apply([], refused=2)
+    assert state.version == version
+    assert torch.equal(state.flat, before)
 
 
 def test_transformations_act_in_order_and_those_after_one_that_holds_back_see_nothing() -> None:
@@ -295,7 +307,7 @@ def test_a_checkpoint_without_transformations_can_be_gone_on_from(chain: tuple[T
     plain = make_state()
     follow_log([plain], 0, 3)
     saved = plain.state_dict()
-    del saved["transforms"], saved["starts"]  # as before there were any
+    del saved["transforms"]  # as before there were any
     state = make_state(*chain)
     follow_log([state], 0, 5)
     state.load_state_dict(saved)
@@ -306,11 +318,23 @@ def test_a_checkpoint_without_transformations_can_be_gone_on_from(chain: tuple[T
     assert state.digest() == fresh.digest()
 
 
+def test_a_checkpoint_that_kept_where_rounds_started_can_be_gone_on_from() -> None:
+    state, restored = make_state(DelayCompensation()), make_state(DelayCompensation())
+    follow_log([state], 0, 3)
+    starts = {"began": [0, -1, 0, -1], "copies": [torch.zeros(state.layout.parameter_numel)]}
+    assert restored.load_state_dict(state.state_dict() | {"starts": starts}) == []
+    assert restored.digest() == state.digest()
+
+
 @dataclass(frozen=True)
 class Duck:
     """A transformation that derives from nothing."""
 
+    per_delta = False
     needs_start = False
+
+    def accepts(self, arrival: Arrival) -> bool:
+        return True
 
     def init(self, parameters: Tensor) -> dict[str, Any]:
         return {}
@@ -319,22 +343,43 @@ class Duck:
         return pseudo_gradient
 
 
-def test_an_object_with_the_three_members_will_do() -> None:
+def test_an_object_with_the_same_members_will_do() -> None:
     one, other = make_state(Duck()), make_state()
     follow_log([one], 0, 5)
     follow_log([other], 0, 5)
     assert one.digest() == other.digest()
 
 
+class Stateful(Poly):
+    def init(self, parameters: Tensor) -> dict[str, Any]:
+        return {"count": 0}
+
+
+class Starting(AsyncBuffer):
+    needs_start = True
+
+
 @pytest.mark.parametrize(
-    ("transforms", "quorum", "message"),
+    ("transforms", "message"),
     [
-        (Poly(), 1, "must be a list"),
-        ([Poly], 1, r"pass an object, Poly\(\)"),
-        (["poly"], 1, "`init`, `update` and `needs_start`"),
-        ([DelayCompensation()], 2, "Use it with `quorum=1`"),
+        (Poly(), "must be a list"),
+        ([Poly], r"pass an object, Poly\(\)"),
+        (["poly"], "'poly' lacks init, accepts, update, per_delta, needs_start"),
+        ([AsyncBuffer(), Poly()], "put Poly first"),
+        ([Stateful()], "keeps a state"),
+        ([Starting()], "set `per_delta = True` too"),
     ],
 )
-def test_what_is_no_chain_is_refused(transforms: Any, quorum: int, message: str) -> None:
+def test_what_is_no_chain_is_refused(transforms: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        GlobalState(Layout(make_net()), workers=4, quorum=quorum, transforms=transforms)
+        GlobalState(Layout(make_net()), workers=4, transforms=transforms)
+
+
+def test_a_transformation_of_the_single_delta_that_returns_nothing_is_named() -> None:
+    class Dropping(Poly):
+        def update(self, pseudo_gradient: Tensor, state: dict[str, Any], context: Context) -> Tensor:
+            return None  # type: ignore[return-value]
+
+    state = make_state(Dropping())
+    with pytest.raises(TypeError, match=r"Dropping\.update has returned None"):
+        state.transform_delta(state.layout.empty(), Arrival(0, 0), state.layout.empty())

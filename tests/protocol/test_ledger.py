@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import pytest
 
 from lightning_async_localsgd import Settings
 from lightning_async_localsgd.protocol.budget import Budget
 from lightning_async_localsgd.protocol.header import Flag, Header
-from lightning_async_localsgd.protocol.ledger import Ledger
+from lightning_async_localsgd.protocol.ledger import Arrival, Ledger
 from lightning_async_localsgd.protocol.progress import Progress
 
 
@@ -16,14 +19,80 @@ class NoState:
 
     version = 0
 
-    def apply(self, arrivals: object) -> None:
+    def apply(self, arrivals: object, refused: int = 0) -> None:
         raise AssertionError
 
-    def begin_rounds(self, workers: object) -> None:
-        pass
+    def update_sizes(self, count: int) -> list[int]:
+        raise AssertionError
+
+    def accepts(self, arrival: object) -> bool:
+        raise AssertionError
 
     def set_round_length(self, local_steps: int) -> None:
         pass
+
+
+class Versions:
+    """Stands in for a global state: takes sums up to the ends of a buffer of 3, refuses what is staler than 4."""
+
+    def __init__(self, quorum: int, version: int) -> None:
+        self.quorum, self.version, self.applied = quorum, version, 0
+        self.log: list[tuple[list[int], int]] = []
+
+    def update_sizes(self, count: int) -> list[int]:
+        if self.quorum > 1:
+            return [count] if count else []
+        ends = [end for end in range(self.applied + 1, self.applied + count) if end % 3 == 0]
+        return [b - a for a, b in pairwise([self.applied, *ends, self.applied + count])] if count else []
+
+    def accepts(self, arrival: Arrival) -> bool:
+        return arrival.staleness <= 4
+
+    def apply(self, arrivals: Sequence[Arrival], refused: int = 0) -> None:
+        self.log.append(([arrival.worker for arrival in arrivals], refused))
+        self.version += len(arrivals) + refused if self.quorum == 1 else 1
+        self.applied += len(arrivals)
+
+    def set_round_length(self, local_steps: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("quorum", "start_versions", "log", "stalenesses", "versions"),
+    [
+        # Worker 1 brings nothing.
+        (1, (10, None, 10, 10, 10, 10), [([0, 2, 3], 0), ([4, 5], 0)], [0, 1, 2, 3, 4], [11, 12, 13, 14, 15]),
+        (1, (10, None, 2, 10, 10, 10), [([0, 3, 4], 1), ([5], 0)], [0, 9, 2, 3, 4], [11, 12, 13, 14, 15]),
+        (1, (10, None, 10, 10, 10, 2), [([0, 2, 3], 0), ([4], 1)], [0, 1, 2, 3, 12], [11, 12, 13, 14, 15]),
+        (1, (0, None, 0), [([], 2)], [10, 11], [11, 12]),
+        (2, (10, None, 8, 2), [([0, 2], 1)], [0, 2, 8], [11, 11, 11]),
+        (2, (0, None, 0), [([], 2)], [10, 10], [11, 11]),
+        (3, (10, None, 10), [], [], []),
+        (1, (None, None), [], [], []),
+    ],
+)
+def test_a_turn_is_split_in_updates_and_its_stalenesses_are_known_before(
+    quorum: int,
+    start_versions: tuple[int | None, ...],
+    log: list[tuple[list[int], int]],
+    stalenesses: list[int],
+    versions: list[int],
+) -> None:
+    workers = len(start_versions)
+    state = Versions(quorum, version=10)
+    ledger = Ledger(
+        state, Settings(quorum=quorum), Budget(max_steps=100, workers=workers), Progress.at_start(workers, 50)
+    )
+    headers = [
+        Header(worker, 0, start_version=start or 0, flags=Flag.NONE if start is None else Flag.DELTA)
+        for worker, start in enumerate(start_versions)
+    ]
+    groups = ledger.due(headers)
+    assert [delta.arrival.staleness for group in groups for delta in group] == stalenesses
+    updates = [update for group in groups for update in ledger.apply(group)]
+    assert state.log == log
+    assert [update.staleness for update in updates] == stalenesses
+    assert [update.version for update in updates] == versions
 
 
 @pytest.mark.parametrize(

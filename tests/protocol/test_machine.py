@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hypothesis import given, settings
@@ -22,14 +22,19 @@ from lightning_async_localsgd.protocol.turn import PushedRound, add_round, may_p
 class State:
     """Stands in for the global state."""
 
+    quorum: int
     version: int = 0
 
-    def apply(self, arrivals: Sequence[Arrival]) -> None:
+    def update_sizes(self, count: int) -> list[int]:
+        return [1] * count if self.quorum == 1 else [count] if count else []
+
+    def accepts(self, arrival: Arrival) -> bool:
+        return True
+
+    def apply(self, arrivals: Sequence[Arrival], refused: int = 0) -> None:
         self.version += 1
 
     def set_round_length(self, local_steps: int) -> None: ...
-
-    def begin_rounds(self, workers: Iterable[int]) -> None: ...
 
 
 @dataclass
@@ -108,7 +113,7 @@ class Peer:
         groups = self.ledger.due(headers)
         for group in groups:
             self.updates += self.ledger.apply(group)
-        applied = [header for group in groups for header in group]
+        applied = [delta.header for group in groups for delta in group]
         self.progress = self.ledger.close_turn(headers, applied)
         if any(header.worker == self.rank for header in applied):
             self.pending, self.adoption = None, True
@@ -122,7 +127,7 @@ def make_peer(rank: int, speeds: Sequence[float], rules: Settings, max_steps: in
     budget = Budget(max_steps, size, rules.shares_budget(size))
     start = Progress.at_start(size, rules.round_length(max_steps).first())
     start = Progress(**{**vars(start), "caps": budget.caps(start.steps, start.round_steps)})
-    rounds, state = Rounds(rank, size, rules), State()
+    rounds, state = Rounds(rank, size, rules), State(rules.quorum)
     rounds.start(start, max_steps)
     peer = Peer(
         rank, rounds, Machine(rounds, rules.overlap), Ledger(state, rules, budget, start), state, start, speeds[rank]

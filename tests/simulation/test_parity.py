@@ -20,8 +20,9 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_async_localsgd import AsyncLocalSGDStrategy, Settings, Worker, make_method
 from lightning_async_localsgd.data.division import Shards
 from lightning_async_localsgd.data.loader import WorkerLoader
-from lightning_async_localsgd.outer import Arrival
+from lightning_async_localsgd.outer import Arrival, DelayCompensation, Poly
 from lightning_async_localsgd.protocol.header import Flag, Header
+from lightning_async_localsgd.protocol.ledger import DueDelta
 from lightning_async_localsgd.protocol.progress import Progress
 from lightning_async_localsgd.simulation import Simulation, simulate
 from tests.modules import FEATURES, make_trainer, regression_data
@@ -154,14 +155,12 @@ class Replay:
             updates = list(turn)
             for update in updates:
                 self._advance(update.worker, scripts[update.worker], until=("push", update.round))
-            headers = [Header(u.worker, 0, flags=Flag.DELTA) for u in updates]
-            groups = [headers] if self._settings.quorum > 1 else [[header] for header in headers]
-            for group in self._replicas.trade(groups):
-                self._state.apply(
-                    [Arrival(h.worker, u.staleness) for h in group for u in updates if u.worker == h.worker]
-                )
+            arrivals = [Arrival(u.worker, u.staleness) for u in updates]
+            deltas = [DueDelta(Header(a.worker, 0, flags=Flag.DELTA), a, self._state.accepts(a)) for a in arrivals]
+            for group in self._replicas.trade([deltas] if self._settings.quorum > 1 else [[d] for d in deltas]):
+                accepted = [delta.arrival for delta in group if delta.accepted]
+                self._state.apply(accepted, refused=len(group) - len(accepted))
             self._replicas.publish([u.worker for u in updates])
-            self._state.begin_rounds([u.worker for u in updates])
         self.over = True
 
     def _adopted_versions(self) -> dict[tuple[int, int], int]:
@@ -194,9 +193,20 @@ class Replay:
         {"overlap": True, "codec": "bf16"},
         {"overlap": True, "quorum": 2},
         {"overlap": True} | make_method("delay-compensation", SIZE, strength=10.0),
+        {"overlap": True, "quorum": 2, "transforms": (DelayCompensation(10.0), Poly())},
+        {"overlap": True} | make_method("polythres", SIZE, threshold=1),
         {"overlap": False} | make_method("async-buffer", SIZE),
     ],
-    ids=["overlap", "no overlap", "bf16", "quorum", "delay compensation", "async buffer"],
+    ids=[
+        "overlap",
+        "no overlap",
+        "bf16",
+        "quorum",
+        "delay compensation",
+        "senders and quorum",
+        "refused",
+        "async buffer",
+    ],
 )
 def test_a_schedule_of_real_workers_gives_the_same_bits(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
