@@ -193,6 +193,8 @@ def _describe_object(value: Any) -> str:
         return repr(value)
     attributes = sorted(getattr(value, "__dict__", {}).items())
     known = [
-        f"{k}={_describe_object(v)}" for k, v in attributes if v is None or isinstance(v, _PLAIN) or is_dataclass(v)
+        f"{k}={_describe_object(v)}"
+        for k, v in attributes
+        if not k.startswith("_") and (v is None or isinstance(v, _PLAIN) or is_dataclass(v))
     ]
     return f"{_describe(value)}({', '.join(known)})"

@@ -20,7 +20,7 @@ from torch import nn
 
 from lightning_async_localsgd import RunSummary, Settings, Worker
 from lightning_async_localsgd.exchange.transport import GlooTransport
-from lightning_async_localsgd.protocol.header import Header
+from lightning_async_localsgd.protocol.header import HEADER_BYTES, Header
 from lightning_async_localsgd.protocol.pace import DynamicLocalUpdates
 from lightning_async_localsgd.protocol.speed_meter import Stopwatch
 from lightning_async_localsgd.worker.round_trip import RoundTrip
@@ -492,7 +492,11 @@ def test_a_flipped_bit_in_a_replica_is_noticed() -> None:
 def talking_nonsense(rank: int, size: int) -> Any:
     if rank == 1:
         gather = GlooTransport.gather
-        GlooTransport.gather = lambda self, header: gather(self, b"GET / HTTP/1.1\r\n".ljust(len(header)))  # type: ignore[method-assign]
+
+        def talk(self: GlooTransport, data: bytes) -> list[bytes]:
+            return gather(self, b"GET / HTTP/1.1\r\n".ljust(len(data)) if len(data) == HEADER_BYTES else data)
+
+        GlooTransport.gather = talk  # type: ignore[method-assign]
     return Loop(rank, size).run(100)
 
 
