@@ -125,9 +125,9 @@ class Codec(FP32):
         self._fault = fault
         self._rank = rank
 
-    def encode(self, chunk: Tensor) -> Tensor:
+    def encode(self, chunk: Tensor, out: Tensor | None = None) -> Tensor:
         self._fault.strike(self._rank, "turn")
-        return super().encode(chunk)
+        return super().encode(chunk, out)
 
 
 class Module(Regression):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 __all__ = ["Codec", "codecs_by_name", "make_codec", "typed"]
@@ -88,9 +87,3 @@ def make_codec(codec: str | Codec) -> Codec:
         f"`codec` must be one of {sorted(known)} or an object with the members of "
         f"`lightning_async_localsgd.codecs.Codec`, got {codec!r}."
     )
-
-
-def typed(wire: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bytes of ``wire`` (uint8, contiguous) as numbers of ``dtype``; a copy if they are not aligned."""
-    aligned = wire.storage_offset() % dtype.itemsize == 0
-    return (wire if aligned else wire.clone()).view(dtype)

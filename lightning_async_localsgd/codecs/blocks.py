@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_async_localsgd.codecs.base import typed
+from lightning_async_localsgd.codecs.floats import typed
 
 __all__ = ["INT4", "INT8"]
 

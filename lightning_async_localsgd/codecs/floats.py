@@ -8,9 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_async_localsgd.codecs.base import typed
-
-__all__ = ["BF16", "FP32"]
+__all__ = ["BF16", "FP32", "typed"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,12 @@ class BF16:
     def decode(self, wire: Tensor, out: Tensor, add: bool = False) -> None:
         """Copy or add the elements, widened exactly."""
         _write(typed(wire, torch.bfloat16), out, add)
+
+
+def typed(wire: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bytes of ``wire`` (uint8, contiguous) as numbers of ``dtype``; a copy if they are not aligned."""
+    aligned = wire.storage_offset() % dtype.itemsize == 0
+    return (wire if aligned else wire.clone()).view(dtype)
 
 
 def _write(values: Tensor, out: Tensor, add: bool) -> None:
