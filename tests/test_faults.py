@@ -122,8 +122,7 @@ class Codec(FP32):
     """Strikes when a delta is about to be sent."""
 
     def __init__(self, fault: Fault, rank: int) -> None:
-        self._fault = fault
-        self._rank = rank
+        vars(self).update(_fault=fault, _rank=rank)  # it is frozen
 
     def encode(self, chunk: Tensor, out: Tensor | None = None) -> Tensor:
         self._fault.strike(self._rank, "turn")

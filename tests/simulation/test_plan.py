@@ -23,7 +23,7 @@ from lightning_async_localsgd.outer import AsyncBuffer, DelayCompensation, Delay
 from lightning_async_localsgd.simulation import Network, Plan, plan, recommend, simulate
 from lightning_async_localsgd.simulation.costs import memory_bytes
 from lightning_async_localsgd.simulation.plan import TARGET
-from lightning_async_localsgd.simulation.recommendation import LOCAL_STEPS
+from lightning_async_localsgd.simulation.recommendation import CODECS, LOCAL_STEPS
 
 SPEEDS = [1 / seconds for seconds in (0.58, 0.75, 1.51, 3.33)]
 PARAMETERS = 10_000_000
