@@ -369,6 +369,21 @@ def test_synchronous_workers_go_on_without_one_that_leaves() -> None:
     assert result.local_steps == (40, 40, 12)
 
 
+HELD: dict[str, Any] = {"local_steps": 10, "pace": "fixed", "overlap": False, "grace_period": 2.0}
+
+
+def test_a_turn_is_held_open_for_a_worker_that_is_about_to_push() -> None:
+    result = simulate(Counter(), loader(), [1.0, 1 / 1.04], 100, **HELD)
+    first = [update for update in result.updates if update.round == 0]
+    assert [update.time for update in first] == pytest.approx([10.4, 10.4])  # worker 0 has pushed at 10
+    assert [update.worker for update in first] == [0, 1]
+
+
+def test_a_turn_is_not_held_open_for_a_worker_that_has_left_before_its_push() -> None:
+    result = simulate(Counter(), loader(), [1.0, VirtualWorker(1 / 1.04, leaves=9.8)], 100, **HELD)
+    assert [update.time for update in result.updates[:2]] == pytest.approx([10.0, 20.0])
+
+
 def test_a_device_that_becomes_slower_makes_shorter_rounds() -> None:
     workers = [1.0, ChangingDevice(((0.0, 1.0), (100.0, 0.25)))]
     result = simulate(Counter(), loader(), workers, 200, local_steps=20, overlap=False)
