@@ -199,8 +199,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         for axes, name in ((left, "throughput"), (right, "stretch")):
             points = [(rates.index(row["mbit"]), row[name]) for row in rows if row["mode"] == mode and name in row]
             if points:
-                axes.bar([x + (i - len(modes) / 2) * width for x, _ in points], [y for _, y in points], width, label=mode)
-    for axes, title in ((left, "local steps per second over those of the workers alone"), (right, "steps per round over H")):
+                axes.bar(
+                    [x + (i - len(modes) / 2) * width for x, _ in points], [y for _, y in points], width, label=mode
+                )
+    for axes, title in (
+        (left, "local steps per second over those of the workers alone"),
+        (right, "steps per round over H"),
+    ):
         axes.set_xticks(range(len(rates)), [f"{rate:g} Mbit/s" for rate in rates])
         axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":", zorder=0)
         axes.set_title(title, loc="left", fontsize=10)

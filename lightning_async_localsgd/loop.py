@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -100,9 +100,7 @@ class AsyncLocalSGD:
         self._job: StaticJob | None = None
         self._worker: Worker | None = None
         self._running = False
-        self._listeners: list[StepListener] = []
-        self._changes: ParameterChanges | None = None
-        self._heard = self._seen = False  # a step of an optimizer: in this run; since the parameters were settled
+        self._steps: _Steps | None = None
         self._stop = False
         self._resumed: Mapping[str, Any] | None = None
         self._steps_before = 0  # steps of the job with an earlier number of workers
@@ -147,9 +145,7 @@ class AsyncLocalSGD:
             self._resume(self._worker, resumed)
         self._worker.start(None if self.max_steps is None else max(0, self.max_steps - self._steps_before))
         self._running = not self._worker.budget_spent
-        *others, last = self._optimizers
-        self._listeners = [*(StepListener(o, self._hear) for o in others), StepListener(last, self._after_step)]
-        self._changes, self._heard, self._seen = ParameterChanges(self._module), False, False
+        self._steps = _Steps(self._module, self._optimizers, self._count)
 
     def __exit__(
         self,
@@ -158,8 +154,8 @@ class AsyncLocalSGD:
         traceback: TracebackType | None,
     ) -> None:
         assert self._job is not None
-        for listener in reversed(self._listeners):
-            listener.close()
+        if self._steps is not None:
+            self._steps.close()
         worker = self.worker
         try:
             if error is not None:
@@ -169,7 +165,7 @@ class AsyncLocalSGD:
                 self._finish(worker, self._job)
         finally:
             self._running = False
-            self._worker = self._changes = None
+            self._worker = self._steps = None
 
     def _finish(self, worker: Worker, job: StaticJob) -> None:
         try:
@@ -196,16 +192,9 @@ class AsyncLocalSGD:
             RuntimeError: if the run is over.
             AsyncLocalSGDError: if the exchange has failed, on this worker or another.
         """
-        self._heard = self._seen = True
+        if self._steps is not None:
+            self._steps.hear()
         self._count()
-
-    def _hear(self, made: bool) -> None:
-        self._heard = self._seen = True
-
-    def _after_step(self, made: bool) -> None:
-        self._hear(made)
-        if made:  # otherwise a gradient scaler has skipped it
-            self._count()
 
     def _count(self) -> None:
         if not self._running:
@@ -216,17 +205,9 @@ class AsyncLocalSGD:
         self._running = self.worker.step(self.samples)
 
     def _count_change(self) -> None:
-        """Count a change of the parameters without an optimizer's ``step``, so that no progress is lost."""
-        if self._changes is None or not self._running:
-            return
-        if not self._seen and self._changes.found(bits=not self._heard):
-            self._count()
-        self._settle()
-
-    def _settle(self) -> None:
-        assert self._changes is not None
-        self._seen = False
-        self._changes.settle(bits=not self._heard)
+        """Count what has changed the parameters past the optimizer's ``step``: nothing learned may get lost."""
+        if self._steps is not None and self._running:
+            self._steps.look_for_change()
 
     def stop(self) -> None:
         """End the training of all workers: of the others after their current step, of this one now.
@@ -279,7 +260,8 @@ class AsyncLocalSGD:
                 yield
             finally:
                 worker.take_back_own()
-                self._settle()
+                if self._steps is not None:
+                    self._steps.settle()
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -338,6 +320,49 @@ class AsyncLocalSGD:
             if "random" in state:
                 set_random_state(state["random"], self._device)
         self._steps_before = state["steps_before"] if same_workers else state["job_steps"]
+
+
+class _Steps:
+    """Tells the local steps of a loop: those of the last optimizer, and changes of the parameters past all of them.
+
+    Args:
+        module: the module that is trained.
+        optimizers: its optimizers, until :meth:`close`.
+        on_step: called after each local step.
+    """
+
+    def __init__(self, module: nn.Module, optimizers: Sequence[Optimizer], on_step: Callable[[], None]) -> None:
+        self._on_step = on_step
+        *others, last = optimizers
+        self._listeners = [*(StepListener(o, self.hear) for o in others), StepListener(last, self._after_step)]
+        self._changes = ParameterChanges(module)
+        self._heard = False  # a step of an optimizer, in this run
+        self._seen = False  # a step of an optimizer, since the parameters were settled
+
+    def hear(self, made: bool = True) -> None:
+        """An optimizer has stepped."""
+        self._heard = self._seen = True
+
+    def _after_step(self, made: bool) -> None:
+        self.hear()
+        if made:  # else a gradient scaler has had it skipped
+            self._on_step()
+
+    def look_for_change(self) -> None:
+        """Take a change of the parameters in which no optimizer has stepped for a local step."""
+        if not self._seen and self._changes.found(bits=not self._heard):
+            self._on_step()
+        self.settle()
+
+    def settle(self) -> None:
+        """What has changed the parameters until now was no training, or is counted."""
+        self._seen = False
+        self._changes.settle(bits=not self._heard)
+
+    def close(self) -> None:
+        """Leave the optimizers as they were."""
+        for listener in reversed(self._listeners):
+            listener.close()
 
 
 def _environment(name: str) -> str:

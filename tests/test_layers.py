@@ -1,4 +1,4 @@
-"""The house: which room may import which, no circle anywhere, type-checking imports counted. Lightning's own names."""
+"""The house: imports between rooms, no circle (type-checking imports counted), the size of rooms, and private names."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ LAYERS = (
     ("__main__", "__init__"),
 )
 """Rooms, from the lowest to the highest: each imports lower ones alone."""
+FILE_LINES = 450
+CLASS_LINES = 300
+LARGER = {"exchange.mailbox.Mailbox", "exchange.thread.ExchangeThread"}
+"""Classes that have yet to be cut."""
 
 
 def imports(file: Path) -> set[str]:
@@ -118,3 +122,18 @@ def test_private_names_of_lightning_are_in_one_file() -> None:
     ]
     assert found == []
     assert list(private_names_of_others(ROOT / "internals.py"))
+
+
+def test_no_file_is_too_long() -> None:
+    lines = {name: len(file.read_text().splitlines()) for name, file in modules().items()}
+    assert {name: n for name, n in lines.items() if n > FILE_LINES} == {}
+
+
+def test_no_class_is_too_long() -> None:
+    lines = {
+        f"{name}.{node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for name, file in modules().items()
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ClassDef)
+    }
+    assert {name: n for name, n in lines.items() if n > CLASS_LINES and name not in LARGER} == {}

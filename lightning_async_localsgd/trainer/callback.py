@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_async_localsgd.internals import (
-    LAST_SAVED,
     can_stop_early,
     logged_metrics,
     set_logged_metrics,
     should_accumulate,
 )
-from lightning_async_localsgd.membership import StaticJob, as_json
 from lightning_async_localsgd.protocol.messages import (
     CheckpointReplaced,
     Metrics,
@@ -29,11 +28,12 @@ from lightning_async_localsgd.protocol.messages import (
 from lightning_async_localsgd.protocol.progress import OuterUpdate
 from lightning_async_localsgd.settings.advice import SettingsWarning
 from lightning_async_localsgd.trainer.checkpoints.saving import JobCheckpoints
+from lightning_async_localsgd.trainer.decisions import Decisions
 from lightning_async_localsgd.trainer.epochs import JobEpochs
 from lightning_async_localsgd.trainer.fetches import Fetches, samples_in_training
 from lightning_async_localsgd.trainer.fit import Fit, Phase
 from lightning_async_localsgd.trainer.fit_loops import LoopControl, release_loops, take_over_loops
-from lightning_async_localsgd.trainer.followers import FollowedMetrics, Inactive, metric_messages
+from lightning_async_localsgd.trainer.followers import FollowedMetrics, metric_messages
 from lightning_async_localsgd.trainer.guard import Guard, MeanLoss
 from lightning_async_localsgd.trainer.meetings import check_pass, learn_decisions
 from lightning_async_localsgd.trainer.mixing import mix_in, mix_out
@@ -43,11 +43,6 @@ from lightning_async_localsgd.trainer.schedulers import JobSchedulers
 from lightning_async_localsgd.worker.rank import WorkerRank
 
 __all__ = ["WorkerCallback"]
-
-_DECIDING = (Checkpoint, EarlyStopping)
-"""Callbacks that run on worker 0 alone: they decide for all workers, by its validation metrics."""
-
-_BESIDE_STATE = "async_localsgd"
 
 
 class WorkerCallback(pl.Callback):
@@ -83,6 +78,7 @@ class WorkerCallback(pl.Callback):
         self._control = LoopControl(trainer, self)
         self._epochs = JobEpochs(fit, trainer, self._control)
         self._mixed = list(self._callbacks)
+        self._decisions = Decisions(fit, self._mixed)
         self._mix_in()
         self._callbacks.insert(0, self)
         fit.position = self
@@ -107,7 +103,7 @@ class WorkerCallback(pl.Callback):
     def detach(self) -> None:
         """Restore the trainer."""
         if self.attached:
-            self._give_decisions_back()
+            self._decisions.take_back()
             self._callbacks.remove(self)
         for callback in self._mixed:
             mix_out(callback)
@@ -133,22 +129,6 @@ class WorkerCallback(pl.Callback):
         """The position of this process in its data; see :meth:`Fetches.state_dict`."""
         return {} if self._fetches is None else self._fetches.state_dict()
 
-    def share_decisions(self, job: StaticJob) -> None:
-        """Send worker 0's metrics, and the states of its deciding callbacks, to all workers. All processes call this.
-
-        All workers then know the metrics and, for instance, the best checkpoint.
-        """
-        deciding = self._deciding
-        states = [_sendable_state(c) for c in deciding] if self._trainer.is_global_zero else None
-        metrics, states = job.broadcast([self._validated, states])
-        if self._fit.leads:
-            return
-        self._trainer.callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})
-        for callback, state in zip(deciding, states, strict=False):
-            if state is not None:
-                vars(callback).update(state.pop(_BESIDE_STATE))
-                callback.load_state_dict(state)
-
     @property
     def _callbacks(self) -> list[pl.Callback]:
         return self._trainer.callbacks  # type: ignore[attr-defined, no-any-return]  # set by a connector, where mypy does not look
@@ -167,8 +147,7 @@ class WorkerCallback(pl.Callback):
     def begin_training(self) -> None:
         """Start the worker. From now on worker 0 decides for all."""
         trainer = self._trainer
-        for callback in self._deciding if self._fit.follows else []:
-            mix_in(callback, Inactive)
+        self._decisions.leave_to_leader()
         self._fetches = Fetches(trainer, self._fit.device, self._fit.saved_fetches)
         self._fetches.load_places()
         self._epochs.prepare(self._fetches)
@@ -257,19 +236,10 @@ class WorkerCallback(pl.Callback):
         """Share worker 0's decisions: all processes are in step again, for the other hooks of this name."""
         if self._fit.summary is None:
             self._finish(trainer, pl_module)
-        self._give_decisions_back()
+        self._decisions.take_back()
         if self._fit.validate_global:
-            learn_decisions(self._fit.job, self.share_decisions)
+            learn_decisions(self._fit.job, partial(self._decisions.share, metrics=self._validated))
         self._fit.together.meet_again(run_complete=True)
-
-    def _give_decisions_back(self) -> None:
-        """Let all callbacks run on this worker again."""
-        for callback in self._deciding if self._fit.follows else []:
-            mix_out(callback)
-
-    @property
-    def _deciding(self) -> list[pl.Callback]:
-        return [callback for callback in self._mixed if isinstance(callback, _DECIDING)]
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -372,18 +342,3 @@ class WorkerCallback(pl.Callback):
             length = self._worker.summary().round_length
             for sentence in guard.see_round(self._loss.take(), self._worker.alignment, length):
                 rank_zero_warn(sentence, category=SettingsWarning)
-
-
-def _sendable_state(callback: pl.Callback) -> dict[str, Any] | None:
-    """What all processes are told of a callback; None, with a warning, if they cannot be."""
-    beside = {name: value for name, value in vars(callback).items() if name in LAST_SAVED}
-    state = callback.state_dict() | {_BESIDE_STATE: beside}
-    try:
-        as_json(state)
-    except TypeError as error:
-        rank_zero_warn(
-            f"What `{type(callback).__name__}` has decided on worker 0 stays there: its `state_dict` cannot be sent "
-            f"to the other workers: {error}"
-        )
-        return None
-    return state
