@@ -294,7 +294,7 @@ class AsyncLocalSGD:
             "global": self.worker.saved_state.global_state_dict(),
             "worker": self.worker.saved_state.local_state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
-            "settings": self.settings.credentials(),
+            "settings": self.settings.fingerprint(),
             "random": RandomState(self._device).state_dict(),
         }
         self.on_checkpoint(what.name, state)

@@ -38,7 +38,7 @@ def random_delta(layout: Layout, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", METHODS)
 def test_replicas_of_every_method_agree(name: str, pace: str | None) -> None:
     settings = AsyncLocalSGDStrategy(local_steps=20, **make_method(name, WORKERS, pace=pace)).settings
-    assert settings.credentials() == Settings(local_steps=20, **make_method(name, WORKERS, pace=pace)).credentials()
+    assert settings.fingerprint() == Settings(local_steps=20, **make_method(name, WORKERS, pace=pace)).fingerprint()
     assert settings.pace == (pace or METHODS[name].pace)
     replicas = [state_of(settings) for _ in range(WORKERS)]
     before = replicas[0].flat.clone()
@@ -56,7 +56,7 @@ def test_replicas_of_every_method_agree(name: str, pace: str | None) -> None:
 
 
 def test_every_method_is_one_of_its_own() -> None:
-    described = {str(Settings(**make_method(name, WORKERS, outer_lr=0.1)).credentials()) for name in METHODS}
+    described = {str(Settings(**make_method(name, WORKERS, outer_lr=0.1)).fingerprint()) for name in METHODS}
     assert len(described) == len(METHODS)
 
 

@@ -79,18 +79,18 @@ def test_quorum_is_checked_against_the_number_of_workers() -> None:
         Settings(quorum=4).check_workers(3)
 
 
-def test_credentials_are_the_same_text_in_every_process_and_tell_settings_apart() -> None:
-    one = Settings(outer_optimizer=partial(torch.optim.SGD, lr=0.7)).credentials()
-    assert one == Settings(outer_optimizer=partial(torch.optim.SGD, lr=0.7)).credentials()
+def test_fingerprints_are_the_same_text_in_every_process_and_tell_settings_apart() -> None:
+    one = Settings(outer_optimizer=partial(torch.optim.SGD, lr=0.7)).fingerprint()
+    assert one == Settings(outer_optimizer=partial(torch.optim.SGD, lr=0.7)).fingerprint()
     assert one["outer_optimizer"] == "torch.optim.sgd.SGD(lr=0.7)"
-    assert one != Settings(outer_optimizer=partial(torch.optim.SGD, lr=0.6)).credentials()
-    assert Settings().credentials() == Settings(exchange_frozen=False).credentials()
-    assert Settings().credentials() != Settings(exchange_frozen=True).credentials()
-    assert Settings().credentials() != Settings(local_buffers=["queue"]).credentials()
-    assert " at 0x" not in str(Settings(pace=DelayedPace()).credentials())
+    assert one != Settings(outer_optimizer=partial(torch.optim.SGD, lr=0.6)).fingerprint()
+    assert Settings().fingerprint() == Settings(exchange_frozen=False).fingerprint()
+    assert Settings().fingerprint() != Settings(exchange_frozen=True).fingerprint()
+    assert Settings().fingerprint() != Settings(local_buffers=["queue"]).fingerprint()
+    assert " at 0x" not in str(Settings(pace=DelayedPace()).fingerprint())
 
 
-def test_credentials_tell_transformations_apart_by_all_their_parameters() -> None:
+def test_fingerprints_tell_transformations_apart_by_all_their_parameters() -> None:
     chains: list[list[Transform]] = [
         [],
         [Poly(0.5)],
@@ -104,9 +104,9 @@ def test_credentials_tell_transformations_apart_by_all_their_parameters() -> Non
         [Poly(0.5), AsyncBuffer()],
         [AsyncBuffer(), Poly(0.5)],
     ]
-    described = [json.dumps(Settings(transforms=chain).credentials()) for chain in chains]
+    described = [json.dumps(Settings(transforms=chain).fingerprint()) for chain in chains]
     assert len(set(described)) == len(chains)
-    assert described[1] == json.dumps(Settings(transforms=(Poly(),)).credentials())
+    assert described[1] == json.dumps(Settings(transforms=(Poly(),)).fingerprint())
     assert not any(" at 0x" in text for text in described)
 
 

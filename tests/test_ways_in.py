@@ -292,7 +292,7 @@ def settings(path):
     optimizer = strategy.settings.outer_optimizer(cli.model.parameters())
     group = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
     return (
-        strategy.settings.credentials() | {"timeout": strategy.settings.timeout.total_seconds()},
+        strategy.settings.fingerprint() | {"timeout": strategy.settings.timeout.total_seconds()},
         (strategy.validate_global, strategy.process_group_backend, type(optimizer).__name__, group),
     )
 

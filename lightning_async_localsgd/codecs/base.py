@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["Codec", "codecs_by_name", "make_codec", "typed"]
+__all__ = ["Codec", "codecs_by_name", "make_codec"]
 
 
 @runtime_checkable

@@ -119,15 +119,15 @@ class Mailbox:
         """Whether the exchange has ended by an error."""
         return self._failure is not None
 
-    def report(self, steps: int, speed: float, patience: float) -> None:
+    def report(self, steps: int, speed: float, hold_open_seconds: float) -> None:
         """Tell how far the worker is, which rides on the next header.
 
         Args:
             steps: local steps so far.
             speed: local steps per second.
-            patience: seconds for which a turn that opens now is worth holding open for this worker's next push.
+            hold_open_seconds: time for which a turn that opens now is worth holding open for this worker's next push.
         """
-        self._counts = (steps, speed, patience, False)
+        self._counts = (steps, speed, hold_open_seconds, False)
 
     def begin_step(self) -> None:
         """Tell that another step will be made for certain, whatever the next turn says."""

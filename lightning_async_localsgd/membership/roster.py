@@ -66,24 +66,24 @@ class Roster:
 
     @classmethod
     def introduce(
-        cls, store: Store, rank: int, size: int, credentials: Mapping[str, Any], timeout: timedelta
+        cls, store: Store, rank: int, size: int, fingerprint: Mapping[str, Any], timeout: timedelta
     ) -> Roster:
-        """Exchange and compare the workers' hosts and credentials.
+        """Exchange and compare the workers' hosts and fingerprint.
 
         Args:
             store: the run's part of the job's store.
             rank: rank of this worker.
             size: number of workers.
-            credentials: values that must be equal on all workers: name to JSON value.
+            fingerprint: values that must be equal on all workers: name to JSON value.
             timeout: maximum time to wait for the others.
 
         Raises:
             PeerLostError: if some workers do not come within ``timeout``.
-            WorkerMismatchError: on every worker, if the credentials of two differ; names the difference.
+            WorkerMismatchError: on every worker, if the fingerprint of two differ; names the difference.
         """
-        text = json.dumps(dict(credentials), sort_keys=True)
+        text = json.dumps(dict(fingerprint), sort_keys=True)
         digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-        greeting = {"host": socket.gethostname(), "route": route_to(store), "credentials": digest}
+        greeting = {"host": socket.gethostname(), "route": route_to(store), "fingerprint": digest}
         calls = JobStore(store, timeout)
         calls.set(f"hello/{rank}", json.dumps(greeting))
         keys = [f"hello/{r}" for r in range(size)]
@@ -91,7 +91,7 @@ class Roster:
         greetings = [json.loads(calls.get(key)) for key in keys]
         addresses = choose_addresses([Route(*g["route"]) for g in greetings])
         roster = cls(rank, [g["host"] for g in greetings], addresses)
-        digests = [g["credentials"] for g in greetings]
+        digests = [g["fingerprint"] for g in greetings]
         odd = next((worker for worker in range(size) if digests[worker] != digests[0]), None)
         if odd is not None:
             raise WorkerMismatchError(
@@ -103,8 +103,8 @@ class Roster:
 
 
 def _find_difference(calls: JobStore, rank: int, text: str, odd: int, timeout: timedelta) -> str:
-    """The difference between the credentials of worker 0 and of ``odd``: both publish theirs, and all compare them."""
-    keys = {worker: f"credentials/{worker}" for worker in (0, odd)}
+    """The difference between the fingerprint of worker 0 and of ``odd``: both publish theirs, and all compare them."""
+    keys = {worker: f"fingerprint/{worker}" for worker in (0, odd)}
     if rank in keys:
         calls.set(keys[rank], text)
     _wait_for(calls, keys, timeout)

@@ -87,7 +87,7 @@ class StaticJob:
         self._messages = 0
         self.store = PrefixStore(f"stage{self._stage}", self._everything.native)
         self.calls = JobStore(self.store, self.timeout)
-        self._pulse.say(self._stage, Phase.HERE)
+        self._pulse.publish(self._stage, Phase.HERE)
         return self.store
 
     # ---- meetings ---------------------------------------------------------------------------------------------------
@@ -164,12 +164,12 @@ class StaticJob:
             raise TypeError(word["error"])
         return from_json(word["value"])
 
-    def wait_for_living(self, keys: Mapping[int, str], patience: timedelta = timedelta.max) -> dict[int, Exception]:
+    def wait_for_living(self, keys: Mapping[int, str], timeout: timedelta = timedelta.max) -> dict[int, Exception]:
         """Wait until each process has set its key, except for processes that will not.
 
         Args:
             keys: the key of each process, in this stage's part of the store.
-            patience: maximum time to wait.
+            timeout: maximum time to wait.
 
         Returns:
             The error of each process that will not set its key, by process.
@@ -178,7 +178,7 @@ class StaticJob:
             PeerLostError: if the store does not answer.
         """
         waiting, lost = dict(keys), dict[int, Exception]()
-        watch, end = self._watch(), time.monotonic() + patience.total_seconds()
+        watch, end = self._watch(), time.monotonic() + timeout.total_seconds()
         while waiting and not self._come(waiting) and time.monotonic() < end:
             waiting = {rank: key for rank, key in waiting.items() if not self.calls.check([key])}
             lost |= {rank: error for rank in waiting if (error := watch.find(rank)) is not None}
@@ -210,7 +210,7 @@ class StaticJob:
                 self.wait_for_living(self._gone, _LAST_WORDS)
 
     def _go(self, phase: Phase, error: BaseException | None = None) -> None:
-        self._pulse.say(self._stage, phase, error)
+        self._pulse.publish(self._stage, phase, error)
         self.calls.set(f"gone/{self.rank}", "1")
 
     @property

@@ -248,8 +248,9 @@ class GlobalState:
     def measure(self, deltas: int = 1, every: int = 1) -> tuple[float, float]:
         """L2 norm of what :attr:`pseudo_gradient` is the sum of, and its cosine with the outer momentum.
 
-        Of parameters alone, after transformations of the single delta and before the others. The cosine is NaN while there is no momentum. Between momentum
-        updates that of delayed Nesterov holds the pseudo-gradients gathered since the last one as well.
+        Of parameters alone, after transformations of the single delta and before the others. The cosine is NaN while
+        there is no momentum. Between momentum updates that of delayed Nesterov holds the pseudo-gradients gathered
+        since the last one as well.
 
         Args:
             deltas: how many workers' deltas ``pseudo_gradient`` is the sum of; the norm is that of their mean.

@@ -11,7 +11,7 @@ from lightning_async_localsgd.protocol.budget import Budget
 from lightning_async_localsgd.protocol.codec_choice import CodecChoice
 from lightning_async_localsgd.protocol.header import Flag, Header
 from lightning_async_localsgd.protocol.pace import make_pace
-from lightning_async_localsgd.protocol.progress import Beat, OuterUpdate, Progress
+from lightning_async_localsgd.protocol.progress import OuterUpdate, Progress, ReferenceTurn
 from lightning_async_localsgd.protocol.rules import Rules
 
 __all__ = ["Arrival", "DueDelta", "Ledger", "LedgerState"]
@@ -55,8 +55,8 @@ class LedgerState(Protocol):
 class Ledger:
     """Tracks the progress of a run, identically on every worker, because all read the same headers.
 
-    In each turn, :meth:`due` returns the deltas to apply, in groups. The accepted deltas of each group are summed as the
-    state's pseudo-gradient, and :meth:`apply` makes an outer update of it. :meth:`close_turn` returns the shared
+    In each turn, :meth:`due` returns the deltas to apply, in groups. The accepted deltas of each group are summed as
+    the state's pseudo-gradient, and :meth:`apply` makes an outer update of it. :meth:`close_turn` returns the shared
     progress. The real exchange and the simulated one share this class.
 
     Args:
@@ -86,7 +86,7 @@ class Ledger:
         self._max_staleness = progress.max_staleness
         self._dropped = list(progress.dropped)
         self._shard_samples = list(progress.shard_samples)
-        self._beat = progress.beat
+        self._reference_turn = progress.reference_turn
         self._round_length = rules.round_length(budget.max_steps)
         self._local_steps = progress.local_steps
         self._codec_choice = codec_choice
@@ -178,7 +178,7 @@ class Ledger:
             self._dropped[worker] += 1
         for header in applied:
             if header.worker == 0:
-                self._beat = Beat(header.round, tuple(h.worker for h in applied))
+                self._reference_turn = ReferenceTurn(header.round, tuple(h.worker for h in applied))
         self.steps = tuple(h.steps for h in headers)
         speeds = tuple(h.speed for h in headers)
         self._local_steps = self._round_length.next(
@@ -203,7 +203,7 @@ class Ledger:
             stop=any(Flag.STOP in h.flags for h in headers),
             over=all(final),
             shard_samples=tuple(self._shard_samples),
-            beat=self._beat,
+            reference_turn=self._reference_turn,
             local_steps=self._local_steps,
             codec=self.codec,
             updates=self._updates,

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 __all__ = [
-    "NO_BEAT",
-    "Beat",
+    "NO_REFERENCE_TURN",
     "OuterUpdate",
     "Progress",
+    "ReferenceTurn",
 ]
 
 
@@ -32,7 +32,7 @@ class OuterUpdate(NamedTuple):
     """Cosine between that delta and the outer momentum; NaN without momentum, None if not measured."""
 
 
-class Beat(NamedTuple):
+class ReferenceTurn(NamedTuple):
     """The latest turn that applied a delta of worker 0. The other workers time their rounds by it."""
 
     round: int
@@ -41,7 +41,7 @@ class Beat(NamedTuple):
     """Ranks of the workers with a delta in that turn."""
 
 
-NO_BEAT = Beat(0, ())
+NO_REFERENCE_TURN = ReferenceTurn(0, ())
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Progress:
     over: bool
     """Whether every worker has pushed all of its steps and every delta is applied."""
     shard_samples: tuple[int, ...]
-    beat: Beat
+    reference_turn: ReferenceTurn
     local_steps: int
     """H, local steps per round of the fastest worker."""
     codec: str = ""
@@ -90,7 +90,7 @@ class Progress:
             stop=False,
             over=False,
             shard_samples=nothing,
-            beat=NO_BEAT,
+            reference_turn=NO_REFERENCE_TURN,
             local_steps=local_steps,
             dropped=nothing,
         )

@@ -9,7 +9,7 @@ import torch
 
 from lightning_async_localsgd.protocol.budget import estimate_steps, estimate_total
 from lightning_async_localsgd.protocol.pace import make_pace
-from lightning_async_localsgd.protocol.progress import NO_BEAT, Progress
+from lightning_async_localsgd.protocol.progress import NO_REFERENCE_TURN, Progress
 from lightning_async_localsgd.protocol.rules import Rules
 from lightning_async_localsgd.protocol.sampling import draw_shard
 from lightning_async_localsgd.protocol.turn import PushedRound
@@ -41,8 +41,8 @@ class Rounds:
         self.round_steps = 0
         """Local steps of the current round."""
         self.round_samples = 0
-        self.beat = NO_BEAT
-        """The latest beat that this worker has compared its rounds with."""
+        self.reference_turn = NO_REFERENCE_TURN
+        """The latest reference turn that this worker has compared its rounds with."""
         self.shard_generator = torch.Generator().manual_seed(rank)
         self._size = size
         self._rules = rules
@@ -71,7 +71,7 @@ class Rounds:
 
     def join(self, progress: Progress) -> None:
         """Join a run in progress."""
-        self.beat = progress.beat
+        self.reference_turn = progress.reference_turn
         self._ahead = -max(progress.steps)
 
     # ---- the round --------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ class Rounds:
             return 0  # the last round would have less than half of a round's steps
         return math.floor((1 + self._pace.tolerance) * self._planned(progress)) - self.round_steps
 
-    def patience(self, progress: Progress, speed: float) -> float:
+    def hold_open_seconds(self, progress: Progress, speed: float) -> float:
         """Seconds for which a turn that opens now should be held open for this worker's next push.
 
         Args:
@@ -181,10 +181,10 @@ class Rounds:
         All adjust to worker 0, which does not adjust: if each adjusted to the others, two workers in opposite phase
         would stay in opposite phase.
         """
-        if progress.beat == self.beat:
+        if progress.reference_turn == self.reference_turn:
             return
-        self.beat = progress.beat
-        if self.rank in self.beat.workers:
+        self.reference_turn = progress.reference_turn
+        if self.rank in self.reference_turn.workers:
             return
         most = planned - self._enough(planned)
         early, late = self.round_steps, max(0, planned - self.round_steps)

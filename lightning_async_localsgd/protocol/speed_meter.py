@@ -6,12 +6,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-__all__ = ["Stopwatch"]
+__all__ = ["SpeedMeter"]
 
 _MIN_WINDOW = 8  # local steps
 
 
-class Stopwatch:
+class SpeedMeter:
     """Measures the speed of training alone: time spent on the exchange or in a pause does not count.
 
     Args:

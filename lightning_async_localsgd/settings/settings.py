@@ -144,16 +144,16 @@ class Settings:
         return self.budget == "shared" and not self.lockstep(workers)
 
     def differences(self, then: Mapping[str, Any]) -> list[str]:
-        """The differences from other settings, given as their :meth:`credentials`, in one line each.
+        """The differences from other settings, given as their :meth:`fingerprint`, in one line each.
 
         Outer optimizers and transformations are not compared here, but by their states: their constructors may not
         reveal their settings.
         """
-        now = self.credentials()
+        now = self.fingerprint()
         names = now.keys() & then.keys() - {"outer_optimizer", "transforms", "outer_device"}
         return [f"`{name}` was {then[name]} and is {now[name]}" for name in sorted(names) if then[name] != now[name]]
 
-    def credentials(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """The values that must be equal on all workers, as JSON values."""
         return {
             "local_steps": self.local_steps,

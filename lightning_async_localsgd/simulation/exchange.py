@@ -159,9 +159,9 @@ class VirtualExchange:
         """A worker has heard of the turn: it holds it open, if that is worth it for its push."""
         mailbox = self._mailboxes[worker]
         has_delta = mailbox.pending is not None or mailbox.push is not None
-        if may_push(mailbox.flags, has_delta) and mailbox.patience > 0:
+        if may_push(mailbox.flags, has_delta) and mailbox.hold_open_seconds > 0:
             self._held_by.add(worker)
-            self._clock.after(mailbox.patience, Phase.EXCHANGE, self._release, worker, turn)
+            self._clock.after(mailbox.hold_open_seconds, Phase.EXCHANGE, self._release, worker, turn)
         else:
             self._let_go(worker)
 

@@ -13,7 +13,7 @@ from lightning_async_localsgd.protocol.header import Flag
 from lightning_async_localsgd.protocol.machine import Action, Done, Extend, Machine, Reason, Train, Wait
 from lightning_async_localsgd.protocol.machine import Push as PushAction
 from lightning_async_localsgd.protocol.rounds import Rounds
-from lightning_async_localsgd.protocol.speed_meter import Stopwatch
+from lightning_async_localsgd.protocol.speed_meter import SpeedMeter
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.simulation.clock import Phase, VirtualClock
 from lightning_async_localsgd.simulation.devices import VirtualWorker
@@ -70,7 +70,7 @@ class Lane:
         self._clock = clock
         self._all_steps = all_steps
         self._chance = random.Random(f"{seed} {rank}")
-        self._stopwatch = Stopwatch(settings.round_length(None).longest, lambda: clock.now)
+        self._speed_meter = SpeedMeter(settings.round_length(None).longest, lambda: clock.now)
         self._version = 0  # of the global parameters that it has adopted
         self._round_began = 0.0
         self._step_ended = 0.0
@@ -126,7 +126,7 @@ class Lane:
                 self._round_began = self._clock.now
         seconds = self.worker.device.step_seconds(self._clock.now, self._chance)
         self._replicas.step(self.rank, self.rounds, self._exchange.progress)
-        self._stopwatch.resume()
+        self._speed_meter.resume()
         self._mailbox.flags |= Flag.STEPPING
         self._clock.after(seconds, Phase.DEVICES, self._end_step, seconds)
 
@@ -136,7 +136,7 @@ class Lane:
         self.busy_seconds += seconds
         self._step_ended = self._clock.now
         self._mailbox.flags &= ~Flag.STEPPING
-        self._stopwatch.step()
+        self._speed_meter.step()
         self.rounds.count(samples=0)  # samples are counted when the step is really made, at the latest by the push
         self._adopt_if_ready()
         self._report()
@@ -147,8 +147,8 @@ class Lane:
         """Tell the exchange how the worker stands."""
         progress, mailbox = self._exchange.progress, self._mailbox
         mailbox.steps = self.rounds.local_steps
-        mailbox.speed = self._stopwatch.speed(progress.round_steps[self.rank])
-        mailbox.patience = self.rounds.patience(progress, mailbox.speed)
+        mailbox.speed = self._speed_meter.speed(progress.round_steps[self.rank])
+        mailbox.hold_open_seconds = self.rounds.hold_open_seconds(progress, mailbox.speed)
 
     def _execute(self, action: Action) -> None:
         """Execute the machine's actions until one takes time."""

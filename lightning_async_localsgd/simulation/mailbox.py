@@ -41,7 +41,7 @@ class VirtualMailbox:
     """Local steps, as its next header tells."""
     speed: float = 0.0
     """Local steps per second, as its next header tells."""
-    patience: float = 0.0
+    hold_open_seconds: float = 0.0
     """Seconds for which it is worth holding a turn open for its push."""
     news: bool = False
     """Whether the training thread has something to tell that no header has told."""

@@ -284,7 +284,7 @@ class Simulation:
         nothing = (0,) * len(self._workers)
         return SimulationResult(
             workers=len(self._workers),
-            settings=self.settings.credentials()
+            settings=self.settings.fingerprint()
             | {"max_steps": self._max_steps, "seed": self._seed, "devices": [repr(w) for w in self._workers]}
             | {"network": repr(self._network), "update_seconds": self._update_seconds},
             seconds=self.moment[0],

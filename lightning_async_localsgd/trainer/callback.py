@@ -91,7 +91,7 @@ class WorkerCallback(pl.Callback):
         """Make the trainer's loops and callbacks follow the job, and leave the decisions to worker 0's callbacks."""
         take_over_loops(self._trainer, self._control)
         self._control.validates = not self._fit.follows
-        self._control.after_validation = self._heed_metrics
+        self._control.after_validation = self._step_metric_schedulers
         if self._fit.follows:
             self._trainer.num_sanity_val_steps = 0
         for callback in self._mixed:
@@ -215,7 +215,7 @@ class WorkerCallback(pl.Callback):
         self._announce_updates(trainer, pl_module)
         assert self._schedulers is not None
         self._schedulers.advance(self._worker.job_steps)
-        self.heed()
+        self.handle_messages()
         if not running:
             if self._worker.stop_requested:  # end as after early stopping, with a validation
                 trainer.should_stop = True
@@ -277,10 +277,10 @@ class WorkerCallback(pl.Callback):
             self._fit.settle_parameters()
             self._worker.resume()
 
-    def _heed_metrics(self) -> None:
+    def _step_metric_schedulers(self) -> None:
         """Step schedulers that watch metrics, after each batch and its validation."""
         if self._schedulers is not None and not self._trainer.sanity_checking:
-            self._schedulers.heed_metrics(self._validated_once)
+            self._schedulers.step_by_metrics(self._validated_once)
 
     def _send_plateaus(self, trainer: pl.Trainer) -> None:
         """Send the metric values of worker 0's ``ReduceLROnPlateau`` schedulers to the other workers."""
@@ -294,7 +294,7 @@ class WorkerCallback(pl.Callback):
         if any(value is not None for value in values):
             self._worker.send(PlateauMetrics(tuple(values)))
 
-    def heed(self) -> None:
+    def handle_messages(self) -> None:
         """Handle worker 0's messages."""
         self._checkpoints.check()
         for sender, message in self._worker.take_messages():
@@ -323,7 +323,7 @@ class WorkerCallback(pl.Callback):
         self._announce_updates(trainer, pl_module)
         assert self._schedulers is not None
         self._schedulers.advance(self._worker.job_steps)
-        self.heed()
+        self.handle_messages()
 
     def _announce_updates(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Call ``on_outer_update(trainer, pl_module, update)`` of every callback with such a method."""

@@ -82,7 +82,7 @@ class JobSchedulers:
                     self._trainer.lightning_module.lr_scheduler_step(config.scheduler, None)
         self.steps = max(self.steps, job_steps)
 
-    def heed_metrics(self, validated: bool) -> None:
+    def step_by_metrics(self, validated: bool) -> None:
         """Step schedulers that watch a metric every few steps, if as many have passed, with its current value.
 
         Args:

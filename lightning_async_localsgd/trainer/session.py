@@ -19,7 +19,7 @@ from lightning_async_localsgd.trainer.global_checkpoints import GlobalCheckpoint
 from lightning_async_localsgd.trainer.loaders import TrainingLoaders
 from lightning_async_localsgd.trainer.meetings import meet_before_training
 from lightning_async_localsgd.version import __version__
-from lightning_async_localsgd.worker.device_group import Crew, FollowingRank, LeadingWorker
+from lightning_async_localsgd.worker.device_group import DeviceGroup, FollowingRank, LeadingWorker
 from lightning_async_localsgd.worker.rank import WorkerRank
 from lightning_async_localsgd.worker.step_watch import StepWatch
 from lightning_async_localsgd.worker.worker import Worker
@@ -65,16 +65,16 @@ class Session:
     ) -> WorkerRank:
         trainer, place, job = self.fit.trainer, self.fit.place, self.fit.job
         module, settings = trainer.lightning_module, self._settings
-        crew = None
+        device_group = None
         if place.worker_size > 1:
             assert devices is not None
             store = PrefixStore(f"worker{place.worker_rank}", job.store)
-            crew = Crew(store, place.device_rank, place.worker_size, devices, job.address)
+            device_group = DeviceGroup(store, place.device_rank, place.worker_size, devices, job.address)
             if place.device_rank > 0:
-                follower = FollowingRank(crew, module, optimizers, place.worker_rank, settings)
+                follower = FollowingRank(device_group, module, optimizers, place.worker_rank, settings)
                 follower.on_gather = checkpoints.pack_fetches
                 return follower
-        worker = (partial(LeadingWorker, crew) if crew is not None else Worker)(
+        worker = (partial(LeadingWorker, device_group) if device_group is not None else Worker)(
             module,
             optimizers,
             job.store,
@@ -85,7 +85,7 @@ class Session:
             | {"worker_size": place.worker_size},
         )
         worker.on_cut = checkpoints.save_part
-        worker.on_progress = self._heed
+        worker.on_progress = self._handle_messages
         return worker
 
     @property
@@ -97,9 +97,9 @@ class Session:
         callbacks = self.fit.trainer.callbacks  # type: ignore[attr-defined]
         return replace(settings, exchange_frozen=any(isinstance(c, BaseFinetuning) for c in callbacks))
 
-    def _heed(self) -> None:
+    def _handle_messages(self) -> None:
         if self._callback is not None:
-            self._callback.heed()
+            self._callback.handle_messages()
 
     # ---- hooks ------------------------------------------------------------------------------------------------------
 

@@ -36,14 +36,14 @@ class Connections:
         size: number of workers.
         layout: the layout of the model.
         settings: settings of the run.
-        credentials: further JSON values, by name, that must be equal on all workers.
+        fingerprint: further JSON values, by name, that must be equal on all workers.
 
     Raises:
         WorkerMismatchError: if the workers were started with different models, settings or library versions.
     """
 
     def __init__(
-        self, store: Store, rank: int, size: int, layout: Layout, settings: Settings, credentials: Mapping[str, Any]
+        self, store: Store, rank: int, size: int, layout: Layout, settings: Settings, fingerprint: Mapping[str, Any]
     ) -> None:
         self.store = store
         self.roster = Roster.introduce(
@@ -51,8 +51,8 @@ class Connections:
             rank,
             size,
             {"protocol": PROTOCOL, "torch": torch.__version__.split("+")[0]}
-            | settings.credentials()
-            | dict(credentials)
+            | settings.fingerprint()
+            | dict(fingerprint)
             | {"model": list(layout.describe())},
             settings.timeout,
         )

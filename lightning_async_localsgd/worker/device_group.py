@@ -31,12 +31,12 @@ from lightning_async_localsgd.worker.saved_state import SavedState
 from lightning_async_localsgd.worker.summary import RunSummary
 from lightning_async_localsgd.worker.worker import Worker
 
-__all__ = ["Crew", "FollowingRank", "LeadingWorker"]
+__all__ = ["DeviceGroup", "FollowingRank", "LeadingWorker"]
 
 _A_DAY = timedelta(days=1)
 
 
-class Crew:
+class DeviceGroup:
     """The connections within a worker: the first rank sends commands and tensors to the others.
 
     Args:
@@ -51,7 +51,7 @@ class Crew:
         self.rank = rank
         self.size = size
         # The others wait as long as the first rank waits for other workers, and these watch it. Its death is noticed.
-        self._control: Any = make_gloo_group(PrefixStore("crew", store), rank, size, _A_DAY, address)
+        self._control: Any = make_gloo_group(PrefixStore("device_group", store), rank, size, _A_DAY, address)
         self._devices = devices
 
     def tell(self, word: Mapping[str, Any]) -> None:
@@ -119,14 +119,14 @@ class LeadingWorker(Worker):
     """The first rank of a worker: a :class:`Worker` with other ranks that follow it.
 
     Args:
-        crew: the crew.
+        device_group: the device_group.
         *args: as for :class:`Worker`.
         **kwargs: as for :class:`Worker`.
     """
 
-    def __init__(self, crew: Crew, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, device_group: DeviceGroup, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._crew = crew
+        self._device_group = device_group
         self._changed = self._restarted = False
         self._updates: list[OuterUpdate] = []
         self._messages: list[tuple[int, Message]] = []
@@ -137,7 +137,7 @@ class LeadingWorker(Worker):
         with self._leading():
             super().start(max_steps, open_end)
             self._changed = True
-        self._crew.share(list(self._replica.others.values()))
+        self._device_group.share(list(self._replica.others.values()))
 
     def step(self, samples: int = 0) -> bool:
         """See :meth:`Worker.step`."""
@@ -151,18 +151,18 @@ class LeadingWorker(Worker):
             summary = super().finish(stop)
             word["digest"] = summary.digest
             self._changed = True
-        self._crew.share(list(self._replica.others.values()))
+        self._device_group.share(list(self._replica.others.values()))
         return summary
 
     def abort(self, error: BaseException) -> None:
         """See :meth:`Worker.abort`."""
         super().abort(error)
-        self._crew.close()
+        self._device_group.close()
 
     def lend_global(self, for_cut: bool = False) -> None:
         """See :meth:`Worker.lend_global`."""
         super().lend_global(for_cut)
-        self._crew.share(unversioned(self._replica.in_module))
+        self._device_group.share(unversioned(self._replica.in_module))
 
     @contextmanager
     def cut(self, what: Cut) -> Iterator[None]:
@@ -174,12 +174,12 @@ class LeadingWorker(Worker):
 
     def gather_from_devices(self) -> list[Tensor]:
         """See :meth:`Worker.gather_from_devices`."""
-        self._crew.tell({"gather": True})
-        return self._crew.gather()
+        self._device_group.tell({"gather": True})
+        return self._device_group.gather()
 
     def agree(self, decision: bool) -> bool:
         """See :meth:`Worker.agree`."""
-        self._crew.tell({"decision": decision})
+        self._device_group.tell({"decision": decision})
         return decision
 
     def take_updates(self) -> list[OuterUpdate]:
@@ -214,10 +214,10 @@ class LeadingWorker(Worker):
             yield word
         except BaseException as error:
             with suppress(PeerLostError):
-                self._crew.tell({"error": [type(error).__name__, str(error)]})
+                self._device_group.tell({"error": [type(error).__name__, str(error)]})
             raise
         self._collect()
-        self._crew.tell(
+        self._device_group.tell(
             word
             | self._untold
             | {
@@ -236,7 +236,7 @@ class LeadingWorker(Worker):
         )
         self._untold = {"updates": [], "messages": []}
         if self._changed:
-            self._crew.share([*self._replica.own, *self._replica.copies.tensors()])
+            self._device_group.share([*self._replica.own, *self._replica.copies.tensors()])
         self._changed = self._restarted = False
 
 
@@ -244,7 +244,7 @@ class FollowingRank:
     """Another rank of a worker: has the interface of a :class:`WorkerRank`, and repeats the first rank's changes.
 
     Args:
-        crew: the crew.
+        device_group: the device_group.
         module: the module to train, on its device.
         optimizers: its inner optimizers.
         rank: rank of the worker.
@@ -252,7 +252,12 @@ class FollowingRank:
     """
 
     def __init__(
-        self, crew: Crew, module: nn.Module, optimizers: Sequence[Optimizer], rank: int, settings: Settings
+        self,
+        device_group: DeviceGroup,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        rank: int,
+        settings: Settings,
     ) -> None:
         self.rank = rank
         self.saved_state: SavedState | None = None  # the first rank has it
@@ -267,7 +272,7 @@ class FollowingRank:
         self.speeds: tuple[float, ...] = ()
         self.on_gather: Callable[[], bytes] = bytes
         """Returns this process's own state for a checkpoint."""
-        self._crew = crew
+        self._device_group = device_group
         layout = Layout(module, bool(settings.exchange_frozen), settings.local_buffers)
         self._replica = Replica(module, optimizers, layout)
         self._optimizers = list(optimizers)
@@ -278,7 +283,7 @@ class FollowingRank:
     def start(self, max_steps: int | None = None, open_end: bool = False) -> None:
         """See :meth:`Worker.start`."""
         self.follow()
-        self._crew.share(list(self._replica.others.values()))
+        self._device_group.share(list(self._replica.others.values()))
 
     def step(self, samples: int = 0) -> bool:
         """See :meth:`Worker.step`."""
@@ -288,7 +293,7 @@ class FollowingRank:
     def finish(self, stop: bool = False) -> RunSummary:
         """See :meth:`Worker.finish`."""
         digest = self.follow()["digest"]
-        self._crew.share(list(self._replica.others.values()))
+        self._device_group.share(list(self._replica.others.values()))
         return replace(self.summary(), digest=digest)
 
     def follow(self) -> dict[str, Any]:
@@ -297,10 +302,10 @@ class FollowingRank:
         Raises:
             AsyncLocalSGDError: if the first rank has failed.
         """
-        word = self._crew.hear()
+        word = self._device_group.hear()
         while "gather" in word:
-            self._crew.gather(self.on_gather())
-            word = self._crew.hear()
+            self._device_group.gather(self.on_gather())
+            word = self._device_group.hear()
         for name in ("shard", "share", "job_steps", "local_steps", "budget_spent", "stop_requested"):
             setattr(self, name, word[name])
         self.speeds = tuple(word["speeds"])
@@ -312,7 +317,7 @@ class FollowingRank:
             forget_non_finite_state(self._optimizers)
         if word["changed"]:
             self._replica.copies.names = set(word["weight_copies"])
-            self._crew.share([*self._replica.own, *self._replica.copies.tensors()])
+            self._device_group.share([*self._replica.own, *self._replica.copies.tensors()])
         return word
 
     def watch(self, optimizers: Sequence[Optimizer]) -> None:
@@ -322,12 +327,12 @@ class FollowingRank:
 
     def abort(self, error: BaseException) -> None:
         """Leave. The first rank notices."""
-        self._crew.close()
+        self._device_group.close()
 
     def lend_global(self, for_cut: bool = False) -> None:
         """See :meth:`Worker.lend_global`."""
         self._replica.put_aside()
-        self._crew.share(unversioned(self._replica.in_module))
+        self._device_group.share(unversioned(self._replica.in_module))
 
     @contextmanager
     def cut(self, what: Cut) -> Iterator[None]:
@@ -369,7 +374,7 @@ class FollowingRank:
 
     def agree(self, decision: bool) -> bool:
         """See :meth:`Worker.agree`."""
-        agreed: bool = self._crew.hear()["decision"]
+        agreed: bool = self._device_group.hear()["decision"]
         return agreed
 
     @contextmanager

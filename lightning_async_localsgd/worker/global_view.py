@@ -69,7 +69,7 @@ class GlobalView:
         finally:
             self._mailbox.release()
 
-    def heed_cut(self, on_cut: Callable[[Cut], None]) -> None:
+    def handle_cut(self, on_cut: Callable[[Cut], None]) -> None:
         """If another worker has the exchange stand still, do what it asks for, and let the exchange go on."""
         what = self._mailbox.cut
         if what is None:

@@ -65,7 +65,7 @@ class LocalSteps:
                 self._wait(Reason.ADOPTION, progress)
         self.trip.begin_round()
         self.trip.end_step()
-        self.trip.stopwatch.resume()
+        self.trip.speed_meter.resume()
 
     def count(self, samples: int) -> None:
         """Count a local step that has ended, and adopt what has come meanwhile.
@@ -73,7 +73,7 @@ class LocalSteps:
         Args:
             samples: samples learned in it.
         """
-        self.trip.stopwatch.step()
+        self.trip.speed_meter.step()
         self.trip.end_step()
         self._rounds.count(samples)
         self._replica.stepped(first=self._rounds.round_steps == 1)
@@ -88,7 +88,7 @@ class LocalSteps:
             self.trip.begin_round()
         if running:
             self._mailbox.begin_step()
-        seconds = self.trip.stopwatch.resume()
+        seconds = self.trip.speed_meter.resume()
         if running:  # else it was the end of the run that this worker waited for, not its next step
             self.blocked_seconds += seconds
         return running
@@ -113,14 +113,14 @@ class LocalSteps:
         """Begin a pause; see :meth:`paused`. There can be one within another."""
         self._pauses += 1
         self._mailbox.flag(Flag.PAUSED)
-        self.trip.stopwatch.pause()
+        self.trip.speed_meter.pause()
 
     def resume(self) -> None:
         """End a pause."""
         self._pauses -= 1
         if self._pauses == 0:
             self._mailbox.unflag(Flag.PAUSED)
-            self.trip.stopwatch.resume()
+            self.trip.speed_meter.resume()
 
     def _execute(self, decide: Callable[[Progress], Action]) -> bool:
         """Execute the machine's actions up to the next step; returns whether there is one."""

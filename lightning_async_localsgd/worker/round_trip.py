@@ -10,7 +10,7 @@ from torch.profiler import record_function
 from lightning_async_localsgd.exchange import Adoption, Mailbox, Push
 from lightning_async_localsgd.protocol.header import Flag
 from lightning_async_localsgd.protocol.rounds import Rounds
-from lightning_async_localsgd.protocol.speed_meter import Stopwatch
+from lightning_async_localsgd.protocol.speed_meter import SpeedMeter
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.worker.dropped_deltas import Drops
 from lightning_async_localsgd.worker.replica import Replica
@@ -45,7 +45,7 @@ class RoundTrip:
         """Version of the global parameters that the worker has adopted."""
         self.start_version = 0
         """Version of the global parameters that its round has begun from."""
-        self.stopwatch = Stopwatch(settings.round_length(None).longest)
+        self.speed_meter = SpeedMeter(settings.round_length(None).longest)
         """Measures the worker's speed."""
         self._rank = rank
         self._rounds = rounds
@@ -66,8 +66,8 @@ class RoundTrip:
     def report(self) -> None:
         """Tell the exchange thread how this worker stands."""
         progress = self._mailbox.progress
-        speed = self.stopwatch.speed(progress.round_steps[self._rank])
-        self._mailbox.report(self._rounds.local_steps, speed, self._rounds.patience(progress, speed))
+        speed = self.speed_meter.speed(progress.round_steps[self._rank])
+        self._mailbox.report(self._rounds.local_steps, speed, self._rounds.hold_open_seconds(progress, speed))
 
     # ---- pushes -----------------------------------------------------------------------------------------------------
 

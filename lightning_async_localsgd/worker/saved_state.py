@@ -14,7 +14,7 @@ from lightning_async_localsgd.codecs import ErrorFeedback
 from lightning_async_localsgd.exchange import ExchangeThread, Mailbox
 from lightning_async_localsgd.outer import GlobalState
 from lightning_async_localsgd.protocol.budget import Budget
-from lightning_async_localsgd.protocol.progress import Beat, Progress
+from lightning_async_localsgd.protocol.progress import Progress, ReferenceTurn
 from lightning_async_localsgd.protocol.round_length import AUTO
 from lightning_async_localsgd.protocol.rounds import Rounds
 from lightning_async_localsgd.settings import Settings
@@ -86,7 +86,7 @@ class SavedState:
         Args:
             state_dict: what :meth:`global_state_dict` gave.
             same_workers: whether the workers are as many as they were; else their counts begin anew.
-            settings: the settings of then, as ``Settings.credentials`` gave them; None: they are not known.
+            settings: the settings of then, as ``Settings.fingerprint`` gave them; None: they are not known.
 
         Raises:
             ValueError: if it belongs to another model, or to an outer optimizer that cannot be this one.
@@ -103,12 +103,13 @@ class SavedState:
         self.version = self._state.version
         self.progress = replace(self.progress, version=self.version)
         if same_workers:
-            saved: dict[str, Any] = state_dict["progress"] | {"beat": Beat(*state_dict["progress"]["beat"])}
+            saved = dict(state_dict["progress"])
+            saved["reference_turn"] = ReferenceTurn(*saved.pop("beat"))
             saved.setdefault("local_steps", max(saved["round_steps"]))  # of a version that did not tell
             if self._settings.local_steps not in (AUTO, saved["local_steps"]):  # it was another number
                 saved |= {"round_steps": self.progress.round_steps, "local_steps": self.progress.local_steps}
             self._has_progress = True
-            self._rounds.beat = saved["beat"]
+            self._rounds.reference_turn = saved["reference_turn"]
             self.progress = replace(self.progress, **saved)
 
     def load_local_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -179,7 +180,7 @@ class SavedState:
             state = self._state.state_dict(tensors)
             self._replica.synchronize()
         counts = {name: getattr(progress, name) for name in _SAVED_PROGRESS}
-        return {"global": state, "progress": counts | {"beat": tuple(progress.beat)}}
+        return {"global": state, "progress": counts | {"beat": tuple(progress.reference_turn)}}
 
     def local_state_dict(self) -> dict[str, Any]:
         """What this worker alone knows: its own parameters and where in its round it is. To be called during a cut.

@@ -54,7 +54,7 @@ class Worker:
         rank: this worker.
         size: number of workers.
         settings: settings of the run.
-        credentials: further JSON values, by name, that must be equal on all workers.
+        fingerprint: further JSON values, by name, that must be equal on all workers.
 
     Raises:
         ValueError: if the settings are impossible for ``size`` workers, or nothing in the module is trainable.
@@ -69,7 +69,7 @@ class Worker:
         rank: int,
         size: int,
         settings: Settings,
-        credentials: Mapping[str, Any] | None = None,
+        fingerprint: Mapping[str, Any] | None = None,
     ) -> None:
         settings.check_workers(size)
         self.rank = rank
@@ -77,11 +77,11 @@ class Worker:
         self.on_cut: Callable[[Cut], None] | None = None
         """Called on the training thread when the exchange stands still for a checkpoint; see :meth:`cut`."""
         self.on_progress: Callable[[], None] | None = None
-        """Called on the training thread after each turn that it waits for: there may be messages to heed."""
+        """Called on the training thread after each turn that it waits for: there may be messages to handle."""
         self._settings = settings
         model = self._model = WorkerModel(module, optimizers, size, settings)
         self._replica, self._state = model.replica, model.state
-        self._connections = Connections(store, rank, size, model.layout, settings, credentials or {})
+        self._connections = Connections(store, rank, size, model.layout, settings, fingerprint or {})
         model.take_from_leader(self._connections)
         self._trade = self._connections.make_trade(self._state, model.feedback)
         self._rounds = Rounds(rank, size, settings)
@@ -132,14 +132,14 @@ class Worker:
             AsyncLocalSGDError: if the exchange has failed, on this worker or another.
         """
         self._steps.count(samples)
-        self._global.heed_cut(self._save)
+        self._global.handle_cut(self._save)
         return self._steps.go_on()
 
     def _adopted(self, adoption: Adoption) -> None:
         """Called after each adoption."""
 
     def _after_wait(self, reason: Reason) -> None:
-        self._global.heed_cut(self._save)
+        self._global.handle_cut(self._save)
         if self.on_progress is not None and reason not in (Reason.ADOPTION, Reason.LAST_ADOPTION):
             self.on_progress()
 

@@ -22,7 +22,7 @@ from lightning_async_localsgd import RunSummary, Settings, Worker
 from lightning_async_localsgd.exchange.transport import GlooTransport
 from lightning_async_localsgd.protocol.header import HEADER_BYTES, Header
 from lightning_async_localsgd.protocol.pace import DynamicLocalUpdates
-from lightning_async_localsgd.protocol.speed_meter import Stopwatch
+from lightning_async_localsgd.protocol.speed_meter import SpeedMeter
 from lightning_async_localsgd.worker.round_trip import RoundTrip
 from tests.modules import SPEEDS, Batches, make_net
 from tests.processes import STILL_RUNNING, Outcome, job_store, results, run_processes
@@ -508,7 +508,7 @@ def test_a_malformed_header_names_its_sender() -> None:
 def infinitely_fast(rank: int, size: int) -> Any:
     if rank == 1:  # as a worker of a faulty clock would say
         Header._check = lambda self: None  # type: ignore[method-assign]
-        Stopwatch.speed = lambda self, round_steps: math.inf  # type: ignore[method-assign]
+        SpeedMeter.speed = lambda self, round_steps: math.inf  # type: ignore[method-assign]
     return Loop(rank, size).run(100)
 
 

@@ -30,7 +30,7 @@ class Resumed:
     fetches: SavedFetches | None = None
     """The position of this process in its data."""
     settings: Mapping[str, Any] | None = None
-    """The settings of the saved run, from ``Settings.credentials``."""
+    """The settings of the saved run, from ``Settings.fingerprint``."""
 
     def load_into(self, saved: SavedState) -> None:
         """Have a worker that has not started go on from here.

@@ -144,7 +144,7 @@ class JobCheckpoints:
                 "steps_before_fit": self._fit.steps_before_fit(),
                 # An update may have come since they were put into the checkpoint.
                 "state": saved.global_state_dict(self._tensors),
-                "settings": self._fit.settings.credentials(),
+                "settings": self._fit.settings.fingerprint(),
                 "worker": saved.local_state_dict(),
                 "scheduler_steps": self._fit.scheduler_steps,
                 "fetches": fetches,
