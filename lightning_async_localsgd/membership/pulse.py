@@ -48,7 +48,8 @@ class Pulse:
     """Writes a sign of life of this process to the store every few seconds, on a thread of its own.
 
     The process owns one key in the store, ``pulse/<rank>``, which holds its latest :class:`Heartbeat`. A change is
-    written at once. The thread ends with the process, or when the store does not answer; others then notice the silence.
+    written at once. The thread ends with the process, or when the store does not answer; others then notice the
+    silence.
 
     Args:
         store: the job's part of the store.
