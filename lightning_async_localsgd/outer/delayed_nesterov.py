@@ -166,7 +166,8 @@ class DelayedNesterov(torch.optim.Optimizer):
         """The room once ``count`` more pseudo-gradients have been consumed."""
         if any(group["buffer_size"] is None for group in self.param_groups):
             raise RuntimeError("`buffer_size` is None: outside the strategy, pass the number of workers.")
-        return min(g["buffer_size"] - (g["received"] + count) % g["buffer_size"] for g in self.param_groups)
+        room: int = min(g["buffer_size"] - (g["received"] + count) % g["buffer_size"] for g in self.param_groups)
+        return room
 
     @torch.no_grad()
     def step(  # type: ignore[override]

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_async_localsgd.outer.delayed_nesterov import DelayedNesterov, default_outer_optimizer
 from lightning_async_localsgd.outer.layout import Layout
 from lightning_async_localsgd.outer.resuming import given_settings, load_outer_optimizer
-from lightning_async_localsgd.outer.sums import SumOptimizer, needs_single_deltas, takes_sums
+from lightning_async_localsgd.outer.sums import as_sum_optimizer, needs_single_deltas, takes_sums
 from lightning_async_localsgd.outer.transforms import (
     Arrival,
     Context,
@@ -78,6 +78,7 @@ class GlobalState:
         make = outer_optimizer or default_outer_optimizer
         self.optimizer = make(self.parameters)
         self._make_optimizer = make
+        self._sum_optimizer = as_sum_optimizer(self.optimizer)
         self._given = given_settings(self.optimizer)
         # An update by the mean of `quorum` deltas counts as one, so a buffer of all workers' deltas is shorter.
         self._default_buffer_size = max(1, round(workers / quorum))
@@ -91,9 +92,7 @@ class GlobalState:
         self._per_delta = [transform for transform in self.transforms if transform.per_delta]
         for transform, state in zip(self._per_delta, self._transform_states, strict=False):
             if state:
-                raise ValueError(
-                    f"{type(transform).__name__} is `per_delta` and keeps a state: it can be one or other."
-                )
+                raise ValueError(f"{type(transform).__name__} keeps a state, so it cannot be `per_delta`.")
         self.sums = self.can_sum if sums is None else sums
         """Whether deltas are added up on their way."""
         if sums and (reason := needs_single_deltas(self.optimizer, self.transforms, quorum)):
@@ -149,8 +148,8 @@ class GlobalState:
         if self.quorum > 1:
             return [count] if count else []
         if self.sums:
-            assert isinstance(self.optimizer, SumOptimizer)
-            return self.optimizer.sum_sizes(count)
+            assert self._sum_optimizer is not None
+            return self._sum_optimizer.sum_sizes(count)
         return [1] * count
 
     def accepts(self, arrival: Arrival) -> bool:
@@ -219,8 +218,8 @@ class GlobalState:
         if count == 1:
             self.optimizer.step()
         else:
-            assert isinstance(self.optimizer, SumOptimizer)
-            self.optimizer.step(count=count)
+            assert self._sum_optimizer is not None
+            self._sum_optimizer.step(count=count)
         if self._holes.numel() > 0:
             self._flat_parameters[self._holes] = self._hole_values  # weight decay would make NaN of them
         if self._constraint is not None:
@@ -248,9 +247,9 @@ class GlobalState:
     def measure(self, deltas: int = 1, every: int = 1) -> tuple[float, float]:
         """L2 norm of what :attr:`pseudo_gradient` is the sum of, and its cosine with the outer momentum.
 
-        Of parameters alone, after transformations of the single delta and before the others. The cosine is NaN while
-        there is no momentum. Between momentum updates that of delayed Nesterov holds the pseudo-gradients gathered
-        since the last one as well.
+        Of parameters alone, after the transformations that the sender applies and before the others. The cosine is NaN
+        while there is no momentum. Between momentum updates that of delayed Nesterov holds the pseudo-gradients
+        gathered since the last one as well.
 
         Args:
             deltas: how many workers' deltas ``pseudo_gradient`` is the sum of; the norm is that of their mean.

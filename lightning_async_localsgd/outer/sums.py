@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_async_localsgd.outer.transforms import Transform
 
-__all__ = ["SumOptimizer", "needs_single_deltas", "takes_sums"]
+__all__ = ["SumOptimizer", "as_sum_optimizer", "needs_single_deltas", "takes_sums"]
 
 
 @runtime_checkable
@@ -24,6 +24,11 @@ class SumOptimizer(Protocol):
 
     def step(self, closure: Callable[[], float] | None = None, *, count: int = 1) -> float | None:
         """Apply ``p.grad`` of every parameter as the sum of ``count`` pseudo-gradients."""
+
+
+def as_sum_optimizer(optimizer: object) -> SumOptimizer | None:
+    """The optimizer, if it takes sums."""
+    return optimizer if isinstance(optimizer, SumOptimizer) else None
 
 
 def takes_sums(optimizer: Optimizer, transforms: Sequence[Transform], quorum: int) -> bool:
@@ -45,7 +50,7 @@ def needs_single_deltas(optimizer: Optimizer, transforms: Sequence[Transform], q
                 f"{type(transform).__name__} in `transforms` needs single deltas in sequence, not their sum. Use an "
                 "exchange that brings single deltas, or transformations that are `per_delta`."
             )
-    if quorum == 1 and not isinstance(optimizer, SumOptimizer):
+    if quorum == 1 and as_sum_optimizer(optimizer) is None:
         return (
             f"The outer optimizer {type(optimizer).__name__} makes a step on each single delta, and cannot take their "
             "sum. Use an exchange that brings single deltas, a quorum, or `DelayedNesterov`."

@@ -305,14 +305,15 @@ def transform_delta(
     needs_start = any(transform.needs_start for transform in transforms)
     for part, end, now in _blocks(delta, snapshot, parameters):
         context = Context((arrival,), now, part.add(end) if needs_start else None, default_buffer_size)
-        transformed: Tensor | None = part
+        transformed = part
         for transform in transforms:
-            transformed = transform.update(transformed, {}, context)
-            if transformed is None:
+            result = transform.update(transformed, {}, context)
+            if result is None:
                 raise TypeError(
                     f"{type(transform).__name__}.update has returned None. A transformation that is `per_delta` "
                     "refuses a delta by `accepts`."
                 )
+            transformed = result
         if transformed is not part:
             part.copy_(transformed)
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import count, groupby
+from itertools import count, groupby, islice
 from types import SimpleNamespace
 from typing import Any
 
@@ -143,7 +143,8 @@ class Replay:
         self.lanes: list[Any] = []
         self.exchange = SimpleNamespace(bytes_sent=[], bytes_received=[])
         self.progress = Progress.at_start(SIZE, settings.local_steps)
-        self._state, self._replicas, self._settings = state, replicas, settings
+        self._state, self._replicas = state, replicas
+        [self._codec] = settings.codecs().values()
         state.set_round_length(settings.local_steps)
 
     def run(self) -> None:
@@ -157,11 +158,17 @@ class Replay:
                 self._advance(update.worker, scripts[update.worker], until=("push", update.round))
             arrivals = [Arrival(u.worker, u.staleness) for u in updates]
             deltas = [DueDelta(Header(a.worker, 0, flags=Flag.DELTA), a, self._state.accepts(a)) for a in arrivals]
-            for group in self._replicas.trade([deltas] if self._settings.quorum > 1 else [[d] for d in deltas]):
+            for group in self._replicas.trade(self._groups(deltas), self._codec):
                 accepted = [delta.arrival for delta in group if delta.accepted]
                 self._state.apply(accepted, refused=len(group) - len(accepted))
             self._replicas.publish([u.worker for u in updates])
         self.over = True
+
+    def _groups(self, deltas: list[DueDelta]) -> list[list[DueDelta]]:
+        """The deltas of a turn by update: the refused ones, of which nothing moves, each for itself."""
+        accepted = iter([delta for delta in deltas if delta.accepted])
+        sizes = self._state.update_sizes(sum(delta.accepted for delta in deltas))
+        return [[delta] for delta in deltas if not delta.accepted] + [list(islice(accepted, size)) for size in sizes]
 
     def _adopted_versions(self) -> dict[tuple[int, int], int]:
         """The version that each worker adopted after each of its rounds: alike for all deltas of a turn."""
@@ -191,6 +198,8 @@ class Replay:
         {"overlap": True},
         {"overlap": False},
         {"overlap": True, "codec": "bf16"},
+        {"overlap": True, "codec": "int4"},
+        {"overlap": True, "exchange": "gather"},
         {"overlap": True, "quorum": 2},
         {"overlap": True} | make_method("delay-compensation", SIZE, strength=10.0),
         {"overlap": True, "quorum": 2, "transforms": (DelayCompensation(10.0), Poly())},
@@ -201,6 +210,8 @@ class Replay:
         "overlap",
         "no overlap",
         "bf16",
+        "int4",
+        "gather",
         "quorum",
         "delay compensation",
         "senders and quorum",
@@ -211,7 +222,7 @@ class Replay:
 def test_a_schedule_of_real_workers_gives_the_same_bits(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"local_steps": 6, "timeout": timedelta(seconds=30)} | settings
+    settings = {"local_steps": 6, "codec": "fp32", "timeout": timedelta(seconds=30)} | settings
     recordings = results(run_processes(record, SIZE, Settings(**settings)))
     assert len({recording.digest for recording in recordings}) == 1
     assert any(update.staleness > 0 for update in recordings[0].updates) or settings.get("quorum", 1) > 1
