@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -70,6 +71,9 @@ class DelayedNesterov(torch.optim.Optimizer):
             from the first, which is Algorithm 3 to the letter and suits pretrained parameters.
         reach: how far the momentum may grow, in buffers of horizon per local step of a round (of the fastest worker:
             :meth:`set_round_length` tells), more than 0; None: ``momentum`` alone is the limit.
+        whole_turns: whether a buffer ends with the turn that fills it. A sum that reaches beyond its end is then taken
+            as a whole, so that the buffer has a few pseudo-gradients more, and no turn needs two sums. False: every
+            buffer has N, which is Algorithm 3 to the letter.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -88,6 +92,7 @@ class DelayedNesterov(torch.optim.Optimizer):
         momentum_activation: float = 0.0,
         growth: float | None = None,
         reach: float | None = None,
+        whole_turns: bool = False,
     ) -> None:
         if lr < 0:
             raise ValueError(f"`lr` must be at least 0, got {lr}.")
@@ -104,6 +109,7 @@ class DelayedNesterov(torch.optim.Optimizer):
             "momentum_activation": momentum_activation,
             "growth": growth,
             "reach": reach,
+            "whole_turns": whole_turns,
             "received": 0,  # t of Algorithm 3, modulo N: the pseudo-gradients in the buffer
             "filled": 0,  # t of Algorithm 3, over N: buffers that have been full
             "round_length": None,  # H; None while nobody has told it
@@ -144,7 +150,10 @@ class DelayedNesterov(torch.optim.Optimizer):
 
     @property
     def room(self) -> int:
-        """Number of pseudo-gradients that fit before the next end of a buffer, at least 1.
+        """Number of pseudo-gradients that the next sum may have, at least 1.
+
+        They are as many as fit into the buffer, unless it ends with a
+        whole turn.
 
         Raises:
             RuntimeError: if ``buffer_size`` was left open and nobody filled it in.
@@ -166,8 +175,11 @@ class DelayedNesterov(torch.optim.Optimizer):
         """The room once ``count`` more pseudo-gradients have been consumed."""
         if any(group["buffer_size"] is None for group in self.param_groups):
             raise RuntimeError("`buffer_size` is None: outside the strategy, pass the number of workers.")
-        room: int = min(g["buffer_size"] - (g["received"] + count) % g["buffer_size"] for g in self.param_groups)
-        return room
+        rooms = [
+            sys.maxsize if _ends_with_turn(g) else g["buffer_size"] - (g["received"] + count) % g["buffer_size"]
+            for g in self.param_groups
+        ]
+        return min(rooms)
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -197,7 +209,8 @@ class DelayedNesterov(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     self._update(p, p.grad, count, beta, group)
-            group["received"] = (group["received"] + count) % group["buffer_size"]
+            received = group["received"] + count
+            group["received"] = 0 if received >= group["buffer_size"] else received
             group["filled"] += group["received"] == 0
         return loss
 
@@ -206,7 +219,7 @@ class DelayedNesterov(torch.optim.Optimizer):
         # round twice, and whether it is used depends on the processor and on how a loop is split over threads. Replicas
         # on unlike machines must agree to the bit.
         lr, n, c = group["lr"], group["buffer_size"], group["momentum_activation"]
-        first, last = group["received"] == 0, group["received"] + count == n
+        first, last = group["received"] == 0, group["received"] + count >= n
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p)
@@ -233,6 +246,11 @@ class DelayedNesterov(torch.optim.Optimizer):
             theta.sub_(update.mul_(lr))
 
 
+def _ends_with_turn(group: dict[str, Any]) -> bool:
+    ends: bool = group.get("whole_turns", False)  # a state of an earlier version does not say
+    return ends
+
+
 _SHORTEST = 4  # local steps: shorter rounds reach as far
 
 
@@ -248,7 +266,7 @@ def _momentum_of_now(group: dict[str, Any]) -> float:
 
 def default_outer_optimizer(params: Iterable[Parameter]) -> DelayedNesterov:
     """The outer optimizer of whoever chooses none: right from the first step of training from scratch."""
-    return DelayedNesterov(params, lr=1.0, momentum=0.9, growth=GROWTH, reach=REACH)
+    return DelayedNesterov(params, lr=1.0, momentum=0.9, growth=GROWTH, reach=REACH, whole_turns=True)
 
 
 _BLOCK = 1 << 16  # elements: the operands of one block stay in the cache, so that memory is streamed once per step

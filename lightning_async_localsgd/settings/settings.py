@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -164,7 +164,7 @@ class Settings:
             "quorum": self.quorum,
             "overlap": self.overlap,
             "budget": self.budget,
-            "codec": self.codec if isinstance(self.codec, str) else _describe_object(self.codec),
+            "codec": _describe_codec(self.codec),
             "exchange": self.exchange,
             "turns_per_round": self.turns_per_round,
             "outer_device": torch.device(self.outer_device).type,  # kinds of devices may round differently
@@ -187,14 +187,20 @@ def _describe(value: Any) -> str:
     return f"{getattr(value, '__module__', '')}.{name}"
 
 
+def _describe_codec(codec: str | Codec) -> str:
+    """Its name and, of a dataclass, its parameters."""
+    if isinstance(codec, str):
+        return codec
+    names = [field.name for field in fields(codec)] if is_dataclass(codec) else []
+    return f"{codec.name}({', '.join(f'{name}={getattr(codec, name)!r}' for name in names)})"
+
+
 def _describe_object(value: Any) -> str:
     """A description with the attributes that hold plain values: distinguishes two objects of a small class."""
     if value is None or isinstance(value, _PLAIN):
         return repr(value)
     attributes = sorted(getattr(value, "__dict__", {}).items())
     known = [
-        f"{k}={_describe_object(v)}"
-        for k, v in attributes
-        if not k.startswith("_") and (v is None or isinstance(v, _PLAIN) or is_dataclass(v))
+        f"{k}={_describe_object(v)}" for k, v in attributes if v is None or isinstance(v, _PLAIN) or is_dataclass(v)
     ]
     return f"{_describe(value)}({', '.join(known)})"

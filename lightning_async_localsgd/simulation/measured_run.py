@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from torch import nn
+
 from lightning_async_localsgd.codecs import Codec
-from lightning_async_localsgd.outer import Arrival
+from lightning_async_localsgd.outer import GlobalState
+from lightning_async_localsgd.outer.layout import Layout
 from lightning_async_localsgd.protocol.ledger import DueDelta
 from lightning_async_localsgd.protocol.progress import OuterUpdate, Progress
 from lightning_async_localsgd.protocol.rounds import Rounds
@@ -60,7 +63,7 @@ class MeasuredRun:
             workers,
             10**12,  # far off: planned is the middle of a run
             settings,
-            _Versions(settings.quorum),
+            _small_state(settings, len(workers)),
             _Nothing(),
             self,
             network,
@@ -130,20 +133,13 @@ class _Nothing:
     def adopt(self, worker: int, restart: bool) -> None: ...
 
 
-class _Versions:
-    """A global state of which there is nothing but the version."""
-
-    def __init__(self, quorum: int) -> None:
-        self.version = 0
-        self._quorum = quorum
-
-    def update_sizes(self, count: int) -> list[int]:
-        return [1] * count if self._quorum == 1 else [count] if count else []
-
-    def accepts(self, arrival: Arrival) -> bool:
-        return True
-
-    def apply(self, arrivals: Sequence[Arrival], refused: int = 0) -> None:
-        self.version += 1
-
-    def set_round_length(self, local_steps: int) -> None: ...
+def _small_state(settings: Settings, workers: int) -> GlobalState:
+    """A global state of two parameters: it takes the deltas of a turn as that of any model does."""
+    return GlobalState(
+        Layout(nn.Linear(1, 1)),
+        settings.outer_optimizer,
+        workers,
+        settings.quorum,
+        transforms=settings.transforms,
+        sums=settings.sums,
+    )

@@ -72,6 +72,32 @@ def test_a_sum_moves_the_parameters_as_its_deltas_would(
         assert by_sum.param_groups[0][key] == by_one.param_groups[0][key]
 
 
+def test_a_buffer_can_end_with_the_turn_that_fills_it() -> None:
+    """A turn is then one sum; single deltas, and turns that do not cross an end, move the parameters as before."""
+    whole, exact = (Parameter(torch.ones(40, dtype=torch.float64)) for _ in range(2))
+    by_turn = DelayedNesterov([whole], buffer_size=4, whole_turns=True)
+    by_letter = DelayedNesterov([exact], buffer_size=4)
+    deltas = turn_of(12, torch.float64, 0)
+    for sizes in ([1, 1, 2], [4], [1]):
+        for size in sizes:
+            assert by_turn.sum_sizes(size) == [size]
+            total = torch.stack(deltas[:size]).sum(0)
+            for parameter, optimizer in ((whole, by_turn), (exact, by_letter)):
+                parameter.grad = total.clone()
+                optimizer.step(count=size)
+            del deltas[:size]
+        assert torch.equal(whole, exact)
+    assert by_turn.sum_sizes(4) == [4] and by_letter.sum_sizes(4) == [3, 1]
+    before = whole.detach().clone()
+    momentum = by_turn.state[whole]["momentum"].clone()  # with the first delta of this buffer
+    total = torch.stack(deltas[:3]).sum(0) + 1
+    whole.grad = total.clone()
+    by_turn.step(count=4)
+    assert by_turn.param_groups[0]["received"] == 0 and by_turn.param_groups[0]["filled"] == 3
+    momentum += total / 4
+    torch.testing.assert_close(whole.detach(), before - 0.7 * (0.9 * momentum + total / 4))
+
+
 @pytest.mark.parametrize("c_times_n", [0.0, 0.1, 1.0])
 def test_a_sum_longer_than_a_block_is_added_up_block_by_block(c_times_n: float) -> None:
     single, summed = (Parameter(torch.zeros(70_001)) for _ in range(2))
@@ -124,7 +150,7 @@ def delta_of(state: GlobalState, seed: int) -> Tensor:
 @pytest.mark.parametrize(
     ("outer", "transforms"),
     [
-        (None, ()),
+        (partial(DelayedNesterov, growth=0.4, reach=0.1), ()),
         (partial(DelayedNesterov, momentum_activation=0.25), ()),
         (partial(DelayedNesterov, buffer_size=3), (PolyThres(threshold=3), DelayCompensation(0.1))),
     ],
@@ -160,8 +186,9 @@ def test_with_one_delta_per_turn_sums_give_the_same_bits() -> None:
 
 
 def test_updates_are_as_large_as_they_may_be() -> None:
-    by_sum = state_of(sums=True)
+    by_sum = state_of(sums=True, outer=DelayedNesterov)
     assert [by_sum.update_sizes(count) for count in (0, 3, 9)] == [[], [3], [4, 4, 1]]
+    assert [state_of(sums=True).update_sizes(count) for count in (0, 3, 9)] == [[], [3], [9]]
     assert state_of(sums=False).update_sizes(3) == [1, 1, 1]
     for sums in (False, True):
         assert [state_of(sums=sums, quorum=2).update_sizes(count) for count in (0, 3)] == [[], [3]]

@@ -27,7 +27,6 @@ from lightning_async_localsgd.simulation.recommendation import CODECS, LOCAL_STE
 
 SPEEDS = [1 / seconds for seconds in (0.58, 0.75, 1.51, 3.33)]
 PARAMETERS = 10_000_000
-MIB4 = 4 * CHUNK
 
 planned = partial(plan, PARAMETERS, SPEEDS, memory_bandwidth=math.inf)
 
@@ -52,10 +51,11 @@ def test_synchronous_workers_wait_for_the_slowest() -> None:
 
 def test_a_synchronous_round_lasts_as_long_as_its_steps_and_its_exchange() -> None:
     network = Network(latency=0.1, bandwidth=1e7)
-    here = planned(network=network, local_steps=50, **make_method("sync", 4))
+    here = planned(network=network, local_steps=50, codec="fp32", **make_method("sync", 4))
     everyone = range(4)
     bell = network.trip(everyone)
-    exchange = bell + network.header_seconds(everyone) + network.delta_seconds(everyone, everyone, PARAMETERS, 4)
+    sent = network.reduce_seconds(everyone, everyone, PARAMETERS, lambda elements: 4 * elements)
+    exchange = bell + network.header_seconds(everyone) + sent
     assert here.round_seconds == pytest.approx(50 / min(SPEEDS) + exchange)
 
 
@@ -69,11 +69,22 @@ def test_more_bandwidth_is_never_worse(method: str) -> None:
 
 
 def test_a_slow_network_makes_rounds_longer_and_nobody_wait() -> None:
-    slow = planned(network=Network(bandwidth=1e6), local_steps=10)
+    slow = planned(network=Network(bandwidth=1e6), local_steps=10, codec="fp32")
     assert slow.utilization > TARGET and not slow.keeps_rounds and not slow.reaches_target
     assert slow.round_steps == pytest.approx(slow.round_seconds * SPEEDS[0], rel=0.02)
-    at_need = planned(network=Network(bandwidth=slow.link_need), local_steps=10)
+    at_need = planned(network=Network(bandwidth=slow.link_need), local_steps=10, codec="fp32")
     assert at_need.keeps_rounds
+
+
+def test_by_itself_the_codec_is_one_with_which_rounds_are_kept() -> None:
+    fits = {
+        codec: planned(network=Network(bandwidth=4e6), local_steps=10, codec=codec)
+        for codec in ("fp32", "bf16", "int4")
+    }
+    assert not fits["fp32"].keeps_rounds and fits["int4"].keeps_rounds
+    chosen = planned(network=Network(bandwidth=4e6), local_steps=10)
+    assert chosen.codec in ("int8", "int4") and chosen.keeps_rounds
+    assert planned(network=Network(bandwidth=1e10), local_steps=10).codec == "fp32"
 
 
 def test_copies_take_time_where_memory_is_slow() -> None:
@@ -91,7 +102,7 @@ def test_steps_that_are_simulated_as_one_change_little(monkeypatch: pytest.Monke
     for a, b in zip(fine, coarse, strict=True):
         assert b.utilization == pytest.approx(a.utilization, abs=0.01)
         assert b.round_steps == pytest.approx(a.round_steps, rel=0.1)
-        assert b.bytes_per_round == pytest.approx(a.bytes_per_round, rel=0.01)
+        assert b.bytes_per_round == pytest.approx(a.bytes_per_round, rel=0.1)  # not all are in each turn
 
 
 def test_noise_makes_synchronous_workers_wait() -> None:
@@ -147,22 +158,25 @@ def test_traffic_is_what_a_simulation_counts(method: str, codec: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "copies", "messages"),
+    ("settings", "copies"),
     [
-        ({}, 5, MIB4),
-        ({"codec": "bf16"}, 5, 2 * MIB4),
-        ({"quorum": 4}, 5, 2 * MIB4),
-        ({"outer_optimizer": partial(DelayedNesterov, momentum_activation=0.1)}, 6, MIB4),
-        ({"outer_optimizer": partial(torch.optim.SGD, lr=0.7)}, 4, MIB4),
-        ({"outer_optimizer": partial(torch.optim.SGD, lr=0.7, momentum=0.9)}, 5, MIB4),
-        ({"outer_optimizer": partial(torch.optim.Adam, lr=0.7)}, 6, MIB4),
-        ({"transforms": [Poly()]}, 5, MIB4),
-        ({"transforms": [AsyncBuffer()]}, 6, MIB4),
-        ({"transforms": [DelayCompensation()]}, 5 + 4, MIB4),
+        ({}, 5),
+        ({"codec": "bf16"}, 6),  # with the residual
+        ({"quorum": 4}, 5),
+        ({"outer_optimizer": partial(DelayedNesterov, momentum_activation=0.1)}, 6),
+        ({"outer_optimizer": partial(torch.optim.SGD, lr=0.7)}, 4),
+        ({"outer_optimizer": partial(torch.optim.SGD, lr=0.7, momentum=0.9)}, 5),
+        ({"outer_optimizer": partial(torch.optim.Adam, lr=0.7)}, 6),
+        ({"transforms": [Poly()]}, 5),
+        ({"transforms": [AsyncBuffer()]}, 6),
+        ({"transforms": [DelayCompensation()]}, 5),
     ],
 )
-def test_memory_is_what_the_state_keeps(settings: dict[str, Any], copies: int, messages: int) -> None:
-    assert memory_bytes(PARAMETERS, Settings(**settings), 4) == 4 * PARAMETERS * copies + messages
+def test_memory_is_what_the_state_keeps(settings: dict[str, Any], copies: int) -> None:
+    chosen = Settings(**settings)
+    codec = next(iter(chosen.codecs().values()))
+    messages = 4 * 4 * codec.wire_bytes(min(CHUNK, PARAMETERS // 4))
+    assert memory_bytes(PARAMETERS, chosen, 4, codec) == 4 * PARAMETERS * copies + messages
 
 
 # ---- recommendations -------------------------------------------------------------------------------------------------
@@ -204,7 +218,7 @@ def test_where_nothing_helps_it_says_why(options: dict[str, Any], said: str) -> 
 
 
 def test_of_several_causes_the_one_that_is_shortest_comes_first() -> None:
-    slow_link = Network(latency=0.04, bandwidth=3e6)
+    slow_link = Network(latency=0.04, bandwidth=1e6)
     found = recommend(1_100_000_000, [3.0, 1.0], network=slow_link)
     assert found.best is None
     stated = re.search(r"H = 500 with (\w+)", found.sentence)
