@@ -50,7 +50,7 @@ class Method:
     outer_momentum: float = 0.9
     """Default outer momentum."""
     transform: Callable[..., Transform] | None = None
-    """Constructor of the transformation of the pseudo-gradient."""
+    """Constructor of the transformation of the pseudo-gradient, applied by the sender of a delta or on every worker."""
     pace: str = "fixed"
     """Default pace, as in the paper."""
     synchronous: bool = False

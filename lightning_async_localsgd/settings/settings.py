@@ -191,7 +191,7 @@ def _describe_codec(codec: str | Codec) -> str:
     """Its name and, of a dataclass, its parameters."""
     if isinstance(codec, str):
         return codec
-    names = [field.name for field in fields(codec)] if is_dataclass(codec) else []
+    names: list[str] = [field.name for field in fields(codec)] if is_dataclass(codec) else []
     return f"{codec.name}({', '.join(f'{name}={getattr(codec, name)!r}' for name in names)})"
 
 
