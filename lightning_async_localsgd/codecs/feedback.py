@@ -1,6 +1,8 @@
-"""Error feedback: what a codec loses of one delta goes into the next one."""
+"""Error feedback: what a codec loses of one delta goes into the next."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,41 +13,40 @@ __all__ = ["ErrorFeedback"]
 
 
 class ErrorFeedback:
-    """The residual of a worker: errors of all that it has encoded and that its next delta makes up for.
+    """The residual of a worker: the sum of all errors of encoding that were not sent yet.
 
-    Nothing is allocated before the first error.
+    Nothing is allocated before the first lossy encoding. A codec may take another's place at any time.
 
     Args:
-        numel: elements of a delta.
-        device: device of the residual.
+        numel: length of the flat vector of parameters.
+        device: where its chunks are.
 
     References:
-        Seide et al. 2014, 1-Bit Stochastic Gradient Descent; Karimireddy et al. 2019, Error Feedback Fixes SignSGD
-        (arXiv 1901.09847), Algorithm 2.
+        Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient Compression Schemes", arXiv 1901.09847,
+        Algorithm 2.
     """
 
-    def __init__(self, numel: int, device: torch.device | str) -> None:
-        self.residual: Tensor | None = None
-        """Fp32, shape ``(numel,)``; None while there was no error."""
+    def __init__(self, numel: int, device: torch.device | str = "cpu") -> None:
         self._numel = numel
         self._device = device
+        self._residual: Tensor | None = None
 
-    def encode(self, codec: Codec, chunk: Tensor, start: int) -> Tensor:
-        """The wire form of a part of a delta and of the residual there, of which the new error remains.
+    def encode(self, codec: Codec, chunk: Tensor, start: int, out: Tensor | None = None) -> Tensor:
+        """Add the residual to ``chunk``, in place, encode the sum, and keep the error of it as the new residual.
 
         Args:
-            codec: the codec.
-            chunk: fp32, shape ``(n,)``. The residual is added to it.
-            start: its place in the vector.
+            codec: encodes and decodes.
+            chunk: fp32, shape ``(n,)``, contiguous.
+            start: position of ``chunk`` in the flat vector.
+            out: see :meth:`Codec.encode`.
 
         Returns:
-            The wire form; may be a view of ``chunk``.
+            The wire form of the sum.
         """
-        if codec.lossless and self.residual is None:
-            return codec.encode(chunk)
+        if codec.lossless and self._residual is None:
+            return codec.encode(chunk, out)
         residual = self._part(start, chunk.numel())
-        chunk.add_(residual)
-        wire = codec.encode(chunk)
+        wire = codec.encode(chunk.add_(residual), out)
         if codec.lossless:
             residual.zero_()
         else:
@@ -54,19 +55,30 @@ class ErrorFeedback:
         return wire
 
     def keep(self, error: Tensor, start: int) -> None:
-        """Add an error to the residual: that of a sum that this worker has encoded for all.
+        """Add an error that was made elsewhere: that of a sum which this worker encoded for all.
 
         Args:
-            error: fp32, shape ``(n,)``.
-            start: its place in the vector.
+            error: fp32, shape ``(n,)``: the sum less its decoded form.
+            start: position of ``error`` in the flat vector.
         """
         self._part(start, error.numel()).add_(error)
 
-    def load(self, residual: Tensor | None) -> None:
-        """Go on from a saved :attr:`residual`."""
-        self.residual = None if residual is None else residual.to(self._device, copy=True)
+    def state_dict(self) -> dict[str, Any]:
+        """The residual itself, or None if nothing was lost."""
+        return {"residual": self._residual}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with a copy of another's residual.
+
+        Raises:
+            ValueError: if it belongs to a vector of another length.
+        """
+        residual: Tensor | None = state["residual"]
+        if residual is not None and residual.shape != (self._numel,):
+            raise ValueError(f"A residual of {residual.numel()} elements does not fit {self._numel} parameters.")
+        self._residual = None if residual is None else residual.to(self._device, torch.float32, copy=True)
 
     def _part(self, start: int, numel: int) -> Tensor:
-        if self.residual is None:
-            self.residual = torch.zeros(self._numel, device=self._device)
-        return self.residual[start : start + numel]
+        if self._residual is None:
+            self._residual = torch.zeros(self._numel, device=self._device)
+        return self._residual[start : start + numel]

@@ -118,7 +118,8 @@ class SavedState:
         self._rounds.shard = state_dict["shard"]
         self._rounds.local_steps = state_dict["local_steps"]
         self._rounds.shard_generator.set_state(state_dict["shard_generator"])
-        self._feedback.load(state_dict.get("residual"))
+        if "feedback" in state_dict:  # not in one of an earlier version
+            self._feedback.load_state_dict(state_dict["feedback"])
         self._round = state_dict
 
     def start(self, budget: Budget) -> Progress:
@@ -212,5 +213,5 @@ class SavedState:
             "next_shard": None if push is None else self._rounds.shard,  # it has been drawn already
             "local_steps": self._rounds.local_steps,
             "shard_generator": self._rounds.shard_generator.get_state(),
-            "residual": self._feedback.residual,
+            "feedback": self._feedback.state_dict(),
         }

@@ -43,7 +43,7 @@ def exchange(
         for _ in made.sums(groups, None if own is None else own.clone(), make_codec(codec)):
             sums.append(target.clone())
             target.fill_(torch.nan)  # the outer update uses it up
-        return sums, feedback.residual, transport.bytes_sent, transport.bytes_received
+        return sums, feedback.state_dict()["residual"], transport.bytes_sent, transport.bytes_received
 
     return run_threads(work, size)
 

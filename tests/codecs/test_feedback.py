@@ -1,0 +1,83 @@
+"""With error feedback nothing is lost: it comes later."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_async_localsgd.codecs import FP32, INT4, Codec, ErrorFeedback, TopK, codecs_by_name
+
+NUMEL = 9001
+EVERY = pytest.mark.parametrize("codec", [*codecs_by_name().values(), TopK(bits=2)], ids=repr)
+
+
+def send(feedback: ErrorFeedback, codec: Codec, delta: torch.Tensor, length: int = 1 << 14) -> torch.Tensor:
+    """What the others apply of a delta that is sent in chunks."""
+    out = torch.empty_like(delta)
+    for start in range(0, delta.numel(), length):
+        chunk = delta[start : start + length].clone()
+        codec.decode(feedback.encode(codec, chunk, start), out[start : start + length])
+    return out
+
+
+@EVERY
+@settings(deadline=None)
+@given(seed=st.integers(0, 1000), rounds=st.integers(1, 12))
+def test_what_arrives_tracks_what_was_given(codec: Codec, seed: int, rounds: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    feedback = ErrorFeedback(NUMEL)
+    given_sum, sent_sum, other = (torch.zeros(NUMEL, dtype=torch.float64) for _ in range(3))
+    for _ in range(rounds):
+        delta = torch.randn(NUMEL, generator=generator) ** 3
+        given_sum += delta
+        sent_sum += send(feedback, codec, delta)
+        error = torch.randn(NUMEL, generator=generator) * (0 if codec.lossless else 0.01)
+        other += error
+        if not codec.lossless:
+            feedback.keep(error[4096:].float(), 4096)
+    other[:4096] = 0
+    residual = feedback.state_dict()["residual"]
+    left = torch.zeros(NUMEL) if residual is None else residual
+    torch.testing.assert_close(sent_sum + left.double(), given_sum + other, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("codec", [c for c in codecs_by_name().values() if c.name not in ("fp32", "topk")], ids=repr)
+def test_what_is_left_is_one_quantization_error(codec: Codec) -> None:
+    feedback = ErrorFeedback(NUMEL)
+    for _ in range(20):
+        delta = torch.randn(NUMEL)
+        send(feedback, codec, delta)
+        given_then = delta  # the residual is the error of this delta and of the residual before, alone
+    residual = feedback.state_dict()["residual"]
+    assert residual.abs().max() <= 0.5 * given_then.abs().max()
+
+
+def test_chunks_give_what_the_whole_gives() -> None:
+    whole, parts = ErrorFeedback(NUMEL), ErrorFeedback(NUMEL)
+    for _ in range(3):
+        delta = torch.randn(NUMEL)
+        assert torch.equal(send(whole, INT4(), delta), send(parts, INT4(), delta, length=1024))
+    assert torch.equal(whole.state_dict()["residual"], parts.state_dict()["residual"])
+
+
+def test_a_lossless_codec_needs_nothing_and_empties_what_is_left() -> None:
+    feedback = ErrorFeedback(NUMEL)
+    delta = torch.randn(NUMEL)
+    assert torch.equal(send(feedback, FP32(), delta), delta)
+    assert feedback.state_dict() == {"residual": None}
+    sent = send(feedback, INT4(), delta) + send(feedback, FP32(), delta)
+    torch.testing.assert_close(sent, 2 * delta)
+    assert not feedback.state_dict()["residual"].any()
+
+
+def test_a_restored_state_goes_on_to_the_bit() -> None:
+    first, second = ErrorFeedback(NUMEL), ErrorFeedback(NUMEL)
+    second.load_state_dict(first.state_dict())
+    delta = torch.randn(NUMEL)
+    send(first, TopK(), delta)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(send(first, TopK(), delta), send(second, TopK(), delta))
+    with pytest.raises(ValueError, match="9001"):
+        ErrorFeedback(3).load_state_dict(first.state_dict())
