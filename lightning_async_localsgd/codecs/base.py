@@ -64,10 +64,11 @@ class Codec(Protocol):
 
 def codecs_by_name() -> dict[str, Codec]:
     """All codecs that have a name, with their default parameters."""
-    from lightning_async_localsgd.codecs.blocks import INT4, INT8
+    from lightning_async_localsgd.codecs.blocks import E3M0, INT4, INT8
     from lightning_async_localsgd.codecs.floats import BF16, FP32
+    from lightning_async_localsgd.codecs.topk import TopK
 
-    codecs: tuple[Codec, ...] = (FP32(), BF16(), INT8(), INT4())
+    codecs: tuple[Codec, ...] = (FP32(), BF16(), INT8(), INT4(), E3M0(), TopK())
     return {codec.name: codec for codec in codecs}
 
 

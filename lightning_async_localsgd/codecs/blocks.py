@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_async_localsgd.codecs.floats import typed
 
-__all__ = ["INT4", "INT8"]
+__all__ = ["E3M0", "INT4", "INT8"]
 
 BLOCK = 128
 SCALE_BYTES = 2
@@ -21,8 +21,8 @@ SMALLEST_SCALE = 2.0**-126
 """The smallest normal fp32 number: products with whole numbers of 8 bits stay exact."""
 LARGEST = 2.0**127
 """Below the largest fp32 number by more than the rounding of a scale."""
-_PIECE = 1024
-"""Blocks per step on the CPU: 128K elements, so that intermediate results stay in the cache."""
+_PIECE = 1 << 17
+"""Elements per step on the CPU: intermediate results stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class _BlockCodec(ABC):
             out = torch.empty(self.wire_bytes(chunk.numel()), dtype=torch.uint8, device=chunk.device)
         scales, codes = self._parts(out)
         for blocks, elements in pieces(chunk):
-            piece = _filled(chunk[elements])
+            piece = filled(chunk[elements])
             scratch = piece.abs()
             scale = scratch.amax(1, keepdim=True).div_(self._top).clamp_(min=SMALLEST_SCALE).to(torch.bfloat16)
             scales[blocks].copy_(scale.view(torch.uint8))
@@ -140,24 +140,53 @@ class INT4(_Nibbles):
         return torch.mul(piece, scale.reciprocal(), out=scratch).round_().add_(8).to(torch.int8).flatten()
 
 
-def pieces(vector: Tensor) -> Iterator[tuple[slice, slice]]:
+@dataclass(frozen=True)
+class E3M0(_Nibbles):
+    """Rounds to zero or one of seven powers of two, of either sign, times a scale per block of 128 elements.
+
+    A floating-point number of 4 bits (sign and exponent): 4.125 bits per element.
+
+    References:
+        Douillard et al., "Streaming DiLoCo with overlapping communication", arXiv 2501.18512, section 2.3.
+    """
+
+    name: ClassVar[str] = "e3m0"
+    _top: ClassVar[int] = 64
+    _levels: ClassVar[tuple[int, ...]] = (0, 1, 2, 4, 8, 16, 32, 64, 0, -1, -2, -4, -8, -16, -32, -64)
+
+    def _nearest(self, piece: Tensor, scale: Tensor, scratch: Tensor) -> Tensor:
+        # Midpoints of levels are multiples of a half: the whole part of twice a scaled element tells the level.
+        twice = torch.mul(piece, 2 / scale, out=scratch).int().flatten()
+        return torch.index_select(_codes(piece.device), 0, twice.add_(2 * self._top))
+
+
+def pieces(vector: Tensor, block: int = BLOCK) -> Iterator[tuple[slice, slice]]:
     """Slices of blocks, and of the elements in them, that cover a vector.
 
     A last block that is not full is alone in its piece. On a GPU all full blocks are one piece.
     """
-    full = vector.numel() // BLOCK
-    step = _PIECE if vector.device.type == "cpu" else max(1, full)
+    full = vector.numel() // block
+    step = _PIECE // block if vector.device.type == "cpu" else max(1, full)
     for first in range(0, full, step):
         last = min(first + step, full)
-        yield slice(first, last), slice(first * BLOCK, last * BLOCK)
-    if full * BLOCK < vector.numel():
-        yield slice(full, full + 1), slice(full * BLOCK, vector.numel())
+        yield slice(first, last), slice(first * block, last * block)
+    if full * block < vector.numel():
+        yield slice(full, full + 1), slice(full * block, vector.numel())
 
 
-def _filled(piece: Tensor) -> Tensor:
+def filled(piece: Tensor, block: int = BLOCK) -> Tensor:
     """Elements as blocks, the last filled with zeros."""
-    missing = -piece.numel() % BLOCK
-    return (torch.nn.functional.pad(piece, (0, missing)) if missing else piece).view(-1, BLOCK)
+    missing = -piece.numel() % block
+    return (torch.nn.functional.pad(piece, (0, missing)) if missing else piece).view(-1, block)
+
+
+@cache
+def _codes(device: torch.device) -> Tensor:
+    """The code of E3M0's nearest level for the whole part of twice a number, from -128 to 128 (uint8, shape (257,))."""
+    magnitudes = torch.tensor(E3M0._levels[:8])
+    twice = torch.arange(-2 * E3M0._top, 2 * E3M0._top + 1)
+    nearest = torch.bucketize(twice.abs(), magnitudes[1:] + magnitudes[:-1], right=True)
+    return torch.where(twice < 0, nearest + 8, nearest).to(device, torch.uint8)
 
 
 @cache

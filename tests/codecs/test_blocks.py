@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_async_localsgd.codecs import INT4, INT8, Codec
+from lightning_async_localsgd.codecs import E3M0, INT4, INT8, Codec
 from tests.codecs.test_base import decoded, vector
 
-LEVELS = {INT8(): list(range(128)), INT4(): list(range(8))}
+LEVELS = {INT8(): list(range(128)), INT4(): list(range(8)), E3M0(): [0, 1, 2, 4, 8, 16, 32, 64]}
 EVERY = pytest.mark.parametrize("codec", LEVELS, ids=repr)
 
 
 @EVERY
+@settings(deadline=None)
 @given(data=st.data())
 def test_each_element_becomes_its_nearest_level(codec: Codec, data: st.DataObject) -> None:
     finite = st.floats(-(2.0**127), 2.0**127, width=32)
@@ -36,7 +37,7 @@ def test_the_error_is_at_most_half_a_step(codec: Codec) -> None:
     assert ((decoded(codec, x) - x).abs() <= 0.503 * step).all()
 
 
-@pytest.mark.parametrize(("codec", "bits"), [(INT8(), 8.125), (INT4(), 4.125)], ids=repr)
+@pytest.mark.parametrize(("codec", "bits"), [(INT8(), 8.125), (INT4(), 4.125), (E3M0(), 4.125)], ids=repr)
 def test_a_scale_is_shared_by_128_elements(codec: Codec, bits: float) -> None:
     assert codec.wire_bytes(1 << 20) * 8 == bits * (1 << 20)
     assert codec.wire_bytes(129) == 2 * codec.wire_bytes(128)
