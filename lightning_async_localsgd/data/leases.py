@@ -110,7 +110,7 @@ class Leases(Division):
         return self._tickets.draw(epoch, left, comers) if self._worker in comers else iter(())
 
     def _forget(self, epoch: int) -> None:
-        """Tell the others that this worker begins an epoch, and forget epochs that all workers have ended."""
+        """Tell the others that this worker begins with an epoch, and forget those that nobody goes back to."""
         at = [f"at/{worker}" for worker in range(self.workers)]
         self._store.set(at[self._worker], f"{epoch} {self._local_steps()}")
         if not self._store.check(at):
@@ -118,8 +118,9 @@ class Leases(Division):
         others = [other.split() for other in self._store.multi_get(at)]
         self.begun = [(int(other), int(steps)) for other, steps in others]
         oldest = min(other for other, _ in self.begun)
+        # Worker 0 may have saved its side of a checkpoint in the epoch before. This worker saves its own after a step.
         for masks in (self._trained, self._before):
-            for old in [e for e in masks if e < oldest]:
+            for old in [e for e in masks if e < oldest - 1]:
                 del masks[old]
                 self._store.delete_key(f"order/{old}")
         self._tickets.forget(oldest)

@@ -209,6 +209,21 @@ def test_who_was_through_with_an_epoch_leaves_what_is_left_to_the_others() -> No
     again.close()
 
 
+def test_a_worker_that_saves_in_the_next_epoch_still_tells_what_it_has_trained_in_the_one_before() -> None:
+    # Worker 0 saves in epoch 0 and goes on to the next one before worker 1, between two epochs, hears of it.
+    job = Job(2)
+    job.begin((0, 0), 20)
+    theirs = job.train((0, 0), [1] * 2, 20)
+    ours = job.train((0, 0), [0] * 4, 20)
+    saved = job.workers[0].state_dict()
+    job.train((0, 0), [0, 1] * 20, 20)
+    job.begin((1, 0), 20)
+    job.train((1, 0), [0, 1], 20)
+    merged = merge_positions([saved, job.workers[1].state_dict()], 0)["trained"][0]
+    assert {unit for _, unit in theirs + ours} <= set(merged.nonzero().flatten().tolist())
+    job.close()
+
+
 def test_another_order_is_refused() -> None:
     job = Job(2)
     job.workers[0].check_order((0, 0), "a")
@@ -229,5 +244,5 @@ def test_the_store_does_not_fill_up() -> None:
         if epoch == 2:
             keys = store.num_keys()
     assert store.num_keys() == keys
-    assert len(job.workers[0].state_dict()["trained"]) <= 2
+    assert len(job.workers[0].state_dict()["trained"]) <= 3
     job.close()
