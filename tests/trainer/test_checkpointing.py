@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
 from lightning_async_localsgd.trainer.checkpoints.files import Whole, find_wholes
-from tests.modules import FEATURES, Regression, checkpoints, make_trainer, regression_data, stream
+from tests.modules import FEATURES, Regression, checkpoints, make_trainer, regression_data, stream, whole_checkpoints
 from tests.processes import results, run_processes
 
 
@@ -92,15 +92,9 @@ def unequal(rank: int, size: int, folder: str, ckpt: str | None, max_steps: int 
     return fit(rank, size, max_steps, plan, ckpt, dirpath=folder, every_n_train_steps=12, save_top_k=-1)
 
 
-def newest(folder: Path) -> Path:
-    """The last checkpoint that all workers have written."""
-    manifests = sorted(folder.glob("*.workers/*/manifest.json"), key=lambda p: p.stat().st_mtime)
-    return folder / manifests[-1].parents[1].name.removesuffix(".workers")
-
-
 def test_unequal_workers_resume_from_their_own_sides(tmp_path: Path) -> None:
     results(run_processes(unequal, 2, 2, str(tmp_path), None))
-    last = newest(tmp_path)
+    last = whole_checkpoints(tmp_path)[-1]
     saved = torch.load(last, weights_only=True)["async_localsgd"]
     part = torch.load(next(last.with_name(f"{last.name}.workers").glob("*/worker-1.pt")), weights_only=True)
     ends = results(run_processes(unequal, 2, 2, str(tmp_path / "again"), str(last)))
@@ -183,7 +177,7 @@ def test_lightnings_background_writing_makes_whole_checkpoints(tmp_path: Path) -
 
 def test_another_number_of_workers_goes_on_from_the_global_state(tmp_path: Path) -> None:
     results(run_processes(unequal, 2, 2, str(tmp_path), None))
-    last = newest(tmp_path)
+    last = whole_checkpoints(tmp_path)[-1]
     saved = torch.load(last, weights_only=True)["async_localsgd"]
     ends = results(run_processes(unequal, 3, 3, str(tmp_path / "again"), str(last)))
     for values, summary, *_ in ends:
@@ -282,7 +276,7 @@ def test_workers_that_have_unfrozen_different_layers_resume_each_with_its_own(tm
 
 def test_an_incomplete_checkpoint_falls_back_and_says_so(tmp_path: Path) -> None:
     results(run_processes(unequal, 2, 2, str(tmp_path), None))
-    last = newest(tmp_path)
+    last = whole_checkpoints(tmp_path)[-1]
     shutil.rmtree(f"{last}.workers")
     ends = results(run_processes(unequal, 2, 2, str(tmp_path / "again"), str(last)))
     assert "does not have every worker's side" in ends[0][2][0]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler, TensorDataset
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
-from tests.modules import FEATURES, Record, Regression, make_trainer, regression_data, stream
+from tests.modules import FEATURES, Record, Regression, make_trainer, regression_data, stream, whole_checkpoints
 from tests.processes import results, run_processes
 
 SAMPLES = 102
@@ -304,15 +304,10 @@ def save_and_resume(
     return module.trained, note.trained, values, plan.summary.digest
 
 
-def whole(folder: Path) -> list[Path]:
-    manifests = sorted(folder.glob("*.workers/*/manifest.json"), key=lambda p: p.stat().st_mtime)
-    return [folder / m.parents[1].name.removesuffix(".workers") for m in manifests]
-
-
 @pytest.mark.parametrize(("loader", "workers"), [("shuffled", 2), ("shuffled", 3), ("in processes", 2)])
 def test_a_resumed_epoch_repeats_no_sample(tmp_path: Path, loader: str, workers: int) -> None:
     first = results(run_processes(save_and_resume, 2, 2, str(tmp_path), None, {}, loader))
-    checkpoints = whole(tmp_path)
+    checkpoints = whole_checkpoints(tmp_path)
     assert len(checkpoints) >= 2
     for number, checkpoint in enumerate(checkpoints[:2]):
         before = [notes[number] for _, notes, *_ in first]
@@ -329,7 +324,7 @@ def test_a_resumed_epoch_repeats_no_sample(tmp_path: Path, loader: str, workers:
 @pytest.mark.parametrize("pauses", [(0.004, 0.02), (0.02, 0.004)])
 def test_a_checkpoint_at_the_end_of_an_epoch_repeats_no_sample(tmp_path: Path, pauses: tuple[float, float]) -> None:
     first = results(run_processes(save_and_resume, 2, 2, str(tmp_path), None, {}, "shuffled", pauses, None))
-    checkpoint = next(path for path in whole(tmp_path) if path.name.startswith("epoch=0"))
+    checkpoint = next(path for path in whole_checkpoints(tmp_path) if path.name.startswith("epoch=0"))
     before = [(notes[0],) for _, notes, *_ in first]
     ends = results(
         run_processes(save_and_resume, 2, 2, f"{tmp_path}/again", str(checkpoint), {}, "shuffled", pauses, None)
