@@ -1,4 +1,4 @@
-"""Shards are drawn by Eq. 2; leases give each unit to one worker, once, whatever happens in between."""
+"""Workers walk shards at their own pace; leases give each unit to one worker, once, whatever happens in between."""
 
 from __future__ import annotations
 
@@ -7,28 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 from torch.distributed import HashStore, Store
 
 from lightning_async_localsgd.data.division import Pass, Shards, merge_positions
 from lightning_async_localsgd.data.leases import Leases
 from lightning_async_localsgd.data.tickets import SharedTickets, StridedTickets
-from lightning_async_localsgd.protocol.sampling import draw_shard, shard_probabilities
-
-
-def test_probabilities_are_equation_2() -> None:
-    assert shard_probabilities([10, 30], [0, 0]) == [0.25, 0.75]
-    # shares 1/4 each; learned 1/2, 1/4, 1/4, 0: only the last lags, by 1/4
-    assert shard_probabilities([5, 5, 5, 5], [2, 1, 1, 0]) == pytest.approx([0, 0, 0, 1])
-    assert shard_probabilities([6, 3, 1], [40, 40, 20]) == pytest.approx([1, 0, 0])
-    assert shard_probabilities([1, 1], [3, 3]) == [0.5, 0.5]
-
-
-def test_draws_keep_shards_level() -> None:
-    samples, generator = [0, 0, 0], torch.Generator().manual_seed(0)
-    for _ in range(300):
-        samples[draw_shard([1, 1, 1], samples, generator)] += 10
-    assert max(samples) - min(samples) <= 20
 
 
 def test_a_round_reads_its_own_shard_and_goes_on_where_it_left() -> None:
