@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_async_localsgd.protocol.speed_meter import Stopwatch
+from lightning_async_localsgd.protocol.speed_meter import SpeedMeter
 
 
 class Clock:
@@ -19,7 +19,7 @@ def clock() -> Clock:
     return Clock()
 
 
-def make_steps(watch: Stopwatch, clock: Clock, seconds: list[float], between: float = 0.0) -> None:
+def make_steps(watch: SpeedMeter, clock: Clock, seconds: list[float], between: float = 0.0) -> None:
     for step in seconds:
         watch.resume()
         clock.now += step
@@ -28,7 +28,7 @@ def make_steps(watch: Stopwatch, clock: Clock, seconds: list[float], between: fl
 
 
 def test_the_first_step_tells_nothing(clock: Clock) -> None:
-    watch = Stopwatch(50, clock)
+    watch = SpeedMeter(50, clock)
     make_steps(watch, clock, [100.0])
     assert watch.speed(50) == 0.0
     make_steps(watch, clock, [0.5])
@@ -36,7 +36,7 @@ def test_the_first_step_tells_nothing(clock: Clock) -> None:
 
 
 def test_time_between_steps_and_in_a_pause_does_not_count(clock: Clock) -> None:
-    watch = Stopwatch(50, clock)
+    watch = SpeedMeter(50, clock)
     make_steps(watch, clock, [0.5] * 10, between=7.0)
     watch.resume()
     clock.now += 0.25
@@ -53,7 +53,7 @@ def test_time_between_steps_and_in_a_pause_does_not_count(clock: Clock) -> None:
 def test_a_speed_is_that_of_the_last_round_and_of_no_fewer_than_eight_steps(
     round_steps: int, expected: float, clock: Clock
 ) -> None:
-    watch = Stopwatch(40, clock)
+    watch = SpeedMeter(40, clock)
     make_steps(watch, clock, [1.0] * 41 + [0.25] * 20)
     assert watch.speed(round_steps) == pytest.approx(expected)
     make_steps(watch, clock, [2.0] * 4)
@@ -61,6 +61,6 @@ def test_a_speed_is_that_of_the_last_round_and_of_no_fewer_than_eight_steps(
 
 
 def test_a_clock_that_stands_still_gives_no_speed(clock: Clock) -> None:
-    watch = Stopwatch(50, clock)
+    watch = SpeedMeter(50, clock)
     make_steps(watch, clock, [0.0] * 5)
     assert watch.speed(50) == 0.0
