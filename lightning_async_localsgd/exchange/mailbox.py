@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lightning_async_localsgd.errors import AsyncLocalSGDError
-from lightning_async_localsgd.exchange.causes import LOOK_UP
+from lightning_async_localsgd.exchange.failure import Failure
 from lightning_async_localsgd.outer import Unsendable
 from lightning_async_localsgd.protocol.header import Flag, encode_message
 from lightning_async_localsgd.protocol.messages import Abort, Cut, Message
@@ -98,8 +97,7 @@ class Mailbox:
         self._waiting = False  # the training thread is blocked in here
         self._rung = -1  # the last turn that some worker opened
         self._cut: Cut | None = None
-        self._failure: BaseException | None = None
-        self._explained = False  # `_failure` is the first that any worker met, as far as that can be known
+        self._failure = Failure(self._condition)
 
     @contextmanager
     def global_state(self) -> Iterator[None]:
@@ -117,7 +115,7 @@ class Mailbox:
     @property
     def failed(self) -> bool:
         """Whether the exchange has ended by an error."""
-        return self._failure is not None
+        return self._failure.is_known
 
     def report(self, steps: int, speed: float, hold_open_seconds: float) -> None:
         """Tell how far the worker is, which rides on the next header.
@@ -229,10 +227,10 @@ class Mailbox:
         Raises:
             BaseException: what the exchange thread died of.
         """
-        if self._adoption is None and self._failure is None:
+        if self._adoption is None and not self._failure.is_known:
             return None
         with self._condition:
-            self._raise_failure()
+            self._failure.raise_explained()
             adoption, self._adoption = self._adoption, None
             return adoption
 
@@ -262,23 +260,11 @@ class Mailbox:
             self._waiting = True
             self._condition.notify_all()  # the exchange thread now looks after the others' health
             try:
-                self._condition.wait_for(lambda: until() or self._cut is not None or self._failure is not None)
+                self._condition.wait_for(lambda: until() or self._cut is not None or self._failure.is_known)
             finally:
                 self._waiting = False
             if not until() and self._cut is None:
-                self._raise_failure()
-
-    def _raise_failure(self) -> None:
-        """End the training thread's part, with the first cause if that is found in time."""
-        if self._failure is not None:
-            self._condition.wait_for(lambda: self._explained, timeout=LOOK_UP)
-        self._raise()
-
-    def _raise(self) -> None:
-        if isinstance(self._failure, AsyncLocalSGDError):  # says by itself what to do; where it arose is of no use
-            raise self._failure.with_traceback(None) from None
-        if self._failure is not None:
-            raise self._failure
+                self._failure.raise_explained()
 
     # ---- the exchange thread's side ---------------------------------------------------------------------------------
 
@@ -290,8 +276,8 @@ class Mailbox:
     def wait_for_release(self) -> None:
         """Stand still while the training thread saves its side of a cut."""
         with self._condition:
-            self._condition.wait_for(lambda: self._cut is None or self._failure is not None)
-            self._raise()
+            self._condition.wait_for(lambda: self._cut is None or self._failure.is_known)
+            self._failure.raise_if_known()
 
     def wait_for_turn(self, turn: int, heartbeat: float, open_from: float) -> bool:
         """Sleep until ``turn`` is due; returns whether this worker is the one to open it.
@@ -305,7 +291,7 @@ class Mailbox:
         until = time.monotonic() + heartbeat
         with self._condition:
             while True:
-                self._raise()
+                self._failure.raise_if_known()
                 now = time.monotonic()
                 if self._rung >= turn:
                     return False
@@ -319,21 +305,17 @@ class Mailbox:
         with self._condition:
             self._push_wanted = True
             self._condition.wait_for(
-                lambda: (
-                    self._extending or not may_push(self._flags, self._push is not None) or self._failure is not None
-                ),
+                lambda: self._extending or not may_push(self._flags, self._push is not None) or self._failure.is_known,
                 timeout=self._counts[2],
             )
             self._push_wanted = False
-            self._raise()
+            self._failure.raise_if_known()
 
     def take(self) -> tuple[Live, Push | None]:
         """What the next header is to say, and the round to push with it."""
         with self._condition:
             # A training thread that fails while it extends its push aborts, and does not push any more.
-            self._condition.wait_for(
-                lambda: not self._extending or Flag.ABORT in self._flags or self._failure is not None
-            )
+            self._condition.wait_for(lambda: not self._extending or Flag.ABORT in self._flags or self._failure.is_known)
             push, self._push = self._push, None
             message = self._outbox.popleft() if self._outbox else None
             self._news = bool(self._outbox)
@@ -363,8 +345,8 @@ class Mailbox:
     def wait_for_bell(self, turn: int, timeout: float) -> bool:
         """Wait until the listener, too, has heard ``turn``; returns whether it has within ``timeout`` seconds."""
         with self._condition:
-            heard = self._condition.wait_for(lambda: self._rung >= turn or self._failure is not None, timeout)
-            self._raise()
+            heard = self._condition.wait_for(lambda: self._rung >= turn or self._failure.is_known, timeout)
+            self._failure.raise_if_known()
             return heard
 
     def hear(self, turn: int) -> None:
@@ -375,18 +357,11 @@ class Mailbox:
 
     def fail(self, error: BaseException) -> BaseException:
         """End the training thread's part at its next step; returns the first error that this was called with."""
-        with self._condition:
-            if self._failure is None:
-                self._failure = error
-            self._condition.notify_all()
-            return self._failure
+        return self._failure.set(error)
 
     def explain(self, error: BaseException) -> None:
-        """Have the training thread raise ``error``, which was the cause of that which ended it."""
-        with self._condition:
-            self._failure = error
-            self._explained = True
-            self._condition.notify_all()
+        """Have the training thread raise ``error``, which was the cause of the error that ended it."""
+        self._failure.explain(error)
 
 
 def _printable(text: str) -> str:

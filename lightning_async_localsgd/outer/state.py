@@ -16,13 +16,8 @@ from lightning_async_localsgd.outer.delayed_nesterov import DelayedNesterov, def
 from lightning_async_localsgd.outer.layout import Layout
 from lightning_async_localsgd.outer.resuming import given_settings, load_outer_optimizer
 from lightning_async_localsgd.outer.sums import as_sum_optimizer, needs_single_deltas, takes_sums
-from lightning_async_localsgd.outer.transforms import (
-    Arrival,
-    Context,
-    Transform,
-    check_transforms,
-    transform_delta,
-)
+from lightning_async_localsgd.outer.transform_chain import TransformChain
+from lightning_async_localsgd.outer.transforms import Arrival, Transform
 
 __all__ = ["Constraint", "GlobalState", "OuterOptimizerFactory"]
 
@@ -64,7 +59,6 @@ class GlobalState:
         constraint: Constraint | None = None,
         sums: bool | None = False,
     ) -> None:
-        check_transforms(transforms)
         self.layout = layout
         self.workers = workers
         self.quorum = quorum
@@ -84,15 +78,10 @@ class GlobalState:
         self._default_buffer_size = max(1, round(workers / quorum))
         if isinstance(self.optimizer, DelayedNesterov):
             self.optimizer.set_default_buffer_size(self._default_buffer_size)
-        self.transforms = tuple(transforms)
         self._constraint = constraint
         self._by_name = layout.by_name(self.flat)
         self._flat_parameters = self.flat[: layout.parameter_numel]
-        self._transform_states = self._initial_transform_states()
-        self._per_delta = [transform for transform in self.transforms if transform.per_delta]
-        for transform, state in zip(self._per_delta, self._transform_states, strict=False):
-            if state:
-                raise ValueError(f"{type(transform).__name__} keeps a state, so it cannot be `per_delta`.")
+        self._chain = TransformChain(transforms, self._flat_parameters, self._default_buffer_size)
         self.sums = self.can_sum if sums is None else sums
         """Whether deltas are added up on their way."""
         if sums and (reason := needs_single_deltas(self.optimizer, self.transforms, quorum)):
@@ -135,8 +124,10 @@ class GlobalState:
     def _parameter_views(self, flat: Tensor) -> list[Tensor]:
         return self.layout.views(flat)[: self.layout.parameter_count]
 
-    def _initial_transform_states(self) -> list[dict[str, Any]]:
-        return [transform.init(self._flat_parameters) for transform in self.transforms]
+    @property
+    def transforms(self) -> tuple[Transform, ...]:
+        """The transformations of the pseudo-gradient, in order."""
+        return self._chain.transforms
 
     @property
     def can_sum(self) -> bool:
@@ -154,12 +145,12 @@ class GlobalState:
 
     def accepts(self, arrival: Arrival) -> bool:
         """Whether the transformations let this delta be applied at all."""
-        return all(transform.accepts(arrival) for transform in self._per_delta)
+        return self._chain.accepts(arrival)
 
     @property
     def needs_start(self) -> bool:
         """Whether :meth:`transform_delta` looks at the global parameters."""
-        return any(transform.needs_start for transform in self._per_delta)
+        return self._chain.needs_start
 
     @torch.no_grad()
     def transform_delta(
@@ -176,14 +167,10 @@ class GlobalState:
             snapshot: what the worker held at the end of the round.
             parameters: the global parameters at the beginning of the turn; None: those of now.
         """
-        if not self._per_delta:
-            return
         numel = self.layout.parameter_numel
         now = self.flat if parameters is None else parameters
-        transform_delta(
-            self._per_delta, delta[:numel], arrival, snapshot[:numel], now[:numel], self._default_buffer_size
-        )
-        self.clear_holes(delta)  # transformations may have looked at the parameters
+        if self._chain.transform_delta(delta[:numel], arrival, snapshot[:numel], now[:numel]):
+            self.clear_holes(delta)  # transformations may have looked at the parameters
 
     @torch.no_grad()
     def apply(self, arrivals: Sequence[Arrival], refused: int = 0) -> None:
@@ -206,7 +193,8 @@ class GlobalState:
                 mixed = deltas / self.workers
             else:
                 mixed = 1 / self.workers
-            if self._transform(arrivals):
+            if self._chain.transform(self.pseudo_gradient[: self.layout.parameter_numel], arrivals):
+                self.clear_holes(self.pseudo_gradient)  # transformations may have looked at the parameters
                 self._move(deltas if self.quorum == 1 else 1)
             start = self.layout.parameter_numel
             if start < self.layout.numel:
@@ -224,24 +212,6 @@ class GlobalState:
             self._flat_parameters[self._holes] = self._hole_values  # weight decay would make NaN of them
         if self._constraint is not None:
             self._constraint(self._by_name)
-
-    def _transform(self, arrivals: Sequence[Arrival]) -> bool:
-        """Put the pseudo-gradient through the transformations; returns whether it is to move the parameters now."""
-        first = len(self._per_delta)
-        if first == len(self.transforms):
-            return True
-        arrived = self.pseudo_gradient[: self.layout.parameter_numel]
-        context = Context(arrivals, self._flat_parameters, None, self._default_buffer_size)
-        pseudo_gradient = arrived
-        for transform, state in zip(self.transforms[first:], self._transform_states[first:], strict=True):
-            transformed = transform.update(pseudo_gradient, state, context)
-            if transformed is None:
-                return False
-            pseudo_gradient = transformed
-        if pseudo_gradient is not arrived:
-            arrived.copy_(pseudo_gradient)
-        self.clear_holes(self.pseudo_gradient)  # transformations may have looked at the parameters
-        return True
 
     @torch.no_grad()
     def measure(self, deltas: int = 1, every: int = 1) -> tuple[float, float]:
@@ -282,7 +252,7 @@ class GlobalState:
             _hash_state(digest, self.optimizer.state[parameter])
         for group in self.optimizer.param_groups:
             digest.update(repr([(k, v) for k, v in sorted(group.items()) if k != "params"]).encode())
-        for state in self._transform_states:
+        for state in self._chain.states:
             _hash_state(digest, state)
         return digest.hexdigest()
 
@@ -307,10 +277,7 @@ class GlobalState:
             "optimizer": deepcopy(self.optimizer.state_dict()),
             "optimizer_name": type(self.optimizer).__qualname__,
             "optimizer_given": self._given,
-            "transforms": [
-                {"name": type(transform).__qualname__, "state": deepcopy(state)}
-                for transform, state in zip(self.transforms, self._transform_states, strict=True)
-            ],
+            "transforms": self._chain.state_dict(),
         }
 
     @torch.no_grad()
@@ -347,19 +314,9 @@ class GlobalState:
             state_dict.get("optimizer_name"),
             state_dict.get("optimizer_given"),
         )
-        differences += self._load_transforms(state_dict.get("transforms", ()))
+        differences += self._chain.load_state_dict(state_dict.get("transforms", ()), self._own_copy)
         self.version = state_dict["version"]
         return differences
-
-    def _load_transforms(self, saved: Sequence[Mapping[str, Any]]) -> list[str]:
-        self._transform_states = self._initial_transform_states()
-        names, names_then = [type(t).__qualname__ for t in self.transforms], [state["name"] for state in saved]
-        for i, (name, state) in enumerate(zip(names, saved, strict=False)):
-            if state["name"] == name:
-                self._transform_states[i] |= {key: self._own_copy(value) for key, value in state["state"].items()}
-        if names == names_then:
-            return []
-        return [f"`transforms` were {names_then} and are {names}: those in other places begin anew"]
 
     def _own_copy(self, value: Any) -> Any:
         return value.to(self.flat.device, copy=True) if isinstance(value, Tensor) else deepcopy(value)

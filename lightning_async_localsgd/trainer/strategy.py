@@ -60,17 +60,14 @@ class AsyncLocalSGDStrategy(ProcessWorldStrategy):
 
     Args:
         local_steps: H, local steps per round of the fastest worker. ``"auto"``: as few as are cheap, by the measured
-            time of a step and of an exchange and by the length of the run, and at most 50 unless an exchange takes
-            longer (docs/cold-start.md).
-        outer_optimizer: makes the outer optimizer from the global parameters, for instance
-            ``functools.partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)``; None:
-            ``DelayedNesterov`` whose momentum grows with the rounds, right from scratch. After a pretraining pass
-            ``DelayedNesterov`` itself, whose momentum is there from the first step.
+            time of a step and of an exchange and by the length of the run (docs/cold-start.md).
+        outer_optimizer: makes the outer optimizer from the global parameters, such as ``partial(torch.optim.SGD,
+            lr=0.7, momentum=0.9, nesterov=True)``. None: ``DelayedNesterov`` whose momentum grows with the rounds. For
+            pretrained parameters pass ``DelayedNesterov`` itself, whose momentum is there from the first step.
         pace: ``"dylu"`` (slow workers make fewer steps per round, so that all rounds take the same time), ``"fixed"``
             (H for everyone), or an object with ``steps(speeds, local_steps)`` and ``tolerance``.
-        grace_period: seconds that an exchange waits for workers who are about to finish their round as well (with
-            ``overlap``, at least two of their steps or a tenth of their round, for nobody waits meanwhile; but no
-            longer than the fastest takes for a round).
+        grace_period: seconds that an exchange waits for workers that are about to finish their round as well; with
+            ``overlap`` at least two of their steps or a tenth of their round.
         quorum: deltas to wait for before the outer state moves. 1: every delta is an outer update as it comes. More:
             the mean of the deltas at hand is one. The number of workers: synchronous DiLoCo.
         overlap: keep training while a delta is in flight, and add what was learned meanwhile to the new global
@@ -79,16 +76,11 @@ class AsyncLocalSGDStrategy(ProcessWorldStrategy):
             them. ``"per_worker"``: each worker makes ``max_steps``.
         worker_size: n consecutive ranks form one worker, which trains as under DDP (with the further arguments of this
             strategy): its batch is n times as large. Its first rank takes part in the exchange.
-        codec: form of the deltas on the wire: ``"fp32"``, ``"bf16"``, ``"int8"``, ``"int4"``, ``"e3m0"``, ``"topk"``
-            or a codec object. What a codec loses of one delta goes into the next one. ``"auto"``: the widest of fp32,
-            bf16, int8 and int4 with which an exchange fits into half a round, as measured.
-        exchange: ``"reduce"``: the deltas of a turn are added up on their way, each slice of the vector by one worker,
-            so that the traffic does not grow with the number of workers. ``"gather"``: each delta goes to every worker,
-            and they are applied one after the other, in the paper's order. ``"auto"``: ``"reduce"`` unless the outer
-            optimizer or a transformation needs single deltas.
-        turns_per_round: maximum number of exchanges that pushes open in a round of the fastest worker. It bounds the
-            traffic of a round; a worker whose round ends sooner trains on and extends it. Without ``overlap`` there is
-            no such bound.
+        codec: form of deltas on the wire: ``"fp32"``, ``"bf16"``, ``"int8"``, ``"int4"``, ``"e3m0"``, ``"topk"`` or a
+            codec object. ``"auto"``: the widest of the first four with which an exchange fits into half a round.
+        exchange: ``"reduce"``: deltas are added up on their way, so that traffic does not grow with the number of
+            workers. ``"gather"``: each goes to every worker. ``"auto"``: ``"reduce"``, unless single deltas are needed.
+        turns_per_round: maximum number of exchanges that pushes open in a round of the fastest, with ``overlap``.
         outer_device: where the global state lives: ``"cpu"`` or a device of the worker.
         timeout: how long a worker may take to answer before the others give up with an error that names it.
         validate_global: in ``fit`` worker 0 alone validates, the global parameters on the whole validation set, while
@@ -98,18 +90,15 @@ class AsyncLocalSGDStrategy(ProcessWorldStrategy):
         transforms: what every pseudo-gradient goes through, in this order, before the outer optimizer: objects of
             ``lightning_async_localsgd.outer``, such as ``Poly()``, or your own (see its ``Transform``).
         weight_copies: names of the entries in the inner optimizers' state that hold copies of the weights (fp32
-            masters, slow weights, base sequences). They move with the weights. None: those that are found by their
-            values, with a warning.
+            masters, slow weights). They move with the weights. None: those found by their values, with a warning.
         local_buffers: names of buffers, or patterns of them, that each worker keeps for itself during ``fit`` and that
             are worker 0's after it: ``["queue", "*.cache"]``. A pattern means the full name or the last part of it.
         same_data: workers are meant to train on the same batches. False: a warning says so if they do.
-        constraint: a function that changes parameters in place so that they keep a constraint which the module imposes
-            after each of its steps (weight clipping, a projection). It is called with a mapping from the parameters'
-            names to the parameters, without gradients: with the global ones after each outer update, on the exchange
-            thread, and with this worker's own after each adoption. It must do the same on every worker.
-        **kwargs: further arguments of Lightning's ``DDPStrategy``, such as ``cluster_environment``,
-            ``checkpoint_io``, ``process_group_backend`` (of the group used outside ``fit``) or ``start_method``; and of
-            torch's ``DistributedDataParallel``, which workers of several devices use.
+        constraint: a function that imposes a constraint on parameters in place (weight clipping, a projection), alike
+            on every worker. It is called with a mapping from names to parameters: with the global ones after each outer
+            update, on the exchange thread, and with this worker's own after each adoption.
+        **kwargs: further arguments of Lightning's ``DDPStrategy``, such as ``cluster_environment``, ``checkpoint_io``
+            or ``start_method``; and of torch's ``DistributedDataParallel``, for workers of several devices.
 
     Raises:
         TypeError: if there is no such argument.

@@ -61,7 +61,7 @@ def test_a_speed_is_that_of_the_last_round_and_of_no_fewer_than_eight_steps(
 
 
 def test_rounds_of_a_single_step_are_measured_over_eight(clock: Clock) -> None:
-    watch = Stopwatch(1, clock)
+    watch = SpeedMeter(1, clock)
     make_steps(watch, clock, [1.0] * 5 + [2.0] * 4)
     assert watch.speed(1) == pytest.approx(8 / (4 * 1.0 + 4 * 2.0))
 
