@@ -68,10 +68,8 @@ class AsyncLocalSGDStrategy(ProcessWorldStrategy):
             (H for everyone), or an object with ``steps(speeds, local_steps)`` and ``tolerance``.
         grace_period: seconds that an exchange waits for workers that are about to finish their round as well; with
             ``overlap`` at least two of their steps or a tenth of their round.
-        quorum: deltas to wait for before the outer state moves. 1: every delta is an outer update as it comes. More:
-            the mean of the deltas at hand is one. The number of workers: synchronous DiLoCo.
-        overlap: keep training while a delta is in flight, and add what was learned meanwhile to the new global
-            parameters. False: wait for them, as in the paper.
+        quorum: deltas to wait for before their mean moves the outer state. All workers': synchronous DiLoCo.
+        overlap: keep training while a delta is in flight. False: wait for the exchange, as in the paper.
         budget: ``"shared"``: all workers together make ``max_steps`` times workers local steps, the fast ones more of
             them. ``"per_worker"``: each worker makes ``max_steps``.
         worker_size: n consecutive ranks form one worker, which trains as under DDP (with the further arguments of this
