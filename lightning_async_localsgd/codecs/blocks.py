@@ -21,8 +21,8 @@ SMALLEST_SCALE = 2.0**-126
 """The smallest normal fp32 number: products with whole numbers of 8 bits stay exact."""
 LARGEST = 2.0**127
 """Below the largest fp32 number by more than the rounding of a scale."""
-_PIECE = 1 << 17
-"""Elements per step on the CPU: intermediate results stay in the cache."""
+_PIECE = 1 << 18
+"""Elements per step on the CPU: so few that intermediate results stay in the cache, so many that calls cost little."""
 
 
 @dataclass(frozen=True)

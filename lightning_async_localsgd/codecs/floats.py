@@ -10,6 +10,8 @@ from torch import Tensor
 
 __all__ = ["BF16", "FP32", "typed"]
 
+_PIECE = 1 << 18
+
 
 @dataclass(frozen=True)
 class FP32:
@@ -65,7 +67,8 @@ def typed(wire: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _write(values: Tensor, out: Tensor, add: bool) -> None:
-    if add:
-        out.add_(values)
+    if add:  # in pieces: an addition of two types makes a copy
+        for target, piece in zip(out.split(_PIECE), values.split(_PIECE), strict=True):
+            target.add_(piece)
     else:
         out.copy_(values)
