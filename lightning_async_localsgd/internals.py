@@ -104,6 +104,7 @@ INHERITED: Mapping[str, tuple[str, ...]] = {
         "_get_process_group_backend",
         "_process_group_backend",
         "_start_method",
+        "_timeout",
     ),
     "lightning.pytorch.strategies.launchers.multiprocessing._MultiProcessingLauncher": ("_start_method", "_strategy"),
     "lightning.pytorch.strategies.strategy.Strategy": ("_checkpoint_io", "_launcher"),

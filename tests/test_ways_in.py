@@ -333,6 +333,8 @@ trainer:
       overlap: false
       budget: per_worker
       codec: bf16
+      exchange: gather
+      turns_per_round: 3.0
       outer_device: cpu
       timeout: 0:01:30
       validate_global: false

@@ -37,7 +37,7 @@ class _BlockCodec(ABC):
     block: ClassVar[int] = BLOCK
     largest: ClassVar[float] = LARGEST
     lossless: ClassVar[bool] = False
-    _top: ClassVar[int]
+    top: ClassVar[int]
     """The whole number that stands for the largest magnitude of a block."""
     _code_bytes: ClassVar[int]
     """Bytes of the codes of a block."""
@@ -54,7 +54,7 @@ class _BlockCodec(ABC):
         for blocks, elements in pieces(chunk):
             piece = filled(chunk[elements])
             scratch = piece.abs()
-            scale = scratch.amax(1, keepdim=True).div_(self._top).clamp_(min=SMALLEST_SCALE).to(torch.bfloat16)
+            scale = scratch.amax(1, keepdim=True).div_(self.top).clamp_(min=SMALLEST_SCALE).to(torch.bfloat16)
             scales[blocks].copy_(scale.view(torch.uint8))
             self._quantize(piece, scale.float(), scratch, codes[blocks])
         return out
@@ -97,7 +97,7 @@ class INT8(_BlockCodec):
     """Rounds to 255 equidistant levels per block of 128 elements: 8.125 bits per element."""
 
     name: ClassVar[str] = "int8"
-    _top: ClassVar[int] = 127
+    top: ClassVar[int] = 127
     _code_bytes: ClassVar[int] = BLOCK
 
     def _quantize(self, piece: Tensor, scale: Tensor, scratch: Tensor, codes: Tensor) -> None:
@@ -111,7 +111,7 @@ class INT8(_BlockCodec):
 class _Nibbles(_BlockCodec):
     """Two elements per byte, the first in the lower half."""
 
-    _levels: ClassVar[tuple[int, ...]]
+    levels: ClassVar[tuple[int, ...]]
     """The whole number of each of the 16 codes."""
     _code_bytes: ClassVar[int] = BLOCK // 2
 
@@ -120,7 +120,7 @@ class _Nibbles(_BlockCodec):
         codes.copy_((pairs >> 4).bitwise_or_(pairs).view(codes.shape))
 
     def _expand(self, codes: Tensor, scale: Tensor, values: Tensor) -> None:
-        pairs = torch.index_select(_pairs(self._levels, codes.device), 0, codes.flatten().int())
+        pairs = torch.index_select(_pairs(self.levels, codes.device), 0, codes.flatten().int())
         torch.mul(pairs.view(torch.float32).view(values.shape), scale, out=values)
 
     @abstractmethod
@@ -133,8 +133,8 @@ class INT4(_Nibbles):
     """Rounds to 15 equidistant levels per block of 128 elements: 4.125 bits per element."""
 
     name: ClassVar[str] = "int4"
-    _top: ClassVar[int] = 7
-    _levels: ClassVar[tuple[int, ...]] = tuple(range(-8, 8))
+    top: ClassVar[int] = 7
+    levels: ClassVar[tuple[int, ...]] = tuple(range(-8, 8))
 
     def _nearest(self, piece: Tensor, scale: Tensor, scratch: Tensor) -> Tensor:
         return torch.mul(piece, scale.reciprocal(), out=scratch).round_().add_(8).to(torch.int8).flatten()
@@ -151,13 +151,13 @@ class E3M0(_Nibbles):
     """
 
     name: ClassVar[str] = "e3m0"
-    _top: ClassVar[int] = 64
-    _levels: ClassVar[tuple[int, ...]] = (0, 1, 2, 4, 8, 16, 32, 64, 0, -1, -2, -4, -8, -16, -32, -64)
+    top: ClassVar[int] = 64
+    levels: ClassVar[tuple[int, ...]] = (0, 1, 2, 4, 8, 16, 32, 64, 0, -1, -2, -4, -8, -16, -32, -64)
 
     def _nearest(self, piece: Tensor, scale: Tensor, scratch: Tensor) -> Tensor:
         # Midpoints of levels are multiples of a half: the whole part of twice a scaled element tells the level.
         twice = torch.mul(piece, 2 / scale, out=scratch).int().flatten()
-        return torch.index_select(_codes(piece.device), 0, twice.add_(2 * self._top))
+        return torch.index_select(_codes(piece.device), 0, twice.add_(2 * self.top))
 
 
 def pieces(vector: Tensor, block: int = BLOCK) -> Iterator[tuple[slice, slice]]:
@@ -183,8 +183,8 @@ def filled(piece: Tensor, block: int = BLOCK) -> Tensor:
 @cache
 def _codes(device: torch.device) -> Tensor:
     """The code of E3M0's nearest level for the whole part of twice a number, from -128 to 128 (uint8, shape (257,))."""
-    magnitudes = torch.tensor(E3M0._levels[:8])
-    twice = torch.arange(-2 * E3M0._top, 2 * E3M0._top + 1)
+    magnitudes = torch.tensor(E3M0.levels[:8])
+    twice = torch.arange(-2 * E3M0.top, 2 * E3M0.top + 1)
     nearest = torch.bucketize(twice.abs(), magnitudes[1:] + magnitudes[:-1], right=True)
     return torch.where(twice < 0, nearest + 8, nearest).to(device, torch.uint8)
 

@@ -124,7 +124,7 @@ class Poly(Transform):
     def __post_init__(self) -> None:
         _check_at_least(0, power=self.power)
 
-    def update(self, pseudo_gradient: Tensor, state: dict[str, Any], context: Context) -> Tensor:
+    def update(self, pseudo_gradient: Tensor, state: dict[str, Any], context: Context) -> Tensor | None:
         """Weigh by staleness."""
         return _weigh(pseudo_gradient, context.staleness, self.power)
 
@@ -158,7 +158,7 @@ class PolyThres(Transform):
         """Whether the delta is not staler than the threshold."""
         return arrival.staleness <= self.threshold
 
-    def update(self, pseudo_gradient: Tensor, state: dict[str, Any], context: Context) -> Tensor:
+    def update(self, pseudo_gradient: Tensor, state: dict[str, Any], context: Context) -> Tensor | None:
         """Weigh by staleness."""
         return _weigh(pseudo_gradient, context.staleness, self.power)
 
@@ -191,7 +191,7 @@ class DelayCompensation(Transform):
     def __post_init__(self) -> None:
         _check_at_least(0, strength=self.strength)
 
-    def update(self, pseudo_gradient: Tensor, state: dict[str, Any], context: Context) -> Tensor:
+    def update(self, pseudo_gradient: Tensor, state: dict[str, Any], context: Context) -> Tensor | None:
         """Add the correction."""
         assert context.start is not None
         if context.staleness > 0:  # else θ has not moved since

@@ -12,10 +12,10 @@ import torch
 from lightning_async_localsgd.exchange import Mailbox, Push
 from lightning_async_localsgd.protocol.header import MESSAGE_BYTES, Flag
 from lightning_async_localsgd.protocol.messages import Abort, Message, Metrics, SaveNamed
-from lightning_async_localsgd.protocol.progress import Beat, Progress
+from lightning_async_localsgd.protocol.progress import Progress, ReferenceTurn
 from lightning_async_localsgd.protocol.turn import PushedRound
 
-PROGRESS = Progress(0, (0,), (0.0,), (5,), None, False, False, False, (0,), Beat(0, ()), 5)
+PROGRESS = Progress(0, (0,), (0.0,), (5,), None, False, False, False, (0,), ReferenceTurn(0, ()), 5)
 PUSH = Push(torch.zeros(1), torch.ones(1), lambda: None, PushedRound(0, 5, 20, 1.0, 0, 0))
 
 

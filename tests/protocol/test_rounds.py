@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_async_localsgd import Settings
-from lightning_async_localsgd.protocol.progress import Beat, Progress
+from lightning_async_localsgd.protocol.progress import Progress, ReferenceTurn
 from lightning_async_localsgd.protocol.rounds import Rounds, whole_samples
 
 H = 20
@@ -49,7 +49,7 @@ def test_less_than_half_a_round_before_the_end_is_none_of_its_own(left: int, due
 @pytest.mark.parametrize(("made", "due"), [(1, 21), (9, 22), (15, 18), (19, 19)])
 def test_a_round_that_was_not_in_worker_0s_turn_is_shifted_by_a_tenth_at_most(made: int, due: int) -> None:
     rounds, progress = begin(rank=1)
-    progress = replace(progress, beat=Beat(1, (0,)))  # without this worker's delta
+    progress = replace(progress, reference_turn=ReferenceTurn(1, (0,)))  # without this worker's delta
     count(rounds, made)
     rounds.push_is_due(progress, wanted=False)
     while not rounds.push_is_due(progress, wanted=False):
@@ -60,9 +60,9 @@ def test_a_round_that_was_not_in_worker_0s_turn_is_shifted_by_a_tenth_at_most(ma
 def test_who_was_in_worker_0s_turn_keeps_step() -> None:
     rounds, progress = begin(rank=1)
     count(rounds, 1)
-    rounds.push_is_due(replace(progress, beat=Beat(1, (0, 1))), wanted=False)
+    rounds.push_is_due(replace(progress, reference_turn=ReferenceTurn(1, (0, 1))), wanted=False)
     count(rounds, H - 1)
-    assert rounds.push_is_due(replace(progress, beat=Beat(1, (0, 1))), wanted=False)
+    assert rounds.push_is_due(replace(progress, reference_turn=ReferenceTurn(1, (0, 1))), wanted=False)
 
 
 @given(st.integers(1, 30), st.integers(0, 30))
@@ -114,7 +114,7 @@ def test_a_turn_waits_for_who_is_about_to_push(
 ) -> None:
     rounds, progress = begin(grace_period=0.5, **options)
     count(rounds, steps)
-    assert rounds.patience(replace(progress, speeds=(speed, speed)), speed) == pytest.approx(expected)
+    assert rounds.hold_open_seconds(replace(progress, speeds=(speed, speed)), speed) == pytest.approx(expected)
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 40)), max_size=20), st.integers(1, 60))
