@@ -115,6 +115,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.set_yticks([50, 100, 200, 500], ["50", "100", "200", "500"], minor=False)
+        axes.minorticks_off()
         axes.set_xticks(workers[::2], [f"{k:,}" for k in workers[::2]])
         axes.set_title(network, fontsize=11)
         axes.set_xlabel("workers")

@@ -17,7 +17,7 @@ the same simulated time. Per rate and mode:
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,13 @@ import torch.nn.functional as F
 from lightning.pytorch.strategies import DDPStrategy
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from _devices import SimulatedDevice
 from _links import INTERFACE, Host, hosts
 from _workers import run_workers
 from lightning_async_localsgd import AsyncLocalSGDStrategy
-from throughput import Batches, environment, make_trainer, quiet
+from throughput import environment, make_trainer, quiet
 
 RESULTS = Path(__file__).parent / "results"
 WORKERS = 4
@@ -87,6 +87,14 @@ class WorkerFigures:
     codec: str = ""
 
 
+class SmallBatches(IterableDataset[tuple[Tensor, Tensor]]):
+    """Endless random batches, so small that two cores compute the steps of four workers and have time to spare."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield torch.randn(4, 512), torch.randint(4, (4,))
+
+
 class WideClassifier(L.LightningModule):
     """The paper's toy model, with a hidden layer of ``HIDDEN`` units."""
 
@@ -131,7 +139,7 @@ def train(rank: int, config: Config) -> WorkerFigures:
         callbacks.append(TorchftDiLoCo(rank, WORKERS, config.local_steps, config.hosts[rank].address))
     strategy = make_strategy(config)
     trainer = make_trainer(strategy, config.steps, callbacks)
-    trainer.fit(WideClassifier(), DataLoader(Batches(), batch_size=None))
+    trainer.fit(WideClassifier(), DataLoader(SmallBatches(), batch_size=None))
     figures = WorkerFigures(device.begin, device.end, device.steps)
     summary = getattr(strategy, "summary", None)
     if summary is None:
@@ -247,6 +255,7 @@ def main() -> None:
         "steps_per_second_alone": alone,
         "rows": rows,
     }
+    args.output.mkdir(parents=True, exist_ok=True)
     (args.output / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
     draw(rows, args.output / f"{name}.png")
 

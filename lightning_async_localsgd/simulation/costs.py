@@ -93,7 +93,7 @@ def memory_bytes(parameters: int, settings: Settings, workers: int, codec: Codec
     copies = 4 + _optimizer_copies(settings, workers) + (not codec.lossless)
     for transform in settings.transforms:
         copies += sum(isinstance(value, Tensor) for value in transform.init(torch.zeros(2)).values())
-    on_their_way = 4 * workers * codec.wire_bytes(min(CHUNK, -(-parameters // workers)))
+    on_their_way = workers * codec.wire_bytes(min(4 * CHUNK, -(-parameters // workers)))
     return 4 * parameters * copies + on_their_way
 
 

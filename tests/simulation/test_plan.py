@@ -175,7 +175,7 @@ def test_traffic_is_what_a_simulation_counts(method: str, codec: str) -> None:
 def test_memory_is_what_the_state_keeps(settings: dict[str, Any], copies: int) -> None:
     chosen = Settings(**settings)
     codec = next(iter(chosen.codecs().values()))
-    messages = 4 * 4 * codec.wire_bytes(min(CHUNK, PARAMETERS // 4))
+    messages = 4 * codec.wire_bytes(min(4 * CHUNK, PARAMETERS // 4))
     assert memory_bytes(PARAMETERS, chosen, 4, codec) == 4 * PARAMETERS * copies + messages
 
 
