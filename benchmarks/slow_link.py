@@ -4,9 +4,11 @@
     python benchmarks/slow_link.py --quick     # one rate, two modes, short
 
 The model is so large that at the middle rate its fp32 delta needs two rounds to be sent once. Each worker's step takes
-the same simulated time. Per rate and mode:
+the same simulated time, so long that two cores compute the steps and exchanges of all four with time to spare. Per rate
+and mode:
 
-- throughput: local steps of all workers per second, over the sum of what each makes alone, measured in the same run;
+- throughput: local steps of all workers per second, over the sum of what each makes alone, measured in the same run,
+  from a fifth of the time to seven tenths: neither the start nor the end, when all wait for each other, is in it;
 - stretch: local steps per round over H (a round cannot end before the exchange of the one before it has);
 - blocked: the part of the time in which the training thread waits for the exchange or copies for it;
 - sent: bytes that a worker sends per round, over the size of its fp32 delta.
@@ -42,8 +44,8 @@ ALONE, DDP, TORCHFT = "alone", "Lightning DDP", "torchft DiLoCo"
 GATHER = "gather fp32"
 CODECS = ("fp32", "bf16", "int8", "int4", "e3m0", "topk", "auto")
 MODES = (GATHER, *CODECS, DDP, TORCHFT)
-RATES = (1000.0, 100.0, 20.0)
-HIDDEN = 6000  # 3.1M parameters: 12.4 MB in fp32, 1 s at 100 Mbit/s
+RATES = (250.0, 25.0, 5.0)
+HIDDEN = 6000  # 3.1M parameters: 12.4 MB in fp32, 4 s at 25 Mbit/s
 TENTH = 0.1
 
 
@@ -81,10 +83,24 @@ class WorkerFigures:
     begin: float
     end: float
     steps: int
+    times: tuple[float, ...] = ()
+    """When each step ended."""
     rounds: float = 0.0
     blocked_seconds: float = 0.0
     bytes_sent: int = 0
     codec: str = ""
+
+
+class Recorder(SimulatedDevice):
+    """Keeps the time of each step's end."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds)
+        self.times: list[float] = []
+
+    def _fill_up(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        super()._fill_up(optimizer, args, kwargs)
+        self.times.append(self.end)
 
 
 class SmallBatches(IterableDataset[tuple[Tensor, Tensor]]):
@@ -131,7 +147,7 @@ def train(rank: int, config: Config) -> WorkerFigures:
         os.environ.update(MASTER_ADDR=config.hosts[0].address, GLOO_SOCKET_IFNAME=INTERFACE)
     quiet()
     L.seed_everything(0, verbose=False)
-    device = SimulatedDevice(config.step_seconds)
+    device = Recorder(config.step_seconds)
     callbacks: list[L.Callback] = [device]
     if config.mode == TORCHFT:
         from _torchft import TorchftDiLoCo
@@ -140,7 +156,7 @@ def train(rank: int, config: Config) -> WorkerFigures:
     strategy = make_strategy(config)
     trainer = make_trainer(strategy, config.steps, callbacks)
     trainer.fit(WideClassifier(), DataLoader(SmallBatches(), batch_size=None))
-    figures = WorkerFigures(device.begin, device.end, device.steps)
+    figures = WorkerFigures(device.begin, device.end, device.steps, tuple(device.times))
     summary = getattr(strategy, "summary", None)
     if summary is None:
         return figures
@@ -158,13 +174,13 @@ def measure(config: Config, alone: Sequence[float]) -> dict[str, Any]:
     with hosts(WORKERS, config.rates) as made:
         figures = run_workers(train, replace(config, hosts=tuple(made)), WORKERS, timeout=1200)
     seconds = max(f.end for f in figures) - min(f.begin for f in figures)
-    per_second = [f.steps / (f.end - f.begin) for f in figures]
+    per_second = in_full_swing(figures)
     row = {
         "mode": config.mode,
         "mbit": config.mbit,
         "slow_worker": config.slow_worker,
         "seconds": seconds,
-        "throughput": sum(f.steps for f in figures) / seconds / sum(alone),
+        "throughput": sum(per_second) / sum(alone),
         "throughput_per_worker": [own / reference for own, reference in zip(per_second, alone, strict=True)],
         "steps": [f.steps for f in figures],
     }
@@ -179,10 +195,16 @@ def measure(config: Config, alone: Sequence[float]) -> dict[str, Any]:
     return row
 
 
+def in_full_swing(figures: Sequence[WorkerFigures]) -> list[float]:
+    """Local steps per second of each worker, from a fifth of the run to seven tenths of it."""
+    begin, end = min(f.begin for f in figures), max(f.end for f in figures)
+    first, last = begin + 0.2 * (end - begin), begin + 0.7 * (end - begin)
+    return [sum(first < time <= last for time in f.times) / (last - first) for f in figures]
+
+
 def measure_alone(config: Config) -> list[float]:
     """Local steps per second of each worker without the others, all at the same time."""
-    times = run_workers(train, replace(config, mode=ALONE, hosts=()), WORKERS)
-    return [t.steps / (t.end - t.begin) for t in times]
+    return in_full_swing(run_workers(train, replace(config, mode=ALONE, hosts=()), WORKERS))
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -228,9 +250,9 @@ def main() -> None:
     )
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), metavar="MBIT", help="of every link")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), metavar="MODE", help=str(MODES))
-    parser.add_argument("--step-seconds", type=float, default=0.05, help="of every worker")
+    parser.add_argument("--step-seconds", type=float, default=0.2, help="of every worker")
     parser.add_argument("--local-steps", type=int, default=10, help="H")
-    parser.add_argument("--seconds", type=float, default=20.0, help="about how long a worker trains without a network")
+    parser.add_argument("--seconds", type=float, default=50.0, help="about how long a worker trains without a network")
     parser.add_argument("--slow-worker", action="store_true", help="give the last worker a link of a tenth")
     parser.add_argument("--quick", action="store_true", help="a smoke run; writes nothing")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for JSON and PNG")
