@@ -205,6 +205,7 @@ class Ledger:
             shard_samples=tuple(self._shard_samples),
             reference_turn=self._reference_turn,
             local_steps=self._local_steps,
+            exchange_seconds=max(h.exchange_seconds for h in headers),
             codec=self.codec,
             updates=self._updates,
             total_staleness=self._total_staleness,

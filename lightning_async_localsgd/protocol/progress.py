@@ -67,6 +67,8 @@ class Progress:
     reference_turn: ReferenceTurn
     local_steps: int
     """H, local steps per round of the fastest worker."""
+    exchange_seconds: float = 0.0
+    """Time of an exchange of the slowest worker; 0 while unknown."""
     codec: str = ""
     """Name of the codec of the next turn; empty where nothing is written."""
     updates: int = 0

@@ -27,8 +27,8 @@ class Rules(Protocol):
         """Number of deltas in an outer update."""
 
     @property
-    def turns_per_round(self) -> float:
-        """Maximum number of turns that pushes open in a round of the fastest worker."""
+    def turns_per_round(self) -> float | str:
+        """Maximum number of turns that pushes open in a round of the fastest worker; ``"auto"``: by their time."""
 
     @property
     def overlap(self) -> bool:

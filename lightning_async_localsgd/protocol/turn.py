@@ -32,7 +32,9 @@ def turn_interval(progress: Progress, rules: Rules) -> float:
     """Minimum seconds between the beginnings of two turns that a push opens.
 
     It bounds the traffic of a round, however many workers there are. A worker whose round ends sooner extends it. One
-    that does not train while its delta is exchanged would be idle instead, so without overlap there is no minimum.
+    that does not train while its delta is exchanged would be idle instead, so without overlap there is no minimum. By
+    itself it is twice the time of an exchange, and at most half a round: where an exchange takes no time, fresh deltas
+    are worth more than the traffic.
 
     Args:
         progress: shared progress of now.
@@ -41,7 +43,10 @@ def turn_interval(progress: Progress, rules: Rules) -> float:
     fastest = max(progress.speeds)
     if not rules.overlap or fastest == 0:
         return 0.0
-    return progress.local_steps / fastest / rules.turns_per_round
+    round_seconds = progress.local_steps / fastest
+    if isinstance(rules.turns_per_round, str):
+        return min(round_seconds / 2, 2 * progress.exchange_seconds)
+    return round_seconds / rules.turns_per_round
 
 
 def may_push(flags: Flag, has_delta: bool) -> bool:

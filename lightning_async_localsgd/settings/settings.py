@@ -41,7 +41,7 @@ class Settings:
     budget: str = "shared"
     codec: str | Codec = AUTO
     exchange: str = "auto"
-    turns_per_round: float = 2
+    turns_per_round: float | str = AUTO
     outer_device: str | torch.device = "cpu"
     timeout: timedelta = field(default=timedelta(minutes=10))
     exchange_frozen: bool | None = None
@@ -57,10 +57,10 @@ class Settings:
             raise ValueError(f"`quorum` must be at least 1, got {self.quorum}.")
         if self.grace_period < 0:
             raise ValueError(f"`grace_period` must be at least 0 seconds, got {self.grace_period}.")
-        if not self.turns_per_round >= 1:
+        if self.turns_per_round != AUTO and (isinstance(self.turns_per_round, str) or not self.turns_per_round >= 1):
             raise ValueError(
-                "`turns_per_round` must be at least 1: turns in a round of the fastest worker, got "
-                f"{self.turns_per_round}."
+                "`turns_per_round` must be at least 1 (turns in a round of the fastest worker), or 'auto', got "
+                f"{self.turns_per_round!r}."
             )
         if self.exchange not in _EXCHANGES:
             raise ValueError(f"`exchange` must be one of {', '.join(map(repr, _EXCHANGES))}, got {self.exchange!r}.")
