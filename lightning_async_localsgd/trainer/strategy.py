@@ -78,7 +78,7 @@ class AsyncLocalSGDStrategy(ProcessWorldStrategy):
             codec object. ``"auto"``: the widest of the first four with which an exchange fits into half a round.
         exchange: ``"reduce"``: deltas are added up on their way, so that traffic does not grow with the number of
             workers. ``"gather"``: each goes to every worker. ``"auto"``: ``"reduce"``, unless single deltas are needed.
-        turns_per_round: maximum number of exchanges that pushes open in a round of the fastest; ``"auto"``: by their time.
+        turns_per_round: maximum number of exchanges that pushes open in a round of the fastest; "auto": by their time.
         outer_device: where the global state lives: ``"cpu"`` or a device of the worker.
         timeout: how long a worker may take to answer before the others give up with an error that names it.
         validate_global: in ``fit`` worker 0 alone validates, the global parameters on the whole validation set, while
