@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from lightning_async_localsgd.codecs import Codec, make_codec
-from lightning_async_localsgd.outer import Constraint, OuterOptimizerFactory, Transform
+from lightning_async_localsgd.outer import Constraint, GlobalState, OuterOptimizerFactory, Transform
+from lightning_async_localsgd.outer.layout import Layout
 from lightning_async_localsgd.outer.transforms import check_transforms
 from lightning_async_localsgd.protocol.codec_choice import Candidate, CodecChoice
 from lightning_async_localsgd.protocol.pace import FixedPace, Pace, make_pace
@@ -110,6 +111,27 @@ class Settings:
     def sums(self) -> bool | None:
         """Whether the deltas of a turn are added up on their way; None: if the outer optimizer can take their sum."""
         return {"auto": None, "reduce": True, "gather": False}[self.exchange]
+
+    def global_state(self, layout: Layout, workers: int) -> GlobalState:
+        """A global state with these settings.
+
+        Args:
+            layout: the layout of the module.
+            workers: number of workers.
+
+        Raises:
+            ValueError: see :class:`~lightning_async_localsgd.outer.GlobalState`.
+        """
+        return GlobalState(
+            layout,
+            self.outer_optimizer,
+            workers,
+            self.quorum,
+            torch.device(self.outer_device),
+            self.transforms,
+            self.constraint,
+            self.sums,
+        )
 
     def codecs(self) -> dict[str, Codec]:
         """The codecs of a run by name, the widest first: of ``"auto"`` all that it chooses from, else one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
@@ -135,11 +136,5 @@ class _Nothing:
 
 def _small_state(settings: Settings, workers: int) -> GlobalState:
     """A global state of two parameters: it takes the deltas of a turn as that of any model does."""
-    return GlobalState(
-        Layout(nn.Linear(1, 1)),
-        settings.outer_optimizer,
-        workers,
-        settings.quorum,
-        transforms=settings.transforms,
-        sums=settings.sums,
-    )
+    plain = replace(settings, constraint=None, outer_device="cpu")  # a constraint knows the model's names
+    return plain.global_state(Layout(nn.Linear(1, 1)), workers)

@@ -193,16 +193,7 @@ class Simulation:
         size = len(self._workers)
         settings = self.settings
         layout = Layout(self._module, bool(settings.exchange_frozen), settings.local_buffers)
-        state = self._state = GlobalState(
-            layout,
-            settings.outer_optimizer,
-            size,
-            settings.quorum,
-            torch.device(settings.outer_device),
-            settings.transforms,
-            settings.constraint,
-            settings.sums,
-        )
+        state = self._state = settings.global_state(layout, size)
         state.begin(layout.tensors(self._module))
         loaders = VirtualLoaders(data, size, self._seed)
         batches = [partial(loaders.passes, worker) for worker in range(size)]

@@ -5,12 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_async_localsgd.codecs import ErrorFeedback
-from lightning_async_localsgd.outer import GlobalState
 from lightning_async_localsgd.outer.layout import Layout
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.worker.connections import Connections
@@ -37,16 +35,7 @@ class WorkerModel:
         """The layout of the exchanged tensors in a flat vector."""
         self.replica = Replica(module, optimizers, self.layout, settings.weight_copies, settings.constraint)
         """This worker's own tensors, in the module."""
-        self.state = GlobalState(
-            self.layout,
-            settings.outer_optimizer,
-            size,
-            settings.quorum,
-            torch.device(settings.outer_device),
-            settings.transforms,
-            settings.constraint,
-            settings.sums,
-        )
+        self.state = settings.global_state(self.layout, size)
         """The global parameters and the outer optimizer."""
         self.feedback = ErrorFeedback(self.layout.numel, self.state.flat.device)
         """Errors of the codec, which the next delta of this worker makes up for."""
