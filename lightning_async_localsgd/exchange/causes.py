@@ -75,12 +75,12 @@ class Causes:
 
         When a wait has been in vain, gloo closes all connections of that worker, before it can say for whom it waited.
         """
-        hold_open_seconds = _SILENT if getattr(error, "silent", None) is not None else _GONE
+        limit = _SILENT if getattr(error, "silent", None) is not None else _GONE
         chain, worker = [self._roster.rank], suspect
         while worker not in chain:
             chain.append(worker)
             key = f"waits-for/{worker}"
-            if not self._store.wait([key], min(hold_open_seconds, self._timeout)):
+            if not self._store.wait([key], min(limit, self._timeout)):
                 break
             worker = int(self._store.get(key))
         return error if worker == suspect else self._roster.silence(worker, self._timeout)

@@ -225,15 +225,15 @@ class ExchangeThread:
         self._mailbox.publish(progress, updates, messages, adoption)
         return progress.over
 
-    def _leave(self, hold_open_seconds: timedelta) -> None:
+    def _leave(self, limit: timedelta) -> None:
         """Let go of the store; worker 0, who may host it, once every worker has (and has read the cause)."""
         self._bell.close()
-        self._store.timeout = min(self._store.timeout, hold_open_seconds)
+        self._store.timeout = min(self._store.timeout, limit)
         with suppress(PeerLostError):  # whoever is gone by now has nothing more to read
             self._store.set(f"goodbye/{self._roster.rank}", "1")
             if self._roster.rank == 0:
                 goodbyes = [f"goodbye/{r}" for r in range(self._roster.size)]
-                self._store.wait(goodbyes, min(hold_open_seconds, self._settings.timeout))
+                self._store.wait(goodbyes, min(limit, self._settings.timeout))
 
     # ---- headers ----------------------------------------------------------------------------------------------------
 

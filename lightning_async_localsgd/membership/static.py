@@ -146,7 +146,12 @@ class StaticJob:
         """
         watch = self._watch()
         while not self._come(keys):
-            watch.check([rank for rank, key in keys.items() if not self.calls.check([key])])
+            missing = self._missing(keys)
+            try:
+                watch.check(missing)
+            except AsyncLocalSGDError:
+                if self._missing(keys) == missing:  # else one has set its key and left in between
+                    raise
 
     def tell(self, key: str, value: Any) -> None:
         """Set a key to a value. If the value cannot be sent, set the key to the reason and raise the error."""
@@ -180,9 +185,10 @@ class StaticJob:
         waiting, lost = dict(keys), dict[int, Exception]()
         watch, end = self._watch(), time.monotonic() + timeout.total_seconds()
         while waiting and not self._come(waiting) and time.monotonic() < end:
-            waiting = {rank: key for rank, key in waiting.items() if not self.calls.check([key])}
-            lost |= {rank: error for rank in waiting if (error := watch.find(rank)) is not None}
-            waiting = {rank: key for rank, key in waiting.items() if rank not in lost}
+            errors = {rank: watch.find(rank) for rank in self._missing(waiting)}
+            missing = self._missing(waiting)  # without those that have set their keys and left in between
+            lost |= {rank: error for rank in missing if (error := errors[rank]) is not None}
+            waiting = {rank: waiting[rank] for rank in missing if rank not in lost}
         return lost
 
     # ---- the end ----------------------------------------------------------------------------------------------------
@@ -223,6 +229,9 @@ class StaticJob:
     def _come(self, keys: Mapping[int, str]) -> bool:
         """Wait briefly for keys. Returns whether all exist."""
         return self.calls.wait(list(keys.values()), min(_SLICE, self.timeout / 4))
+
+    def _missing(self, keys: Mapping[int, str]) -> list[int]:
+        return [rank for rank, key in keys.items() if not self.calls.check([key])]
 
     def _next_key(self, kind: str) -> str:
         if self._pulse.phase is Phase.LEFT:  # a meeting after a `fit`, for example, is a stage of its own

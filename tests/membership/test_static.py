@@ -9,6 +9,7 @@ import pytest
 from torch.distributed import HashStore
 
 from lightning_async_localsgd.membership import StaticJob
+from lightning_async_localsgd.membership.pulse import Watch
 
 
 def test_the_host_of_the_store_leaves_when_all_have() -> None:
@@ -30,3 +31,24 @@ def test_a_worker_that_never_leaves_is_named() -> None:
     job.next_stage()
     with pytest.warns(UserWarning, match="Worker 1 of 2"):
         job.leave()
+
+
+@pytest.mark.parametrize("patient", [False, True])
+def test_who_sets_its_key_and_leaves_between_two_looks_has_come(patient: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = HashStore()
+    one, other = (StaticJob(store, rank, 2, timedelta(seconds=2)) for rank in range(2))
+    for job in (one, other):
+        job.next_stage()
+    check = Watch.check
+
+    def come_and_leave(self: Watch, missing: list[int]) -> None:
+        other.tell("word", 7)
+        other.leave()
+        check(self, missing)
+
+    monkeypatch.setattr(Watch, "check", come_and_leave)
+    if patient:
+        assert one.wait_for_living({1: "word"}) == {}
+    else:
+        one.wait_for({1: "word"})
+    assert one.hear("word") == 7

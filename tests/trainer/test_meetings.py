@@ -88,8 +88,7 @@ def slow(rank: int) -> int:
 
 
 def test_preparations_may_take_longer_than_the_timeout() -> None:
-    one, other = results(run_processes(slow, 2))
-    assert one == other >= 24  # on a busy machine a worker may have begun a step that it need not make
+    assert results(run_processes(slow, 2)) == [24, 24]
 
 
 class Pieces(IterableDataset[Any]):
