@@ -317,11 +317,19 @@ class Mailbox:
             # A training thread that fails while it extends its push aborts, and does not push any more.
             self._condition.wait_for(lambda: not self._extending or Flag.ABORT in self._flags or self._failure.is_known)
             push, self._push = self._push, None
-            message = self._outbox.popleft() if self._outbox else None
-            self._news = bool(self._outbox)
-            flags = self._flags & ~Flag.FINAL if self._outbox else self._flags
-            steps, speed, _, stepping = self._counts
-            return Live(steps, speed, flags | Flag.STEPPING if stepping else flags, message), push
+            return self._take_live(), push
+
+    def take_live(self) -> Live:
+        """What a header without a round is to say. A push that waits here is left for the next one."""
+        with self._condition:
+            return self._take_live()
+
+    def _take_live(self) -> Live:
+        message = self._outbox.popleft() if self._outbox else None
+        self._news = bool(self._outbox)
+        flags = self._flags & ~Flag.FINAL if self._outbox or self._push is not None else self._flags
+        steps, speed, _, stepping = self._counts
+        return Live(steps, speed, flags | Flag.STEPPING if stepping else flags, message)
 
     def publish(
         self,

@@ -6,7 +6,8 @@ A turn goes through these states, alike on every worker:
 2. *grace*: a worker that is about to push holds the turn open until it has, for as long as it said it is worth. Those
    who train on meanwhile (``overlap``) add the steps they make to their delta, until nobody holds the turn any more;
 3. *headers*: every worker gives its header to every other;
-4. *deltas*, if the quorum is met: each worker that has one sends it, in rank order, and all apply it;
+4. *deltas*, if the quorum is met: each worker that has one sends it, and all apply the sum. A worker with a slow link
+   answers the next turn while it still receives this one's (``headers.py``);
 5. *publish*: shared progress, and to a worker whose delta was applied its new global parameters.
 
 A worker that dies in 1 is noticed in the next turn's 3; in 2 to 4, by whoever waits for it. Without news a turn opens
@@ -21,21 +22,21 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from itertools import chain
 from statistics import median
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch.distributed import Store
 from torch.profiler import record_function
 
-from lightning_async_localsgd.errors import PeerAbortedError, PeerLostError, ReplicaDivergedError
+from lightning_async_localsgd.errors import PeerAbortedError, PeerLostError
 from lightning_async_localsgd.exchange.accelerator import synchronize
 from lightning_async_localsgd.exchange.causes import LOOK_UP, Causes
 from lightning_async_localsgd.exchange.doorbell import Bell
+from lightning_async_localsgd.exchange.headers import HeaderExchange, abort_reason
 from lightning_async_localsgd.exchange.mailbox import Adoption, Live, Mailbox, Push
 from lightning_async_localsgd.exchange.trade import Trade
 from lightning_async_localsgd.exchange.transport import Transport
@@ -44,21 +45,21 @@ from lightning_async_localsgd.outer import GlobalState, Unsendable, write_delta
 from lightning_async_localsgd.protocol.budget import Budget
 from lightning_async_localsgd.protocol.header import Flag, Header
 from lightning_async_localsgd.protocol.ledger import DueDelta, Ledger
-from lightning_async_localsgd.protocol.messages import Abort, Message
 from lightning_async_localsgd.protocol.progress import OuterUpdate
 from lightning_async_localsgd.protocol.turn import add_round, turn_interval
 from lightning_async_localsgd.settings import Settings
 
 __all__ = ["ExchangeThread"]
 
-_READY = b"\0"
 _GOODBYE = timedelta(seconds=10)
 _LAST_WORDS = timedelta(seconds=2)
-_T = TypeVar("_T")
 _A_MOMENT = 2.0  # seconds
 _HEARTBEAT = 5.0  # seconds
 _SAMPLE = 1 << 16  # elements, about
 _RECENT = 5  # exchanges whose median is told
+_TRAILING_TURNS = 4
+"""An exchange of a worker that trails may take two rounds, where another's has to be over in half a round. So it tells
+that part of the time: what is derived from it (codec, H, rate of turns) then fits both."""
 
 
 class _Exchange(NamedTuple):
@@ -114,10 +115,11 @@ class ExchangeThread:
         self._last_checksum = 0
         self._pending: Push | None = None
         self._unsendable = Unsendable()  # of the pending push
-        self._advanced = [time.monotonic()] * roster.size
+        self._trails = roster.rank in trade.trailing
+        self._headers = HeaderExchange(transport, roster, mailbox, self._timeout, settings.overlap, self._trails)
         self._exchanges: deque[_Exchange] = deque(maxlen=_RECENT)
         self._leaving = False  # this worker's own training has failed
-        self._bell = Bell(self._store, mailbox.hear, self._on_store_lost)
+        self._bell = Bell(self._store, self._on_ring, self._on_store_lost)
         self._thread = threading.Thread(target=self._run, name="async-localsgd-exchange", daemon=True)
 
     @property
@@ -171,6 +173,8 @@ class ExchangeThread:
         try:
             while not self._take_turn():
                 pass
+            self._transport.end_turn(keep=0)
+            self._transport.let_trail(())
             self._leave(_GOODBYE)
         except BaseException as error:
             first = self._mailbox.fail(error)
@@ -188,20 +192,18 @@ class ExchangeThread:
         open_from = self._opened + turn_interval(self._mailbox.progress, self._settings)
         if self._mailbox.wait_for_turn(self._turn, min(_HEARTBEAT, self._timeout / 4), open_from):
             self._bell.ring(self._turn)
-        if self._pending is None:
+        if self._pending is None and not self._headers.answered:
             self._mailbox.wait_for_push()
-        if self._settings.overlap:
-            self._transport.gather(_READY)
+        self._headers.get_ready()
         busy_since = time.thread_time()
-        live, push = self._mailbox.take()
-        if push is not None:
-            self._unsendable = self._prepare(push)
-            self._pending = push
+        header = self._header(self._take())
         with record_function("async_localsgd::headers"):
-            headers = self._gather(self._header(live))
+            headers = self._headers.exchange(header)
+        self._transport.end_turn()
         began = time.monotonic()
-        if Flag.ABORT in live.flags:
-            raise PeerAbortedError(_reason(live.message))
+        own = headers[self._roster.rank]
+        if Flag.ABORT in own.flags:
+            raise PeerAbortedError(abort_reason(own.message))
         updates, applied = self._apply(headers)
         if applied:
             self._opened = began
@@ -214,7 +216,8 @@ class ExchangeThread:
             self._exchanges.clear()  # others take another time
         adoption = self._adopt(applied)
         if adoption is not None and progress.codec == codec:
-            self._exchanges.append(_Exchange(time.monotonic() - began, time.thread_time() - busy_since))
+            seconds = (time.monotonic() - began) / (_TRAILING_TURNS if self._trails else 1)
+            self._exchanges.append(_Exchange(seconds, time.thread_time() - busy_since))
         if not self._mailbox.wait_for_bell(self._turn, self._timeout):
             raise self._roster.store_lost(TimeoutError("the bell has not been heard"))
         if self._turn > 0 and self._roster.rank == 0:
@@ -237,6 +240,16 @@ class ExchangeThread:
 
     # ---- headers ----------------------------------------------------------------------------------------------------
 
+    def _take(self) -> Live:
+        """How the training thread stands, with the push to bring to this turn; nothing if the turn is answered."""
+        if self._headers.answered:
+            return Live(0, 0.0, Flag.NONE, None)
+        live, push = self._mailbox.take()
+        if push is not None:
+            self._unsendable = self._prepare(push)
+            self._pending = push
+        return live
+
     @torch.no_grad()
     def _prepare(self, push: Push) -> Unsendable:
         """Turn ``push.base`` into the delta; returns what of it cannot be sent."""
@@ -251,12 +264,9 @@ class ExchangeThread:
             turn=self._turn,
             version=self._state.version,
             checksum=self._checksum(),
-            flags=live.flags,
-            steps=live.steps,
-            speed=live.speed,
-            exchange_seconds=median(exchange.seconds for exchange in self._exchanges) if self._exchanges else 0.0,
-            exchange_cost=median(exchange.cost for exchange in self._exchanges) if self._exchanges else 0.0,
-            message=live.message,
+            exchange_seconds=median(e.seconds for e in self._exchanges) if self._exchanges else 0.0,
+            exchange_cost=median(e.cost for e in self._exchanges) if self._exchanges else 0.0,
+            **live._asdict(),
         )
         pushed = None if self._pending is None else self._pending.round
         return add_round(header, pushed, finite=not self._unsendable.parameters)
@@ -265,49 +275,6 @@ class ExchangeThread:
         if self._checked != self._state.version:
             self._checked, self._last_checksum = self._state.version, self._state.checksum()
         return self._last_checksum
-
-    def _gather(self, header: Header) -> list[Header]:
-        headers = []
-        own, message = header.pack()
-        packed = self._transport.gather(own)
-        sizes = [self._read(worker, Header.message_bytes, data) for worker, data in enumerate(packed)]
-        messages = self._transport.gather_some(message, sizes) if any(sizes) else [b""] * len(packed)
-        for worker, (data, text) in enumerate(zip(packed, messages, strict=True)):
-            headers.append(self._read(worker, Header.unpack, data, text))
-        for worker, other in enumerate(headers):
-            self._check(worker, other, header)
-        return headers
-
-    def _read(self, worker: int, read: Callable[..., _T], *data: bytes) -> _T:
-        try:
-            return read(*data)
-        except ValueError as error:
-            raise PeerLostError(
-                f"{self._roster.name(worker)} sent something that is not a header: {error}. "
-                "Check that all workers run the same version of this library."
-            ) from error
-
-    def _check(self, worker: int, other: Header, own: Header) -> None:
-        name = self._roster.name(worker)
-        if Flag.ABORT in other.flags and worker != self._roster.rank:
-            raise PeerAbortedError(_reason(other.message))
-        if (other.worker, other.turn) != (worker, own.turn) or not 0 <= other.shard < self._roster.size:
-            raise PeerLostError(f"{name} is out of step: it is in turn {other.turn}, this worker in {own.turn}.")
-        if (other.version, other.checksum) != (own.version, own.checksum):
-            raise ReplicaDivergedError(
-                f"{name} holds other global parameters than {self._roster.name(self._roster.rank)} at version "
-                f"{own.version}. This is a bug, an outer optimizer that is not deterministic, or faulty memory; "
-                "restart from the last checkpoint."
-            )
-        now = time.monotonic()
-        alive = Flag.DELTA | Flag.DROPPED | Flag.IDLE | Flag.FINAL | Flag.PAUSED
-        if other.steps > self._ledger.steps[worker] or other.flags & alive:
-            self._advanced[worker] = now
-        elif self._mailbox.waiting and now - self._advanced[worker] > self._timeout:
-            raise PeerLostError(
-                f"{name} has made no step for {now - self._advanced[worker]:.0f} s, though its exchange thread "
-                "answers: its training hangs. Look at its data loading; raise `timeout` if a step may take that long."
-            )
 
     # ---- deltas -----------------------------------------------------------------------------------------------------
 
@@ -320,13 +287,14 @@ class ExchangeThread:
         own = None if self._pending is None else self._pending.base
         senders = [[delta.header.worker for delta in group if delta.accepted] for group in groups]
         sums = self._trade.sums(senders, own, self._codecs[self._ledger.codec])
-        for group, _ in zip(groups, sums, strict=True):
-            sent = [delta.header for delta in group if delta.accepted]
-            measures = self._state.measure(len(sent)) if sent and self._mailbox.measure_updates else (None, None)
-            self._watch_direction(sent)
-            with record_function("async_localsgd::apply"), self._mailbox.global_state():
-                updates += self._ledger.apply(group, *measures)
-                synchronize(self._state.flat.device)  # the training thread may read it on another stream
+        with self._headers.trading(self._turn):
+            for group, _ in zip(groups, sums, strict=True):
+                sent = [delta.header for delta in group if delta.accepted]
+                measures = self._state.measure(len(sent)) if sent and self._mailbox.measure_updates else (None, None)
+                self._watch_direction(sent)
+                with record_function("async_localsgd::apply"), self._mailbox.global_state():
+                    updates += self._ledger.apply(group, *measures)
+                    synchronize(self._state.flat.device)  # the training thread may read it on another stream
         return updates, [delta.header for group in groups for delta in group]
 
     def _transform_own(self, groups: list[list[DueDelta]]) -> None:
@@ -357,11 +325,10 @@ class ExchangeThread:
 
     # ---- failures ---------------------------------------------------------------------------------------------------
 
+    def _on_ring(self, turn: int) -> None:
+        self._mailbox.hear(turn)
+        self._headers.hear(turn)
+
     def _on_store_lost(self, error: Exception) -> None:
         self._mailbox.fail(self._roster.store_lost(error))
         self._transport.interrupt()  # this worker may be waiting for others in vain
-
-
-def _reason(message: Message | None) -> str:
-    """What a worker that leaves says why."""
-    return message.reason if isinstance(message, Abort) else "A worker stopped and gave no reason."

@@ -34,6 +34,9 @@ _UNDER_WAY = 3  # chunks of a slice on their way before the first of them is wai
 class Trade(Protocol):
     """Brings the sums of deltas to every worker. Belongs to the exchange thread; alike on all workers."""
 
+    trailing: frozenset[int]
+    """Workers that nobody waits for but with their own deltas: they may receive sums while the next turn goes on."""
+
     def sums(self, groups: Sequence[Sequence[int]], own: Tensor | None, codec: Codec) -> Iterator[None]:
         """Write the sum of the deltas of one group after the other into the target.
 
@@ -144,9 +147,9 @@ class Reduce:
     ) -> None:
         self._transport = transport
         self._rank = rank
-        self._others = [worker for worker in range(len(parts)) if worker != rank]
         self._vector = WireVector(target, parameters, feedback)
         self._slices = owned_slices(target.numel(), parts)
+        self.trailing = frozenset(worker for worker, part in enumerate(parts) if part == 0)
 
     def sums(self, groups: Sequence[Sequence[int]], own: Tensor | None, codec: Codec) -> Iterator[None]:
         """See :meth:`Trade.sums`."""
@@ -154,7 +157,7 @@ class Reduce:
         for group in groups:
             with record_function("async_localsgd::exchange"):
                 if group:  # else all its deltas are refused
-                    _Sum(self._transport, self._rank, self._others, self._vector, pieces, group, own).bring()
+                    _Sum(self._transport, self._rank, self.trailing, self._vector, pieces, group, own).bring()
             yield
 
 
@@ -165,7 +168,7 @@ class _Sum:
         self,
         transport: Transport,
         rank: int,
-        others: Sequence[int],
+        trailing: frozenset[int],
         vector: WireVector,
         slices: Sequence[Sequence[Piece]],
         group: Sequence[int],
@@ -173,7 +176,8 @@ class _Sum:
     ) -> None:
         self._transport = transport
         self._rank = rank
-        self._others = others
+        others = self._others = [worker for worker in range(len(slices)) if worker != rank]
+        self._trailing = trailing
         self._vector = vector
         self._slices = slices
         self._group = group
@@ -246,6 +250,8 @@ class _Sum:
             self._vector.decode(wire, piece, add=i > 0)
         wire = deltas[0][0] if self._is_single else self._vector.encode_sum(piece)
         wire = wire.cpu()
+        if piece.codec.lossless and not self._trailing.isdisjoint(self._needs_sums):
+            wire = wire.clone()  # it may be the target itself, which changes before a trailing worker has read all
         self._sent += [self._transport.send(wire, worker, Channel.SUM) for worker in self._needs_sums]
 
     def _collect(self) -> None:
@@ -272,6 +278,7 @@ class Gather:
     def __init__(
         self, transport: Transport, rank: int, target: Tensor, parameters: int, feedback: ErrorFeedback
     ) -> None:
+        self.trailing: frozenset[int] = frozenset()
         self._transport = transport
         self._rank = rank
         self._vector = WireVector(target, parameters, feedback)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import timedelta
@@ -64,10 +65,26 @@ class Transport(Protocol):
             PeerLostError: if a worker cannot be reached within the timeout.
         """
 
+    def tell(self, data: bytes) -> None:
+        """Begin to give ``data`` to all workers, from any thread; :meth:`hear` or :meth:`hear_some` is to follow."""
+
+    def hear(self, data: bytes) -> list[bytes]:
+        """As :meth:`gather`, of what :meth:`tell` has given already."""
+
+    def hear_some(self, data: bytes, sizes: Sequence[int]) -> list[bytes]:
+        """As :meth:`gather_some`, of what :meth:`tell` has given already."""
+
+    def let_trail(self, peers: Iterable[int]) -> None:
+        """From now on what is sent to these peers is waited for in :meth:`end_turn`."""
+
+    def end_turn(self, keep: int = 1) -> None:
+        """Wait for what was sent to trailing peers, but for that since the last ``keep`` calls and this one."""
+
     def send(self, wire: Tensor, peer: int, channel: Channel) -> Wait:
         """Begin to send ``wire`` (contiguous, on the CPU) to a peer, which must receive as many bytes.
 
-        Several transfers can be under way at once. Until the wait returns, ``wire`` belongs to the transport.
+        Several transfers can be under way at once. Until the wait returns, ``wire`` belongs to the transport; if the
+        peer trails, for longer: the wait returns at once, and ``wire`` is not to be changed any more.
         """
 
     def receive(self, wire: Tensor, peer: int, channel: Channel) -> Wait:
@@ -111,6 +128,8 @@ class GlooTransport:
             self._group: Any = self._connect(PrefixStore("outer", store))
         self._sockets.watch(timeout)
         self._peers = [r for r in range(roster.size) if r != roster.rank]
+        self._trailing: frozenset[int] = frozenset()
+        self._late: deque[list[Wait]] = deque([[]])  # what was sent to peers that trail, by turn
         self.bytes_sent = 0
         self.bytes_received = 0
 
@@ -147,18 +166,50 @@ class GlooTransport:
 
     def gather_some(self, data: bytes, sizes: Sequence[int]) -> list[bytes]:
         """See :meth:`Transport.gather_some`."""
-        inboxes = [torch.empty(size, dtype=torch.uint8) for size in sizes]
-        receives = [self.receive(inboxes[peer], peer, Channel.HEADER) for peer in self._peers if sizes[peer]]
-        if data:
-            inboxes[self._roster.rank].copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        sends = [self.send(inboxes[self._roster.rank], peer, Channel.HEADER) for peer in self._peers if data]
-        _wait_for_all(receives + sends)
-        return [bytes(inbox.numpy()) for inbox in inboxes]
+        sends = self._tell(data)
+        heard = self.hear_some(data, sizes)
+        _wait_for_all(sends)
+        return heard
+
+    def tell(self, data: bytes) -> None:
+        """See :meth:`Transport.tell`."""
+        self._late[-1].extend(self._tell(data))
+
+    def _tell(self, data: bytes) -> list[Wait]:
+        if not data:
+            return []
+        wire = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return [self.send(wire, peer, Channel.HEADER) for peer in self._peers]
+
+    def hear(self, data: bytes) -> list[bytes]:
+        """See :meth:`Transport.hear`."""
+        return self.hear_some(data, [len(data)] * self._roster.size)
+
+    def hear_some(self, data: bytes, sizes: Sequence[int]) -> list[bytes]:
+        """See :meth:`Transport.hear_some`."""
+        inboxes = {peer: torch.empty(sizes[peer], dtype=torch.uint8) for peer in self._peers}
+        _wait_for_all([self.receive(inbox, peer, Channel.HEADER) for peer, inbox in inboxes.items() if sizes[peer]])
+        heard = {peer: bytes(inbox.numpy()) for peer, inbox in inboxes.items()} | {self._roster.rank: data}
+        return [heard[worker] for worker in range(self._roster.size)]
+
+    def let_trail(self, peers: Iterable[int]) -> None:
+        """See :meth:`Transport.let_trail`."""
+        self._trailing = frozenset(peers)
+
+    def end_turn(self, keep: int = 1) -> None:
+        """See :meth:`Transport.end_turn`."""
+        self._late.append([])
+        while len(self._late) > keep + 1:
+            _wait_for_all(self._late.popleft())
 
     def send(self, wire: Tensor, peer: int, channel: Channel) -> Wait:
         """See :meth:`Transport.send`."""
         self.bytes_sent += wire.numel()
-        return self._start("send", wire, peer, channel)
+        wait = self._start("send", wire, peer, channel)
+        if peer not in self._trailing:
+            return wait
+        self._late[-1].append(wait)
+        return _no_wait
 
     def receive(self, wire: Tensor, peer: int, channel: Channel) -> Wait:
         """See :meth:`Transport.receive`."""
@@ -213,6 +264,10 @@ class GlooTransport:
             "start the job again.",
             gone=peer,
         )
+
+
+def _no_wait() -> None:
+    """Of a send that is waited for later."""
 
 
 def _wait_for_all(waits: Sequence[Wait]) -> None:

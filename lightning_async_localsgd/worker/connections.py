@@ -85,7 +85,9 @@ class Connections:
             return Gather(self.transport, self._rank, target, parameters, feedback)
         with self._naming_the_lost():
             links = measure_links(self.transport, self._rank, self._size, 4 * target.numel())
-        return Reduce(self.transport, self._rank, target, parameters, feedback, shares(links))
+        trade = Reduce(self.transport, self._rank, target, parameters, feedback, shares(links))
+        self.transport.let_trail(trade.trailing)
+        return trade
 
     @contextmanager
     def _naming_the_lost(self) -> Iterator[None]:
