@@ -38,6 +38,10 @@ class Codec(Protocol):
     def lossless(self) -> bool:
         """Whether the decoded values equal the encoded ones: no residual is needed."""
 
+    @property
+    def error_decay(self) -> float:
+        """Part, from 0 to 1, of what was not sent so far that is added to the next delta; 1: nothing is lost."""
+
     def of_sum(self, count: int) -> Codec:
         """The codec of the sum of ``count`` deltas that were written by this one.
 

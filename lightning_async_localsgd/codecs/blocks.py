@@ -38,6 +38,7 @@ class _BlockCodec(ABC):
     block: ClassVar[int] = BLOCK
     largest: ClassVar[float] = LARGEST
     lossless: ClassVar[bool] = False
+    error_decay: ClassVar[float] = 1.0
     top: ClassVar[int]
     """The whole number that stands for the largest magnitude of a block."""
     _code_bytes: ClassVar[int]

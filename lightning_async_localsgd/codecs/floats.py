@@ -22,6 +22,7 @@ class FP32:
     block: ClassVar[int] = 1
     largest: ClassVar[float] = torch.finfo(torch.float32).max
     lossless: ClassVar[bool] = True
+    error_decay: ClassVar[float] = 1.0
 
     def of_sum(self, count: int) -> Self:
         """This codec."""
@@ -50,6 +51,7 @@ class BF16:
     block: ClassVar[int] = 1
     largest: ClassVar[float] = torch.finfo(torch.bfloat16).max
     lossless: ClassVar[bool] = False
+    error_decay: ClassVar[float] = 1.0
 
     def of_sum(self, count: int) -> Self:
         """This codec."""

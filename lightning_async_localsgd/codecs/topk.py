@@ -31,6 +31,8 @@ class TopK:
     Args:
         density: part of the elements that is sent, more than 0 and at most 1.
         bits: bits per value, 2 or 8.
+        error_decay: part of what was not sent so far that is added to the next delta, from 0 to 1. Less than 1: what
+            is sent is the largest of a momentum of deltas, from which what was sent is taken away.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -41,6 +43,7 @@ class TopK:
 
     density: float = 0.03
     bits: int = 8
+    error_decay: float = 1.0
 
     name: ClassVar[str] = "topk"
     block: ClassVar[int] = _BLOCK
@@ -52,6 +55,8 @@ class TopK:
             raise ValueError(f"`density` must be more than 0 and at most 1, got {self.density}.")
         if self.bits not in (2, 8):
             raise ValueError(f"`bits` must be 2 or 8, got {self.bits}.")
+        if not 0 <= self.error_decay <= 1:
+            raise ValueError(f"`error_decay` must be from 0 to 1, got {self.error_decay}.")
 
     @property
     def kept(self) -> int:

@@ -57,7 +57,7 @@ def test_a_sum_has_room_for_all_elements_and_is_at_most_dense(count: int, densit
     assert codec.block % of_sum.block == 0
 
 
-@pytest.mark.parametrize("arguments", [{"density": 0.0}, {"density": 1.1}, {"bits": 4}])
+@pytest.mark.parametrize("arguments", [{"density": 0.0}, {"density": 1.1}, {"bits": 4}, {"error_decay": 1.1}])
 def test_impossible_parameters_are_refused(arguments: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
         TopK(**arguments)  # type: ignore[arg-type]
@@ -65,4 +65,4 @@ def test_impossible_parameters_are_refused(arguments: dict[str, float]) -> None:
 
 def test_parameters_tell_codecs_apart() -> None:
     assert TopK(0.01, 2) == TopK(density=0.01, bits=2) != TopK()
-    assert repr(TopK()) == "TopK(density=0.03, bits=8)"
+    assert repr(TopK()) == "TopK(density=0.03, bits=8, error_decay=1.0)"

@@ -206,6 +206,7 @@ class Replay:
         {"overlap": True, "quorum": 2, "transforms": (DelayCompensation(10.0), Poly())},
         {"overlap": True} | make_method("polythres", SIZE, threshold=1),
         {"overlap": False} | make_method("async-buffer", SIZE),
+        {"overlap": True} | make_method("sparseloco", SIZE, density=0.01),
     ],
     ids=[
         "overlap",
@@ -219,6 +220,7 @@ class Replay:
         "senders and quorum",
         "refused",
         "async buffer",
+        "sparseloco",
     ],
 )
 def test_a_schedule_of_real_workers_gives_the_same_bits(
