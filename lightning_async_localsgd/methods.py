@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lightning_async_localsgd.codecs import Codec, TopK
 from lightning_async_localsgd.outer import (
     GROWTH,
     REACH,
@@ -52,9 +53,13 @@ class Method:
     transform: Callable[..., Transform] | None = None
     """Constructor of the transformation of the pseudo-gradient, applied by the sender of a delta or on every worker."""
     pace: str = "fixed"
-    """Default pace, as in the paper."""
+    """Default pace."""
     synchronous: bool = False
     """Whether every update waits for the deltas of all workers, and all workers wait for the update."""
+    codec: Callable[..., Codec] | None = None
+    """Constructor of the codec, where it is a part of the method; None: the user's choice."""
+    exchange: str | None = None
+    """How deltas come to the workers, where it is a part of the method; None: the user's choice."""
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -131,6 +136,17 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             optimizer=partial(DelayedNesterov, growth=GROWTH, reach=REACH),
             pace="dylu",
         ),
+        "sparseloco": Method(
+            "SparseLoCo: workers send the largest elements of error feedback that decays, in the place of a momentum",
+            'Sarfi et al. 2025, "Communication Efficient LLM Pre-training with SparseLoCo" (arXiv 2508.15706)',
+            outer_lr=1.0,
+            outer_lr_source="the paper's",
+            optimizer=partial(DelayedNesterov, whole_turns=True),
+            outer_momentum=0.0,
+            pace="dylu",
+            codec=partial(TopK, bits=2, error_decay=0.95),
+            exchange="gather",
+        ),
     }
 )
 """All methods, by name."""
@@ -155,13 +171,15 @@ def make_method(
         workers: number of workers.
         outer_lr: outer learning rate; None: the method's.
         outer_momentum: outer momentum; None: the method's.
-        pace: ``"fixed"`` or ``"dylu"``; None: the paper's, which is DyLU for ``"dn"`` (growing or
-            not) and fixed for all others.
+        pace: ``"fixed"`` or ``"dylu"``; None: the method's, which is DyLU for ``"dn"`` (growing or not) and
+            ``"sparseloco"``, and fixed for all others.
         **options: further arguments of the method's transformation (``power``, ``threshold``, ``strength``, ``size``)
-            or, if it has none, of its outer optimizer (``momentum_activation``, ``growth``, ``reach``).
+            or codec (``density``, ``bits``, ``error_decay``) or, if it has neither, of its outer optimizer
+            (``momentum_activation``, ``growth``, ``reach``).
 
     Returns:
-        ``outer_optimizer``, ``transforms``, ``pace`` and ``quorum``; for ``"sync"`` also ``overlap=False``.
+        ``outer_optimizer``, ``transforms``, ``pace`` and ``quorum``; for ``"sync"`` also ``overlap=False``, for
+        ``"sparseloco"`` ``codec`` and ``exchange``.
 
     Raises:
         ValueError: if there is no such method, or an argument is outside its range.
@@ -174,7 +192,7 @@ def make_method(
     method = METHODS[name]
     momentum = method.outer_momentum if outer_momentum is None else outer_momentum
     arguments = {"lr": method.outer_lr if outer_lr is None else outer_lr, "momentum": momentum}
-    if method.transform is None:
+    if method.transform is None and method.codec is None:
         arguments |= options
         options = {}
     optimizer = partial(method.optimizer, **arguments)
@@ -189,4 +207,8 @@ def make_method(
     }
     if method.synchronous:
         settings["overlap"] = False
+    if method.codec is not None:
+        settings["codec"] = method.codec(**options)
+    if method.exchange is not None:
+        settings["exchange"] = method.exchange
     return settings

@@ -38,6 +38,17 @@ class Codec(Protocol):
     def lossless(self) -> bool:
         """Whether the decoded values equal the encoded ones: no residual is needed."""
 
+    @property
+    def error_decay(self) -> float:
+        """Part, from 0 to 1, of what was not sent so far that is added to the next delta; 1: nothing is lost."""
+
+    def of_sum(self, count: int) -> Codec:
+        """The codec of the sum of ``count`` deltas that were written by this one.
+
+        A sum may need more than a delta does. Of one delta it is this codec itself, so that its bytes can be passed on.
+        ``block`` is a multiple of that of the result.
+        """
+
     def wire_bytes(self, numel: int) -> int:
         """Size in bytes of the wire form of ``numel`` elements, scales included."""
 

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from lightning_async_localsgd.codecs.floats import typed
 
@@ -37,10 +38,15 @@ class _BlockCodec(ABC):
     block: ClassVar[int] = BLOCK
     largest: ClassVar[float] = LARGEST
     lossless: ClassVar[bool] = False
+    error_decay: ClassVar[float] = 1.0
     top: ClassVar[int]
     """The whole number that stands for the largest magnitude of a block."""
     _code_bytes: ClassVar[int]
     """Bytes of the codes of a block."""
+
+    def of_sum(self, count: int) -> Self:
+        """This codec: the error of a sum is in proportion to the sum."""
+        return self
 
     def wire_bytes(self, numel: int) -> int:
         """A scale and the codes for each begun block of 128 elements."""

@@ -13,7 +13,13 @@ __all__ = ["ErrorFeedback"]
 
 
 class ErrorFeedback:
-    """The residual of a worker: the sum of all errors of encoding that were not sent yet.
+    r"""The residual of a worker: the sum of all errors of encoding that were not sent yet.
+
+    With a codec whose ``error_decay`` is :math:`\beta` and whose rounding (or selection) is :math:`Q`, a delta
+    :math:`g` is sent as :math:`s`, and the residual :math:`e` becomes
+
+    .. math::
+        m = \beta e + g, \quad s = Q(m), \quad e = m - s
 
     Nothing is allocated before the first lossy encoding. A codec may take another's place at any time.
 
@@ -23,7 +29,8 @@ class ErrorFeedback:
 
     References:
         Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient Compression Schemes", arXiv 1901.09847,
-        Algorithm 2.
+        Algorithm 2 (:math:`\beta = 1`); Sarfi et al., "Communication Efficient LLM Pre-training with SparseLoCo",
+        arXiv 2508.15706 (:math:`\beta < 1`).
     """
 
     def __init__(self, numel: int, device: torch.device | str = "cpu") -> None:
@@ -32,7 +39,7 @@ class ErrorFeedback:
         self._residual: Tensor | None = None
 
     def encode(self, codec: Codec, chunk: Tensor, start: int, out: Tensor | None = None) -> Tensor:
-        """Add the residual to ``chunk``, in place, encode the sum, and keep the error of it as the new residual.
+        """Add what the codec keeps of the residual to ``chunk``, in place, encode the sum, and keep the error of it.
 
         Args:
             codec: encodes and decodes.
@@ -46,6 +53,8 @@ class ErrorFeedback:
         if codec.lossless and self._residual is None:
             return codec.encode(chunk, out)
         residual = self._part(start, chunk.numel())
+        if codec.error_decay != 1:
+            residual.mul_(codec.error_decay)  # not by `alpha` below: a fused multiply-add depends on the processor
         wire = codec.encode(chunk.add_(residual), out)
         if codec.lossless:
             residual.zero_()

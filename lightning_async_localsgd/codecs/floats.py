@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 __all__ = ["BF16", "FP32", "typed"]
 
@@ -21,6 +22,11 @@ class FP32:
     block: ClassVar[int] = 1
     largest: ClassVar[float] = torch.finfo(torch.float32).max
     lossless: ClassVar[bool] = True
+    error_decay: ClassVar[float] = 1.0
+
+    def of_sum(self, count: int) -> Self:
+        """This codec."""
+        return self
 
     def wire_bytes(self, numel: int) -> int:
         """4 bytes per element."""
@@ -45,6 +51,11 @@ class BF16:
     block: ClassVar[int] = 1
     largest: ClassVar[float] = torch.finfo(torch.bfloat16).max
     lossless: ClassVar[bool] = False
+    error_decay: ClassVar[float] = 1.0
+
+    def of_sum(self, count: int) -> Self:
+        """This codec."""
+        return self
 
     def wire_bytes(self, numel: int) -> int:
         """2 bytes per element."""

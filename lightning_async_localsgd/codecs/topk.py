@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_async_localsgd.codecs.blocks import LARGEST, SCALE_BYTES, SMALLEST_SCALE, filled, pieces
+from lightning_async_localsgd.codecs.blocks import INT8, LARGEST, SCALE_BYTES, SMALLEST_SCALE, filled, pieces
 from lightning_async_localsgd.codecs.floats import typed
 
 __all__ = ["TopK"]
@@ -26,21 +26,24 @@ class TopK:
     per element of the block, in 2 bits 0.28. A decoded value is an exact product of the scale and a whole number.
 
     A value of 8 bits is rounded to one of 255 levels. A value of 2 bits is a sign and one of the two magnitudes: the
-    means of the small and of the large half of the range.
+    means of the small and of the large half of the range. The sum of several deltas holds all elements of each.
 
     Args:
         density: part of the elements that is sent, more than 0 and at most 1.
         bits: bits per value, 2 or 8.
+        error_decay: part of what was not sent so far that is added to the next delta, from 0 to 1. Less than 1: what
+            is sent is the largest of a momentum of deltas, from which what was sent is taken away.
 
     Raises:
         ValueError: if an argument is outside its range.
 
     References:
-        Sarfi et al., "SparseLoCo: Communication Efficient LLM Training with Sparse Aggregation", arXiv 2508.15706.
+        Sarfi et al., "Communication Efficient LLM Pre-training with SparseLoCo", arXiv 2508.15706.
     """
 
     density: float = 0.03
     bits: int = 8
+    error_decay: float = 1.0
 
     name: ClassVar[str] = "topk"
     block: ClassVar[int] = _BLOCK
@@ -52,11 +55,24 @@ class TopK:
             raise ValueError(f"`density` must be more than 0 and at most 1, got {self.density}.")
         if self.bits not in (2, 8):
             raise ValueError(f"`bits` must be 2 or 8, got {self.bits}.")
+        if not 0 <= self.error_decay <= 1:
+            raise ValueError(f"`error_decay` must be from 0 to 1, got {self.error_decay}.")
 
     @property
     def kept(self) -> int:
         """Elements of a block that are sent."""
         return max(1, round(self.density * _BLOCK))
+
+    def of_sum(self, count: int) -> TopK | INT8:
+        """A codec that has room for all elements of the deltas, in 8 bits: a sum is not made sparse again.
+
+        ``count`` times as many elements per block; :class:`INT8` where all elements take fewer bytes than that.
+        """
+        if count == 1:
+            return self
+        sparse = TopK(min(1.0, count * self.kept / _BLOCK))
+        dense = INT8()
+        return sparse if sparse.wire_bytes(_BLOCK) <= dense.wire_bytes(_BLOCK) else dense
 
     def wire_bytes(self, numel: int) -> int:
         """The same for each begun block of 4096 elements."""

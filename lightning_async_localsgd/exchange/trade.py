@@ -6,6 +6,7 @@ receives at most ``2 (k - 1) / k`` times the size of a delta, for any number k o
 delta to every worker, ``k - 1`` times the size of each, for outer optimizers that need single deltas.
 
 Both write each delta in the form of the codec, and both apply what a receiver decodes, also for a worker's own delta.
+A sum is written in the form that the codec has for sums of so many deltas.
 """
 
 from __future__ import annotations
@@ -63,6 +64,10 @@ class Piece(NamedTuple):
     @property
     def wire_bytes(self) -> int:
         return self.codec.wire_bytes(self.span.stop - self.span.start)
+
+    def of_sum(self, count: int) -> Piece:
+        """This part of the sum of so many deltas, which all workers know from the headers."""
+        return self._replace(codec=self.codec.of_sum(count))
 
 
 class WireVector:
@@ -224,8 +229,9 @@ class _Sum:
                     self._vector.decode(wire, piece)
                 self._sent.append(self._transport.send(wire.cpu(), owner, Channel.DELTA))
             if not (self._is_single and self._own is not None):
-                inbox = self._vector.inbox(piece)
-                self._sums[-1].append((piece, inbox, self._transport.receive(inbox, owner, Channel.SUM)))
+                of_sum = piece.of_sum(len(self._group))
+                inbox = self._vector.inbox(of_sum)
+                self._sums[-1].append((of_sum, inbox, self._transport.receive(inbox, owner, Channel.SUM)))
         self._deltas.append([])
         if own_piece is None:
             return
@@ -248,7 +254,7 @@ class _Sum:
             if wait is not None:
                 wait()
             self._vector.decode(wire, piece, add=i > 0)
-        wire = deltas[0][0] if self._is_single else self._vector.encode_sum(piece)
+        wire = deltas[0][0] if self._is_single else self._vector.encode_sum(piece.of_sum(len(deltas)))
         wire = wire.cpu()
         if piece.codec.lossless and not self._trailing.isdisjoint(self._needs_sums):
             wire = wire.clone()  # it may be the target itself, which changes before a trailing worker has read all

@@ -75,7 +75,7 @@ class Costs:
         """The part of :meth:`exchange_seconds` in which deltas are on their way."""
         everyone = range(workers)
         seconds = network.reduce_seconds if self.delta.sums else network.gather_seconds
-        return seconds(everyone, everyone, self.delta.elements, codec.wire_bytes)
+        return seconds(everyone, everyone, self.delta.elements, codec)
 
 
 def memory_bytes(parameters: int, settings: Settings, workers: int, codec: Codec) -> int:

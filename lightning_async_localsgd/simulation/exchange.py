@@ -218,31 +218,34 @@ class VirtualExchange:
         cost = len(groups) * costs.update_seconds + (costs.turn_seconds if senders else 0.0)
         codec = self._codecs[self._ledger.codec]
         if costs.sums:
-            sent = sum(self._network.reduce_seconds(s, present, costs.elements, codec.wire_bytes) for s in sums)
+            sent = sum(self._network.reduce_seconds(s, present, costs.elements, codec) for s in sums)
         else:
-            sent = self._network.gather_seconds(senders, present, costs.elements, codec.wire_bytes)
-        self._count_bytes(sums, present, codec.wire_bytes(costs.elements))
+            sent = self._network.gather_seconds(senders, present, costs.elements, codec)
+        self._count_bytes(sums, present, codec)
         for sender in senders:
             self._latest[sender] = (cost + sent, cost)
         self._clock.after(cost + sent, Phase.EXCHANGE, self._publish, headers, groups, codec)
 
-    def _count_bytes(self, sums: Sequence[Sequence[int]], present: Sequence[int], delta: int) -> None:
+    def _count_bytes(self, sums: Sequence[Sequence[int]], present: Sequence[int], codec: Codec) -> None:
         """Count the bytes of a turn.
 
         Args:
             sums: the workers whose deltas make up each sum.
             present: the workers that take part.
-            delta: size of a delta on the wire.
+            codec: the codec of the turn.
         """
         told = HEADER_BYTES + (1 if self._settings.overlap else 0)
-        load = Network.reduce_load if self._costs.sums else Network.gather_load
+        elements = self._costs.elements
         for worker in present:
             self.bytes_sent[worker] += (len(present) - 1) * told
             self.bytes_received[worker] += (len(present) - 1) * told
             for senders in filter(None, sums):
-                sent, received = load(senders, present, worker)
-                self.bytes_sent[worker] += round(sent * delta)
-                self.bytes_received[worker] += round(received * delta)
+                if self._costs.sums:
+                    sent, received = Network.reduce_bytes(senders, present, worker, elements, codec)
+                else:
+                    sent, received = Network.gather_bytes(senders, present, worker, elements, codec)
+                self.bytes_sent[worker] += round(sent)
+                self.bytes_received[worker] += round(received)
 
     def _publish(self, headers: list[Header], groups: list[list[DueDelta]], codec: Codec) -> None:
         for group in self._replicas.trade(groups, codec):

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from lightning_async_localsgd.codecs import Codec
 from lightning_async_localsgd.exchange.trade import CHUNK
 from lightning_async_localsgd.protocol.header import HEADER_BYTES
 
-__all__ = ["Network", "WireBytes"]
-
-WireBytes = Callable[[int], int]
-"""The bytes that so many elements take on the wire."""
+__all__ = ["Network"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Network:
         """Seconds of a header from each of these workers to each other one."""
         return self.trip(workers) + self._load_seconds(workers, workers, HEADER_BYTES)
 
-    def gather_seconds(self, senders: Sequence[int], workers: Sequence[int], elements: int, wire: WireBytes) -> float:
+    def gather_seconds(self, senders: Sequence[int], workers: Sequence[int], elements: int, codec: Codec) -> float:
         """Seconds of the transfer of these senders' deltas to all of these workers.
 
         As in the real exchange, the beginnings of all deltas travel at once, the rest one delta after the other.
@@ -70,21 +68,21 @@ class Network:
             senders: ranks of the senders.
             workers: ranks of all workers in the turn.
             elements: number of elements of each delta.
-            wire: the bytes of so many elements on the wire.
+            codec: the codec of the deltas.
         """
         if not senders or len(workers) < 2:
             return 0.0
         beginning = min(elements, CHUNK)
-        seconds = self.trip(workers) + self._load_seconds(senders, workers, wire(beginning))
+        seconds = self.trip(workers) + self._load_seconds(senders, workers, codec.wire_bytes(beginning))
         if elements > beginning:
-            rest = wire(elements) - wire(beginning)
+            rest = codec.wire_bytes(elements) - codec.wire_bytes(beginning)
             trip = self.trip(workers)
             # Senders of one site take the same time.
             of_site = {self._site(s): trip + self._load_seconds([s], workers, rest) for s in self._one_of_each(senders)}
             seconds += sum(of_site[self._site(s)] for s in senders)
         return seconds
 
-    def reduce_seconds(self, senders: Sequence[int], workers: Sequence[int], elements: int, wire: WireBytes) -> float:
+    def reduce_seconds(self, senders: Sequence[int], workers: Sequence[int], elements: int, codec: Codec) -> float:
         """Seconds in which the sum of these senders' deltas comes to all of these workers, by slices.
 
         Both hops of a long vector overlap, and each worker sends and receives at once.
@@ -93,45 +91,57 @@ class Network:
             senders: the workers whose deltas are added up.
             workers: all workers that take part.
             elements: elements of each delta.
-            wire: the bytes of so many elements on the wire.
+            codec: the codec of the deltas.
         """
         if not senders or len(workers) < 2:
             return 0.0
-        size = wire(elements)
-        load = max(max(self.reduce_load(senders, workers, worker)) for worker in self._kinds(senders, workers))
-        seconds = size * load / self.bandwidth
+        kinds = self._kinds(senders, workers)
+        load = max(max(self.reduce_bytes(senders, workers, worker, elements, codec)) for worker in kinds)
+        seconds = load / self.bandwidth
         if self.sites is not None:
-            loads = [self._site_load(senders, workers, site) for site in {self._site(w) for w in workers}]
-            seconds = max(seconds, size * max(map(max, loads)) / self.site_bandwidth)
+            sites = {self._site(worker) for worker in workers}
+            load = max(max(self._site_bytes(senders, workers, site, elements, codec)) for site in sites)
+            seconds = max(seconds, load / self.site_bandwidth)
         return 2 * self.trip(workers) + seconds
 
     @staticmethod
-    def gather_load(senders: Sequence[int], workers: Sequence[int], worker: int) -> tuple[int, int]:
-        """Deltas that a worker sends and receives in a gather; see :meth:`reduce_load`."""
-        sends = worker in senders
-        return (len(workers) - 1) * sends, len(senders) - sends
+    def gather_bytes(
+        senders: Sequence[int], workers: Sequence[int], worker: int, elements: int, codec: Codec
+    ) -> tuple[float, float]:
+        """Bytes of deltas that a worker sends and receives in a gather; see :meth:`reduce_bytes`."""
+        sends, delta = worker in senders, codec.wire_bytes(elements)
+        return (len(workers) - 1) * sends * delta, (len(senders) - sends) * delta
 
     @staticmethod
-    def reduce_load(senders: Sequence[int], workers: Sequence[int], worker: int) -> tuple[float, float]:
-        """Deltas that a worker sends and receives in a reduce, in sizes of one delta.
+    def reduce_bytes(
+        senders: Sequence[int], workers: Sequence[int], worker: int, elements: int, codec: Codec
+    ) -> tuple[float, float]:
+        """Bytes of deltas and sums that a worker sends and receives in a reduce.
 
         Args:
             senders: the workers whose deltas are added up.
             workers: all workers that take part. Each owns an equal slice.
             worker: one of them.
+            elements: elements of each delta.
+            codec: the codec of the deltas.
         """
         k, n, sends = len(workers), len(senders), worker in senders
         others = k - 1
+        delta, of_sum = codec.wire_bytes(elements), codec.of_sum(n).wire_bytes(elements)
         if n == 1:  # who has sent all of it knows the sum
-            return (2 * others / k, 0.0) if sends else ((others - 1) / k, 1.0)
-        return (others * sends + others) / k, (n - sends + others) / k
+            sent, received = (2 * others / k, 0.0) if sends else ((others - 1) / k, 1.0)
+            return sent * delta, received * delta
+        return (others * sends * delta + others * of_sum) / k, ((n - sends) * delta + others * of_sum) / k
 
-    def _site_load(self, senders: Sequence[int], workers: Sequence[int], site: int) -> tuple[float, float]:
-        """Deltas that leave and enter a site in a reduce, in sizes of one delta."""
+    def _site_bytes(
+        self, senders: Sequence[int], workers: Sequence[int], site: int, elements: int, codec: Codec
+    ) -> tuple[float, float]:
+        """Bytes of deltas and sums that leave and enter a site in a reduce; see :meth:`reduce_bytes`."""
         there = sum(self._site(worker) == site for worker in workers) / len(workers)
         sending = sum(self._site(sender) == site for sender in senders)
-        away, sums = len(senders) - sending, len(workers) * there * (1 - there)
-        return sending * (1 - there) + sums, away * there + sums
+        delta, of_sum = codec.wire_bytes(elements), codec.of_sum(len(senders)).wire_bytes(elements)
+        away, sums = (len(senders) - sending) * delta, len(workers) * there * (1 - there) * of_sum
+        return sending * (1 - there) * delta + sums, away * there + sums
 
     @staticmethod
     def _kinds(senders: Sequence[int], workers: Sequence[int]) -> set[int]:

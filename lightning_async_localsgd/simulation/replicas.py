@@ -155,15 +155,15 @@ class TrainingReplicas:
                 for piece in replica.wire.pieces(Span(0, target.numel()), codec):
                     replica.wire.decode(replica.wire.encode(delta, piece), piece, add=i > 0)
             if len(arrivals) > 1 and self._state.sums and not codec.lossless:
-                self._write_sum(codec)
+                self._write_sum(codec, len(arrivals))
             yield group
 
-    def _write_sum(self, codec: Codec) -> None:
-        """Put the sum in the target through the codec, as the owners of its slices do."""
+    def _write_sum(self, codec: Codec, count: int) -> None:
+        """Put the sum of so many deltas in the target through the codec, as the owners of its slices do."""
         size = len(self._replicas)
         for replica, span in zip(self._replicas, owned_slices(self._layout.numel, [1 / size] * size), strict=True):
             for piece in replica.wire.pieces(span, codec):
-                replica.wire.encode_sum(piece)
+                replica.wire.encode_sum(piece.of_sum(count))
 
     def publish(self, workers: Sequence[int]) -> None:
         """See :meth:`Replicas.publish`."""

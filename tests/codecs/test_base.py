@@ -119,6 +119,12 @@ def test_what_is_decoded_does_not_depend_on_flushed_denormals(codec: Codec) -> N
 
 
 @EVERY
+def test_the_bytes_of_one_delta_are_those_of_its_sum(codec: Codec) -> None:
+    assert codec.of_sum(1) == codec
+    assert codec.block % codec.of_sum(3).block == 0
+
+
+@EVERY
 def test_codecs_are_values(codec: Codec) -> None:
     assert codec == pickle.loads(pickle.dumps(codec)) and codec.name in codecs_by_name()
     assert make_codec(codec) is codec

@@ -72,12 +72,27 @@ def test_a_lossless_codec_needs_nothing_and_empties_what_is_left() -> None:
     assert not feedback.state_dict()["residual"].any()
 
 
-def test_a_restored_state_goes_on_to_the_bit() -> None:
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.95])
+@pytest.mark.parametrize("length", [4096, 1 << 14])
+def test_what_is_left_decays(decay: float, length: int) -> None:
+    codec, feedback, left = TopK(error_decay=decay), ErrorFeedback(NUMEL), torch.zeros(NUMEL)
+    for _ in range(4):
+        delta = torch.randn(NUMEL)
+        sent = send(feedback, codec, delta, length)
+        expected = send(ErrorFeedback(NUMEL), TopK(), decay * left + delta)
+        assert torch.equal(sent, expected)
+        left = decay * left + delta - sent
+        assert torch.equal(feedback.state_dict()["residual"], left)
+
+
+@pytest.mark.parametrize("codec", [TopK(), TopK(0.01, 2, 0.9)], ids=repr)
+def test_a_restored_state_goes_on_to_the_bit(codec: TopK) -> None:
     first, second = ErrorFeedback(NUMEL), ErrorFeedback(NUMEL)
     second.load_state_dict(first.state_dict())
     delta = torch.randn(NUMEL)
-    send(first, TopK(), delta)
+    send(first, codec, delta)
     second.load_state_dict(first.state_dict())
-    assert torch.equal(send(first, TopK(), delta), send(second, TopK(), delta))
+    assert torch.equal(send(first, codec, delta), send(second, codec, delta))
+    assert torch.equal(first.state_dict()["residual"], second.state_dict()["residual"])
     with pytest.raises(ValueError, match="9001"):
         ErrorFeedback(3).load_state_dict(first.state_dict())

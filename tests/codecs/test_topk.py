@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_async_localsgd.codecs import TopK
+from lightning_async_localsgd.codecs import INT8, TopK
 from tests.codecs.test_base import decoded, vector
 
 
@@ -43,7 +43,21 @@ def test_positions_take_about_seven_bits() -> None:
     assert TopK(bits=2).wire_bytes(1 << 20) / (4 << 20) < 0.0089
 
 
-@pytest.mark.parametrize("arguments", [{"density": 0.0}, {"density": 1.1}, {"bits": 4}])
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("density", [1e-4, 0.01, 0.03, 0.3, 1.0])
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 40])
+def test_a_sum_has_room_for_all_elements_and_is_at_most_dense(count: int, density: float, bits: int) -> None:
+    codec = TopK(density, bits)
+    of_sum = codec.of_sum(count)
+    if count == 1:
+        assert of_sum == codec
+    else:
+        assert of_sum == INT8() or (of_sum.kept == min(4096, count * codec.kept) and of_sum.bits == 8)
+        assert of_sum.wire_bytes(4096) <= INT8().wire_bytes(4096)
+    assert codec.block % of_sum.block == 0
+
+
+@pytest.mark.parametrize("arguments", [{"density": 0.0}, {"density": 1.1}, {"bits": 4}, {"error_decay": 1.1}])
 def test_impossible_parameters_are_refused(arguments: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
         TopK(**arguments)  # type: ignore[arg-type]
@@ -51,4 +65,4 @@ def test_impossible_parameters_are_refused(arguments: dict[str, float]) -> None:
 
 def test_parameters_tell_codecs_apart() -> None:
     assert TopK(0.01, 2) == TopK(density=0.01, bits=2) != TopK()
-    assert repr(TopK()) == "TopK(density=0.03, bits=8)"
+    assert repr(TopK()) == "TopK(density=0.03, bits=8, error_decay=1.0)"

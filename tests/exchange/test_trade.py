@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_async_localsgd.codecs import ErrorFeedback, make_codec
+from lightning_async_localsgd.codecs import Codec, ErrorFeedback, TopK, make_codec
 from lightning_async_localsgd.exchange import trade
 from lightning_async_localsgd.exchange.trade import Gather, Reduce, Trade
 from lightning_async_localsgd.protocol.slices import UNIT
@@ -22,7 +22,7 @@ BUFFERS = 100
 
 def exchange(
     kind: type[Reduce] | type[Gather],
-    codec: str,
+    codec: str | Codec,
     groups: Sequence[Sequence[int]],
     deltas: dict[int, Tensor],
     size: int,
@@ -82,7 +82,7 @@ def test_all_workers_hold_the_same_sums(
             assert (outcomes[0][0][i] - exact).abs().max() <= step * (len(group) + 1) * 6
 
 
-@pytest.mark.parametrize("codec", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("codec", ["bf16", "int8", "int4", "topk"])
 def test_nothing_is_lost_in_a_codec(codec: str) -> None:
     """Sums and residuals together are what was given."""
     numel, size = 5 * UNIT + 123, 3
@@ -90,6 +90,22 @@ def test_nothing_is_lost_in_a_codec(codec: str) -> None:
     outcomes = exchange(Reduce, codec, [[0, 2]], deltas, size, numel)
     total = outcomes[0][0][0] + sum(residual for _, residual, *_ in outcomes if residual is not None)
     torch.testing.assert_close(total, deltas[0] + deltas[2], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_a_sum_of_sparse_deltas_is_not_made_sparse_again(size: int, bits: int) -> None:
+    numel, codec = 5 * UNIT + 123, TopK(0.1, bits)
+    deltas = {worker: torch.randn(numel) for worker in range(size)}
+    outcomes = exchange(Reduce, codec, [list(deltas)], deltas, size, numel)
+    sent = torch.zeros(numel)
+    for delta in deltas.values():
+        part = torch.empty(numel - BUFFERS)
+        codec.decode(codec.encode(delta[:-BUFFERS]), part)
+        sent[:-BUFFERS] += part
+    arrived = outcomes[0][0][0]
+    assert all(torch.equal(sums[0], arrived) for sums, *_ in outcomes)
+    assert (arrived - sent)[:-BUFFERS].abs().max() <= 0.51 * sent.abs().max() / 127
 
 
 @pytest.mark.parametrize(("size", "senders"), [(2, 2), (2, 1), (4, 4), (4, 1), (4, 3), (8, 8), (8, 5)])

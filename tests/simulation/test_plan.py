@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_async_localsgd import Settings
+from lightning_async_localsgd.codecs import FP32
 from lightning_async_localsgd.exchange.trade import CHUNK
 from lightning_async_localsgd.methods import METHODS, make_method
 from lightning_async_localsgd.outer import AsyncBuffer, DelayCompensation, DelayedNesterov, Poly
@@ -54,7 +55,7 @@ def test_a_synchronous_round_lasts_as_long_as_its_steps_and_its_exchange() -> No
     here = planned(network=network, local_steps=50, codec="fp32", **make_method("sync", 4))
     everyone = range(4)
     bell = network.trip(everyone)
-    sent = network.reduce_seconds(everyone, everyone, PARAMETERS, lambda elements: 4 * elements)
+    sent = network.reduce_seconds(everyone, everyone, PARAMETERS, FP32())
     exchange = bell + network.header_seconds(everyone) + sent
     assert here.round_seconds == pytest.approx(50 / min(SPEEDS) + exchange)
 

@@ -22,7 +22,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_async_localsgd import AsyncLocalSGDStrategy
+from lightning_async_localsgd import AsyncLocalSGDStrategy, make_method
 from lightning_async_localsgd.trainer.checkpoints.files import Whole, find_wholes
 from tests.modules import FEATURES, Regression, checkpoints, make_trainer, regression_data, stream, whole_checkpoints
 from tests.processes import results, run_processes
@@ -53,21 +53,22 @@ def fit(rank: int, size: int, max_steps: int, plan: AsyncLocalSGDStrategy, ckpt:
     return parameters(module), plan.summary, told, trainer.global_step
 
 
-def lockstep() -> AsyncLocalSGDStrategy:
-    return AsyncLocalSGDStrategy(
-        local_steps=10, quorum=2, pace="fixed", overlap=False, grace_period=0.0, timeout=timedelta(seconds=30)
-    )
+def lockstep(**settings: Any) -> AsyncLocalSGDStrategy:
+    settings |= {"local_steps": 10, "quorum": 2, "pace": "fixed", "overlap": False, "grace_period": 0.0}
+    return AsyncLocalSGDStrategy(timeout=timedelta(seconds=30), **settings)
 
 
-def in_lockstep(rank: int, size: int, folder: str, ckpt: str | None) -> Any:
-    return fit(rank, size, 60, lockstep(), ckpt, dirpath=folder, every_n_train_steps=23, save_top_k=-1)
+def in_lockstep(rank: int, size: int, folder: str, ckpt: str | None, settings: dict[str, Any] | None = None) -> Any:
+    plan = lockstep(**settings or {})
+    return fit(rank, size, 60, plan, ckpt, dirpath=folder, every_n_train_steps=23, save_top_k=-1)
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
-    whole = results(run_processes(in_lockstep, 2, 2, str(tmp_path), None))
+@pytest.mark.parametrize("settings", [{}, make_method("sparseloco", 2, density=0.01)], ids=["default", "sparseloco"])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, settings: dict[str, Any]) -> None:
+    whole = results(run_processes(in_lockstep, 2, 2, str(tmp_path), None, settings))
     assert sorted(p.name for p in tmp_path.glob("*.ckpt")) == ["step=23.ckpt", "step=46.ckpt"]
     for name in ("step=23.ckpt", "step=46.ckpt"):
-        again = results(run_processes(in_lockstep, 2, 2, str(tmp_path / "again"), str(tmp_path / name)))
+        again = results(run_processes(in_lockstep, 2, 2, str(tmp_path / "again"), str(tmp_path / name), settings))
         for (before, summary, *_), (after, resumed, told, steps) in zip(whole, again, strict=True):
             assert after == before
             assert resumed.digest == summary.digest and resumed.version == summary.version == 6
