@@ -254,10 +254,11 @@ class _Sum:
             if wait is not None:
                 wait()
             self._vector.decode(wire, piece, add=i > 0)
-        wire = deltas[0][0] if self._is_single else self._vector.encode_sum(piece.of_sum(len(deltas)))
+        of_sum = piece.of_sum(len(deltas))
+        wire = deltas[0][0] if self._is_single else self._vector.encode_sum(of_sum)
         wire = wire.cpu()
-        if piece.codec.lossless and not self._trailing.isdisjoint(self._needs_sums):
-            wire = wire.clone()  # it may be the target itself, which changes before a trailing worker has read all
+        if of_sum.codec.lossless and not self._trailing.isdisjoint(self._needs_sums):
+            wire = wire.clone()  # the target or the own delta, which change before a trailing worker has read all
         self._sent += [self._transport.send(wire, worker, Channel.SUM) for worker in self._needs_sums]
 
     def _collect(self) -> None:
