@@ -1,4 +1,4 @@
-"""The choice of a codec: the one that loses least, as long as an exchange fits into half a round."""
+"""The choice of a codec: the widest one with which an exchange takes little of a round."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 __all__ = ["Candidate", "CodecChoice"]
 
-_FITS = 0.5
-"""Rounds that an exchange may take. The other half is left for turns that come late, and for slower moments."""
-_FITS_EASILY = 0.35
+_FITS = 0.1
+"""Rounds that an exchange may take. A longer one fits as well, but its delta arrives late, which costs far more than the
+rounding of a narrower codec: see docs/performance.md."""
+_FITS_EASILY = 0.07
 """Rounds that an exchange may be expected to take with a wider codec than the current one."""
 _SMALL = 1 << 18
 """Bytes: a delta that is no larger takes its time by latency, and no codec makes it shorter."""

@@ -29,11 +29,11 @@ def test_it_settles_on_a_codec_that_fits_and_stays(begin: str, second: float, la
     seconds = {"fp32": 400 * second + latency, "bf16": 200 * second + latency, "int4": 52 * second + latency}
     codecs = settle(CHOICE, begin, seconds, round_)
     assert codecs[-1] == codecs[-2] == codecs[-3]
-    assert seconds[codecs[-1]] <= round_ / 2 or codecs[-1] == "int4"
+    assert seconds[codecs[-1]] <= round_ / 10 or codecs[-1] == "int4"
 
 
 def test_fast_links_carry_fp32_from_any_beginning() -> None:
-    seconds = {"fp32": 0.2, "bf16": 0.1, "int4": 0.03}
+    seconds = {"fp32": 0.06, "bf16": 0.03, "int4": 0.01}
     assert settle(CHOICE, "int4", seconds, 1.0)[-1] == "fp32"
 
 
