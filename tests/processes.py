@@ -17,9 +17,21 @@ from typing import Any
 from torch.distributed import PrefixStore, Store, TCPStore
 
 _context = multiprocessing.get_context("forkserver")
-# Children are forked from a process that has imported everything: a start costs milliseconds instead of seconds.
-_context.set_forkserver_preload(["lightning_async_localsgd", "torch.utils.data", "tests.modules"])
-
+# Children are forked from a process that has imported everything: a start costs milliseconds instead of seconds. Each
+# imports the module of its test once more, and with it what is missing here.
+_context.set_forkserver_preload(
+    [
+        "hypothesis",
+        "pytest",
+        "torch.distributed.algorithms.ddp_comm_hooks",  # which Lightning imports as a fit begins
+        "torch.utils.data",
+        "lightning_async_localsgd",
+        "lightning_async_localsgd.loop",
+        "lightning_async_localsgd.simulation",
+        "lightning_async_localsgd.trainer.monitor",
+        "tests.modules",
+    ]
+)
 
 STILL_RUNNING = "still running after the timeout"
 
