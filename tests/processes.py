@@ -93,10 +93,10 @@ def make_store() -> TCPStore:
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-def start_process(function: Callable[..., Any], *args: Any) -> BaseProcess:
-    """Start a module-level function in a process that ends with this one."""
+def start_process(function: Callable[..., Any], *args: Any, daemon: bool = True) -> BaseProcess:
+    """Start a module-level function in a process that ends with this one, or may start others (``daemon=False``)."""
     _warm_up()
-    process = _context.Process(target=function, args=args, daemon=True)
+    process = _context.Process(target=function, args=args, daemon=daemon)
     process.start()
     return process
 
