@@ -16,7 +16,8 @@ train: $(INSTALLED)
 		$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2 examples/train_lm.py $(ARGS)
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 4 --dist worksteal
+# Some 60 interpreters of the tests import the package: it is to be compiled once.
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
 import signal
@@ -9,11 +10,13 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 NAMES = ("node0", "node1")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
+_CLONE_NEWNS, _CLONE_NEWUTS, _CLONE_NEWNET = 0x00020000, 0x04000000, 0x40000000
 
 
 @cache
@@ -34,9 +37,44 @@ def _in_namespace(name: str, command: str) -> list[str]:
     return ["bash", "-c", f"trap 'ip netns del {name}' EXIT; {script}"]
 
 
+@dataclass(frozen=True)
+class Host:
+    """A host: a network namespace, a name, and a file of other names.
+
+    Args:
+        space: name of the network namespace.
+        name: its own.
+        names: what it sees as ``/etc/hosts``.
+    """
+
+    space: str
+    name: str
+    names: Path
+
+    @property
+    def command(self) -> list[str]:
+        """The start of a command line that runs the rest of it there."""
+        enter = f'{self._take_names} && exec "$@"'
+        return ["ip", "netns", "exec", self.space, "unshare", "--uts", "--mount", "bash", "-c", enter, "bash"]
+
+    def enter(self) -> None:
+        """Have this process, and all that it starts, be there from now on."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        with open(f"/run/netns/{self.space}") as space:
+            if libc.setns(space.fileno(), _CLONE_NEWNET) != 0:
+                raise OSError(ctypes.get_errno(), "setns")
+        if libc.unshare(_CLONE_NEWUTS | _CLONE_NEWNS) != 0:
+            raise OSError(ctypes.get_errno(), "unshare")
+        subprocess.run(["bash", "-c", f"mount --make-rprivate / && {self._take_names}"], check=True)
+
+    @property
+    def _take_names(self) -> str:
+        return f"mount --bind {shlex.quote(str(self.names))} /etc/hosts && hostname {self.name}"
+
+
 @contextmanager
-def two_hosts(folder: Path) -> Iterator[list[list[str]]]:
-    """Two hosts, each given as the start of a command line that runs the rest of it there.
+def two_hosts(folder: Path) -> Iterator[list[Host]]:
+    """Two hosts.
 
     Each resolves its own name to a loopback address, as Debian sets hosts up, and the other's to the real one.
     """
@@ -49,18 +87,17 @@ def two_hosts(folder: Path) -> Iterator[list[list[str]]]:
             _ip(f"-n {space} addr add {address}/24 dev cable")
             _ip(f"-n {space} link set lo up")
             _ip(f"-n {space} link set cable up")
-        yield [_host(folder, index, space) for index, space in enumerate(spaces)]
+        yield [Host(space, NAMES[i], _write_names(folder, i)) for i, space in enumerate(spaces)]
     finally:
         for space in spaces:
             subprocess.run(["ip", "netns", "del", space], capture_output=True)
 
 
-def _host(folder: Path, index: int, space: str) -> list[str]:
-    hosts = folder / f"hosts{index}"
+def _write_names(folder: Path, index: int) -> Path:
+    names = folder / f"hosts{index}"
     other = 1 - index
-    hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 {NAMES[index]}\n{ADDRESSES[other]} {NAMES[other]}\n")
-    enter = f'mount --bind {shlex.quote(str(hosts))} /etc/hosts && hostname {NAMES[index]} && exec "$@"'
-    return ["ip", "netns", "exec", space, "unshare", "--uts", "--mount", "bash", "-c", enter, "bash"]
+    names.write_text(f"127.0.0.1 localhost\n127.0.1.1 {NAMES[index]}\n{ADDRESSES[other]} {NAMES[other]}\n")
+    return names
 
 
 def _ip(arguments: str) -> None:
@@ -72,6 +109,16 @@ def alone() -> list[str]:
     if why_not():
         return []
     return ["unshare", "--net", "bash", "-c", 'ip link set lo up && exec "$@"', "bash"]
+
+
+def be_alone() -> None:
+    """Have this process, and all that it starts, be where no port is taken, if there can be such a place."""
+    if why_not():
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNET) != 0:
+        raise OSError(ctypes.get_errno(), "unshare")
+    _ip("link set lo up")
 
 
 def run_together(

@@ -17,9 +17,21 @@ from typing import Any
 from torch.distributed import PrefixStore, Store, TCPStore
 
 _context = multiprocessing.get_context("forkserver")
-# Children are forked from a process that has imported everything: a start costs milliseconds instead of seconds.
-_context.set_forkserver_preload(["lightning_async_localsgd", "torch.utils.data", "tests.modules"])
-
+# Children are forked from a process that has imported everything: a start costs milliseconds instead of seconds. Each
+# imports the module of its test once more, and with it what is missing here.
+_context.set_forkserver_preload(
+    [
+        "hypothesis",
+        "pytest",
+        "torch.distributed.algorithms.ddp_comm_hooks",  # which Lightning imports as a fit begins
+        "torch.utils.data",
+        "lightning_async_localsgd",
+        "lightning_async_localsgd.loop",
+        "lightning_async_localsgd.simulation",
+        "lightning_async_localsgd.trainer.monitor",
+        "tests.modules",
+    ]
+)
 
 STILL_RUNNING = "still running after the timeout"
 
@@ -81,10 +93,10 @@ def make_store() -> TCPStore:
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-def start_process(function: Callable[..., Any], *args: Any) -> BaseProcess:
-    """Start a module-level function in a process that ends with this one."""
+def start_process(function: Callable[..., Any], *args: Any, daemon: bool = True) -> BaseProcess:
+    """Start a module-level function in a process that ends with this one, or may start others (``daemon=False``)."""
     _warm_up()
-    process = _context.Process(target=function, args=args, daemon=True)
+    process = _context.Process(target=function, args=args, daemon=daemon)
     process.start()
     return process
 

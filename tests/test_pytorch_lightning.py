@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import types
 from typing import Any
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from tests.imports import run
 from tests.modules import regression_data
 from tests.processes import results, run_processes
 
@@ -96,12 +95,8 @@ def test_a_library_for_pytorch_lightning_trains_as_it_is(by_name: bool) -> None:
     assert first[3] and not second[3]  # worker 0 validates
 
 
-def run(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=170)
-
-
 def test_both_names_are_one_package_and_what_comes_too_late_is_refused() -> None:
-    done = run(
+    code, output = run(
         """
 import sys
 import lightning.pytorch as real, lightning_async_localsgd.pytorch_lightning
@@ -129,11 +124,11 @@ alias_pytorch_lightning()
 assert sys.meta_path == before
 """
     )
-    assert done.returncode == 0, done.stderr
+    assert code == 0, output
 
 
 def test_without_it_the_error_says_what_to_import_and_too_late_is_refused() -> None:
-    done = run(
+    code, output = run(
         """
 import pytorch_lightning as pl
 from lightning_async_localsgd import AsyncLocalSGDStrategy
@@ -151,7 +146,7 @@ else:
     raise AssertionError
 """
     )
-    assert done.returncode == 0, done.stderr
+    assert code == 0, output
 
 
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,8 +18,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
 from lightning_async_localsgd.trainer.launching import ForkingLauncher, check_start_method
-from tests.hosts import alone, run_together, two_hosts, why_not
+from tests import imports
+from tests.hosts import alone, be_alone, run_together, two_hosts, why_not
 from tests.modules import Regression, make_trainer, stream
+from tests.processes import results, run_processes
+from tests.scripts import Started, ends
 
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "ways-in"
@@ -41,7 +44,7 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | more
 
 
-def digests(*outcomes: tuple[int, str]) -> list[str]:
+def digests(*outcomes: tuple[int | None, str]) -> list[str]:
     """What the processes say the final state is; fails if one of the commands has failed."""
     for code, output in outcomes:
         assert code == 0, output
@@ -73,8 +76,8 @@ for suffix in ("", "_notebook", "_fork", "_spawn"):
 """
 
 
-def test_names_are_known_once_the_package_is_imported(folder: Path) -> None:
-    code, output = run_script(folder, NAMED)
+def test_names_are_known_once_the_package_is_imported() -> None:
+    code, output = imports.run(NAMED)
     assert code == 0, output
 
 
@@ -85,6 +88,7 @@ import hashlib, sys, torch, lightning as L
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 from lightning_async_localsgd import AsyncLocalSGDStrategy
+
 from tests.modules import Regression, make_trainer, regression_data
 
 def tell(who, module):
@@ -109,8 +113,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
 def test_started_processes_bring_model_metrics_and_summary_back(start_method: str, folder: Path) -> None:
     (folder / "script.py").write_text(STARTED)
-    command = [*alone(), sys.executable, "script.py", start_method]
-    code, output = run_together([command], folder, environment())[0]
+    [(code, output)] = ends([Started(folder / "script.py", environment(), [start_method], be_alone)])
     assert code == 0, output
     parameters = re.findall(r"(?:worker|main) has ([0-9a-f]{32})", output)
     assert len(parameters) == 3 and len(set(parameters)) == 1, output
@@ -163,6 +166,7 @@ def test_start_methods_that_cannot_work_are_refused_with_one_that_can(monkeypatc
 LATE = """
 import time, lightning as L, torch
 from lightning_async_localsgd import AsyncLocalSGDStrategy
+
 from tests.modules import Regression, make_trainer, stream
 torch.set_num_threads(1)
 
@@ -188,6 +192,7 @@ def test_the_process_that_the_others_meet_at_ends_last(folder: Path) -> None:
 REQUEUED = """
 import sys, lightning as L, torch
 from lightning_async_localsgd import AsyncLocalSGDStrategy
+
 from tests.modules import Regression, stream
 torch.set_num_threads(1)
 
@@ -241,35 +246,20 @@ def test_slurm_tasks_are_workers_and_a_requeued_job_goes_on_from_its_checkpoint(
     path = f"{folder}{os.pathsep}{environment()['PATH']}"
     for turn in range(2):
         port = free_port()
-        logs = [folder / f"task{rank}.log" for rank in range(2)]
-        tasks = []
-        for rank, log in enumerate(logs):
-            with log.open("w") as output:
-                tasks.append(
-                    subprocess.Popen(
-                        [sys.executable, "script.py"],
-                        cwd=folder,
-                        env=slurm_task(rank, port, PATH=path),
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
+        tasks = [Started(folder / "script.py", slurm_task(rank, port, PATH=path)) for rank in range(2)]
         try:
             while turn == 0 and not all((folder / f"ready{rank}").exists() for rank in range(2)):
-                assert all(task.poll() is None for task in tasks), [log.read_text() for log in logs]
+                assert all(task.running for task in tasks), [task.output for task in tasks]
                 time.sleep(0.05)
             if turn == 0:
                 for task in tasks:
                     task.send_signal(signal.SIGUSR1)
-            ends = [task.wait(100) for task in tasks]
         finally:
-            for task in tasks:
-                task.kill()
-        outputs = [log.read_text() for log in logs]
-        found = digests(*zip(ends, outputs, strict=True))
+            outcomes = ends(tasks, 100)
+        found = digests(*outcomes)
         assert len(found) == 2 and found[0] == found[1]
-        starts = [int(re.findall(r"started at (\d+) on SLURMEnvironment", output)[0]) for output in outputs]
-        assert starts == [0, 0] if turn == 0 else min(starts) >= 9, outputs
+        starts = [int(re.findall(r"started at (\d+) on SLURMEnvironment", output)[0]) for _, output in outcomes]
+        assert starts == [0, 0] if turn == 0 else min(starts) >= 9, outcomes
     assert (folder / "scontrol.log").read_text().splitlines()[0].startswith("requeue")
 
 
@@ -346,7 +336,8 @@ trainer:
 def test_every_setting_comes_from_yaml_and_the_printed_configuration_says_the_same(folder: Path) -> None:
     pytest.importorskip("jsonargparse")
     (folder / "config.yaml").write_text(ADAPTED)
-    code, output = run_script(folder, CONFIGURED)
+    (folder / "script.py").write_text(CONFIGURED)
+    [(code, output)] = ends([Started(folder / "script.py", environment())])
     assert code == 0, output
 
 
@@ -384,7 +375,7 @@ def test_commands_for_one_host(page: str, number: int, folder: Path) -> None:
 def test_commands_for_two_hosts(number: int, folder: Path) -> None:
     commands = [blocks("torchrun.md", "bash", name)[number] for name in ("node0", "node1")]
     with two_hosts(folder) as hosts:
-        run = [[*host, "bash", "-ec", command] for host, command in zip(hosts, commands, strict=True)]
+        run = [[*host.command, "bash", "-ec", command] for host, command in zip(hosts, commands, strict=True)]
         outcomes = run_together(run, folder, environment())
     found = digests(*outcomes)
     assert len(found) == 2 and found[0] == found[1], outcomes
@@ -394,6 +385,7 @@ ENDING = """
 import sys, torch, lightning as L
 from torch.utils.data import DataLoader
 from lightning_async_localsgd import AsyncLocalSGDStrategy
+
 from tests.modules import Regression, make_trainer, regression_data
 
 class Average(L.Callback):
@@ -415,13 +407,14 @@ def test_groups_between_hosts_whose_names_are_loopback_addresses(worker_size: in
     """The final module, a worker across hosts, and a validation after the fit."""
     (folder / "script.py").write_text(ENDING)
     with two_hosts(folder) as hosts:
-        run = [
-            [*host, "env", f"NODE_RANK={node}", sys.executable, "script.py", str(worker_size)]
+        where = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+        scripts = [
+            Started(folder / "script.py", environment(NODE_RANK=str(node), **where), [str(worker_size)], host.enter)
             for node, host in enumerate(hosts)
         ]
-        outcomes = run_together(run, folder, environment(MASTER_ADDR="node0", MASTER_PORT="29500"))
-    ends = [line for _, output in outcomes for line in output.splitlines() if line.startswith("bias")]
-    assert len(ends) == 2 and ends[0] == ends[1] and "[1.0]" in ends[0], outcomes
+        outcomes = ends(scripts)
+    found = [line for _, output in outcomes for line in output.splitlines() if line.startswith("bias")]
+    assert len(found) == 2 and found[0] == found[1] and "[1.0]" in found[0], outcomes
 
 
 @needs_hosts
@@ -433,13 +426,16 @@ def test_hosts_that_cannot_connect_hear_where_the_workers_listen_within_the_time
     )
     (folder / "script.py").write_text(script)
     with two_hosts(folder) as hosts:
-        run = [[*host, "env", f"RANK={rank}", sys.executable, "script.py"] for rank, host in enumerate(hosts)]
         # The interface of each host that leads to itself alone.
         where = {"WORLD_SIZE": "2", "MASTER_ADDR": "node0", "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": "lo"}
-        outcomes = run_together(run, folder, environment(**where))
+        scripts = [
+            Started(folder / "script.py", environment(RANK=str(rank), **where), [], host.enter)
+            for rank, host in enumerate(hosts)
+        ]
+        outcomes = ends(scripts)
     assert any("could not connect" in output for _, output in outcomes), outcomes
     for code, output in outcomes:
-        assert code > 0 and ("GLOO_SOCKET_IFNAME" in output or "did not come" in output), output
+        assert code and code > 0 and ("GLOO_SOCKET_IFNAME" in output or "did not come" in output), output
 
 
 @pytest.mark.parametrize("number", range(len(blocks("slurm.md", "bash", "sbatch"))))
@@ -483,15 +479,18 @@ optimizer = torch.optim.SGD(module.parameters(), lr=1e-2)
 batches = iter(lambda: torch.randn(4, 8), None)
 loss = lambda module, x: module(x).square().mean()
 """
-TEARDOWN = "print(f'digest {job.summary.digest}', flush=True)\n"
+
+
+def run_page(rank: int, script: str) -> str:
+    found: str = runpy.run_path(script, run_name="__main__")["job"].summary.digest
+    return found
 
 
 @pytest.mark.parametrize("page", ["plain-pytorch.md", "fabric.md"])
 def test_code_on_the_pages(page: str, folder: Path) -> None:
-    (folder / "script.py").write_text(SETUP + blocks(page, "python")[0] + TEARDOWN)
-    command = "torchrun --nproc-per-node 2 script.py"
-    found = digests(run_together([[*alone(), "bash", "-ec", command]], folder, environment())[0])
-    assert len(found) == 2 and found[0] == found[1]
+    (folder / "script.py").write_text(SETUP + blocks(page, "python")[0])
+    first, second = results(run_processes(run_page, 2, str(folder / "script.py")))
+    assert first == second
 
 
 def test_the_configuration_on_the_page_is_that_of_the_example() -> None:

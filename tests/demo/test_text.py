@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
+from tests.imports import run
+
 MISSING = "import sys; sys.modules.update(datasets=None, tokenizers=None)\n"
-
-
-def run(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", MISSING + code], capture_output=True, text=True, timeout=120)
 
 
 def test_only_the_text_needs_the_optional_packages_and_says_how_to_install_them() -> None:
     others = ", ".join(
         f"lightning_async_localsgd.demo.{name}" for name in ("gpt", "corpora", "language_model", "arguments")
     )
-    outcome = run(f"import {others}\nprint('all')\nimport lightning_async_localsgd.demo.text")
-    assert outcome.stdout == "all\n", outcome.stderr
-    assert outcome.returncode == 1
-    assert "pip install datasets tokenizers" in outcome.stderr
+    code, output = run(f"{MISSING}import {others}\nprint('all', flush=True)\nimport lightning_async_localsgd.demo.text")
+    assert output.startswith("all\n"), output
+    assert code == 1
+    assert "pip install datasets tokenizers" in output
 
 
 def test_a_file_makes_blocks_to_train_on_and_others_to_test_on(tmp_path: Path) -> None:

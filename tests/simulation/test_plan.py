@@ -94,11 +94,16 @@ def test_copies_take_time_where_memory_is_slow() -> None:
     assert slow.exchange_seconds > fast.exchange_seconds
 
 
+def simulate_at_most(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have longer plans simulate several steps as one."""
+    for name in ("_MOST_STEPS", "_MOST_STEPS_PER_WORKER"):
+        monkeypatch.setattr(sys.modules[Plan.__module__], name, steps)  # by its name one would find the function `plan`
+
+
 def test_steps_that_are_simulated_as_one_change_little(monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"network": Network(0.02, 1e8), "local_steps": 200}
     fine = [planned(**settings), planned(overlap=False, **settings)]
-    for name in ("_MOST_STEPS", "_MOST_STEPS_PER_WORKER"):
-        monkeypatch.setattr(sys.modules[Plan.__module__], name, 500)  # by its name one would find the function `plan`
+    simulate_at_most(500, monkeypatch)
     coarse = [planned(**settings), planned(overlap=False, **settings)]
     for a, b in zip(fine, coarse, strict=True):
         assert b.utilization == pytest.approx(a.utilization, abs=0.01)
@@ -183,6 +188,12 @@ def test_memory_is_what_the_state_keeps(settings: dict[str, Any], copies: int) -
 # ---- recommendations -------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where exchanges take minutes: steps by the ten thousand would change no recommendation, and take long."""
+    simulate_at_most(500, monkeypatch)
+
+
 def test_what_is_recommended_reaches_the_target_and_less_does_not() -> None:
     network = Network(0.02, 2e7)
     found = recommend(PARAMETERS, SPEEDS, network=network)
@@ -195,6 +206,7 @@ def test_what_is_recommended_reaches_the_target_and_less_does_not() -> None:
     assert {(p.codec, p.local_steps) for p in found.plans} == {(c, h) for c in CODECS for h in LOCAL_STEPS}
 
 
+@pytest.mark.usefixtures("coarse")
 def test_where_the_network_is_too_slow_it_says_how_fast_it_must_be() -> None:
     found = recommend(PARAMETERS, SPEEDS, network=Network(0.02, 1e4))
     assert found.best is None
@@ -205,6 +217,7 @@ def test_where_the_network_is_too_slow_it_says_how_fast_it_must_be() -> None:
     assert plan(PARAMETERS, SPEEDS, network=network, local_steps=local_steps, codec=codec).reaches_target
 
 
+@pytest.mark.usefixtures("coarse")
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -218,6 +231,7 @@ def test_where_nothing_helps_it_says_why(options: dict[str, Any], said: str) -> 
     assert found.best is None and said in found.sentence
 
 
+@pytest.mark.usefixtures("coarse")
 def test_of_several_causes_the_one_that_is_shortest_comes_first() -> None:
     slow_link = Network(latency=0.04, bandwidth=1e6)
     found = recommend(1_100_000_000, [3.0, 1.0], network=slow_link)
