@@ -252,7 +252,7 @@ class WorkerCallback(pl.Callback):
             self._worker.pause()
             self._checkpoints.forget_moment()
             if self._fit.leads:
-                self._worker.lend_global()
+                self._worker.swap_in_global()
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -273,7 +273,7 @@ class WorkerCallback(pl.Callback):
         """Act after all ``on_validation_end`` hooks, until which callbacks may have other weights in the module."""
         if self._running(self._trainer):
             if self._fit.leads:
-                self._worker.take_back_own()
+                self._worker.swap_in_local()
             self._fit.settle_parameters()
             self._worker.resume()
 

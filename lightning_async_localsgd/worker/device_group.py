@@ -159,9 +159,9 @@ class LeadingWorker(Worker):
         super().abort(error)
         self._device_group.close()
 
-    def lend_global(self, for_cut: bool = False) -> None:
-        """See :meth:`Worker.lend_global`."""
-        super().lend_global(for_cut)
+    def swap_in_global(self, for_cut: bool = False) -> None:
+        """See :meth:`Worker.swap_in_global`."""
+        super().swap_in_global(for_cut)
         self._device_group.share(unversioned(self._replica.in_module))
 
     @contextmanager
@@ -329,9 +329,9 @@ class FollowingRank:
         """Leave. The first rank notices."""
         self._device_group.close()
 
-    def lend_global(self, for_cut: bool = False) -> None:
-        """See :meth:`Worker.lend_global`."""
-        self._replica.put_aside()
+    def swap_in_global(self, for_cut: bool = False) -> None:
+        """See :meth:`Worker.swap_in_global`."""
+        self._replica.stash_local()
         self._device_group.share(unversioned(self._replica.in_module))
 
     @contextmanager
@@ -348,14 +348,14 @@ class FollowingRank:
         """The first rank gathers; see ``on_gather``."""
         return []
 
-    def take_back_own(self) -> None:
-        """See :meth:`Worker.take_back_own`."""
-        self._replica.take_back_own()
+    def swap_in_local(self) -> None:
+        """See :meth:`Worker.swap_in_local`."""
+        self._replica.swap_in_local()
 
     @property
-    def has_lent(self) -> bool:
-        """See :meth:`Worker.has_lent`."""
-        return self._replica.has_lent
+    def global_swapped_in(self) -> bool:
+        """See :meth:`Worker.global_swapped_in`."""
+        return self._replica.global_swapped_in
 
     def summary(self) -> RunSummary:
         """See :meth:`Worker.summary`."""

@@ -132,12 +132,12 @@ class WorkerRank(Protocol):
     def global_tensors(self) -> dict[str, Tensor]:
         """Copies of the global parameters and buffers of now, by name; empty on another process than the first."""
 
-    def lend_global(self, for_cut: bool = False) -> None:
-        """See :meth:`Worker.lend_global`. All processes of the worker call it."""
+    def swap_in_global(self, for_cut: bool = False) -> None:
+        """See :meth:`Worker.swap_in_global`. All processes of the worker call it."""
 
-    def take_back_own(self) -> None:
+    def swap_in_local(self) -> None:
         """Put the worker's own parameters back, bit for bit."""
 
     @property
-    def has_lent(self) -> bool:
+    def global_swapped_in(self) -> bool:
         """Whether the module holds the global parameters."""
