@@ -103,7 +103,7 @@ class WorkerCallback(pl.Callback):
     def detach(self) -> None:
         """Restore the trainer."""
         if self.attached:
-            self._decisions.take_back()
+            self._decisions.reactivate_callbacks()
             self._callbacks.remove(self)
         for callback in self._mixed:
             mix_out(callback)
@@ -147,7 +147,7 @@ class WorkerCallback(pl.Callback):
     def begin_training(self) -> None:
         """Start the worker. From now on worker 0 decides for all."""
         trainer = self._trainer
-        self._decisions.leave_to_leader()
+        self._decisions.deactivate_callbacks()
         self._fetches = Fetches(trainer, self._fit.device, self._fit.saved_fetches)
         self._fetches.load_places()
         self._epochs.prepare(self._fetches)
@@ -233,12 +233,12 @@ class WorkerCallback(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Share worker 0's decisions: all processes are in step again, for the other hooks of this name."""
+        """Broadcast worker 0's decisions: all processes are in step again, for the other hooks of this name."""
         if self._fit.summary is None:
             self._finish(trainer, pl_module)
-        self._decisions.take_back()
+        self._decisions.reactivate_callbacks()
         if self._fit.validate_global:
-            learn_decisions(self._fit.job, partial(self._decisions.share, metrics=self._validated))
+            learn_decisions(self._fit.job, partial(self._decisions.broadcast, metrics=self._validated))
         self._fit.together.meet_again(run_complete=True)
 
     @override

@@ -246,7 +246,7 @@ class Worker:
         return self._progress.speeds
 
     @property
-    def share(self) -> float:
+    def pace_share(self) -> float:
         """This worker's share of the pace of all, as of the latest exchange."""
         return self._progress.round_steps[self.rank] / sum(self._progress.round_steps)
 
