@@ -20,10 +20,10 @@ from lightning_async_localsgd.internals import (
 )
 from lightning_async_localsgd.protocol.messages import (
     CheckpointReplaced,
+    CheckpointShardSaved,
+    LinkCheckpointShard,
     Metrics,
     PlateauMetrics,
-    SaveSideAgain,
-    SideSaved,
 )
 from lightning_async_localsgd.protocol.progress import OuterUpdate
 from lightning_async_localsgd.settings.advice import SettingsWarning
@@ -55,7 +55,7 @@ class WorkerCallback(pl.Callback):
 
     Args:
         fit: the ``fit``; the callback is attached to its trainer until :meth:`detach`.
-        checkpoints: saves this worker's part of checkpoints.
+        checkpoints: saves this worker's shard of checkpoints.
     """
 
     def __init__(self, fit: Fit, checkpoints: JobCheckpoints) -> None:
@@ -206,7 +206,7 @@ class WorkerCallback(pl.Callback):
         assert self._fit.steps is not None
         made = self._fit.steps.take(accumulating)
         if made:
-            self._checkpoints.forget_moment()
+            self._checkpoints.forget_cut()
         return made
 
     def _count_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -250,7 +250,7 @@ class WorkerCallback(pl.Callback):
         self._metrics_before = dict(trainer.callback_metrics)
         if self._running(trainer):
             self._worker.pause()
-            self._checkpoints.forget_moment()
+            self._checkpoints.forget_cut()
             if self._fit.leads:
                 self._worker.swap_in_global()
 
@@ -298,12 +298,12 @@ class WorkerCallback(pl.Callback):
         """Handle worker 0's messages."""
         self._checkpoints.check()
         for sender, message in self._worker.take_messages():
-            if isinstance(message, SideSaved) and self._trainer.is_global_zero:
-                self._checkpoints.hear_saved(sender, message)
+            if isinstance(message, CheckpointShardSaved) and self._trainer.is_global_zero:
+                self._checkpoints.hear_saved_shard(sender, message)
             elif sender == self._worker.rank:
                 continue  # it has done so itself
-            elif isinstance(message, SaveSideAgain):
-                self._checkpoints.save_part_again(message)
+            elif isinstance(message, LinkCheckpointShard):
+                self._checkpoints.link_shard(message)
             elif isinstance(message, CheckpointReplaced):
                 self._checkpoints.forget_replaced(message)
             elif isinstance(message, Metrics):

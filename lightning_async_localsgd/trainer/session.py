@@ -49,7 +49,7 @@ class Session:
         """Make the worker and what works with it.
 
         Args:
-            checkpoints: saves the worker's part of checkpoints.
+            checkpoints: saves the worker's shard of checkpoints.
             optimizers: the inner optimizers.
             devices: the process group of the worker's devices; None if it has one device.
         """
@@ -84,7 +84,7 @@ class Session:
             {"lightning_async_localsgd": __version__, "max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs}
             | {"worker_size": place.worker_size},
         )
-        worker.on_cut = checkpoints.save_part
+        worker.on_cut = checkpoints.save_shard
         worker.on_progress = self._handle_messages
         return worker
 
