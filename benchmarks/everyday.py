@@ -153,7 +153,7 @@ class Times(L.Callback):
         self.saves += 1
         self.save_seconds += time.monotonic() - begin
 
-    # The library lends the global parameters before the first of these, and takes them back after the second.
+    # The library swaps the global parameters in before the first of these, and the worker's own after the second.
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._begin = time.monotonic()

@@ -255,11 +255,11 @@ class AsyncLocalSGD:
         worker = self.worker
         self._count_change()
         with worker.paused():
-            worker.lend_global()
+            worker.swap_in_global()
             try:
                 yield
             finally:
-                worker.take_back_own()
+                worker.swap_in_local()
                 if self._steps is not None:
                     self._steps.settle()
 

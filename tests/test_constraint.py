@@ -30,7 +30,7 @@ def largest(module: nn.Module) -> float:
 def train(rank: int, constraint: Callable[[Mapping[str, Tensor]], None] | None) -> Any:
     module = make_net()
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.05)
-    lent: list[float] = []
+    global_: list[float] = []
     own = 0.0
     plan: dict[str, Any] = {"local_steps": 5, "timeout": timedelta(seconds=30), "constraint": constraint}
     with AsyncLocalSGD(module, optimizer, max_steps=100, **plan) as job:
@@ -47,8 +47,8 @@ def train(rank: int, constraint: Callable[[Mapping[str, Tensor]], None] | None) 
             optimizer.zero_grad()
             if rank == 0 and job.worker.version > 0 and job.worker.local_steps % 10 == 0:
                 with job.global_parameters():
-                    lent.append(largest(module))
-    return own, largest(module), max(lent, default=0.0), len(lent), job.summary.digest if job.summary else ""
+                    global_.append(largest(module))
+    return own, largest(module), max(global_, default=0.0), len(global_), job.summary.digest if job.summary else ""
 
 
 def both(rank: int) -> Any:
@@ -57,8 +57,8 @@ def both(rank: int) -> Any:
 
 def test_a_constraint_holds_for_the_global_parameters_and_not_without_being_named() -> None:
     ends = results(run_processes(both, 2))
-    for (own, final, lent, _, digest), (_, unconstrained, *_) in ends:
-        assert 0 < own <= BOUND and final <= BOUND < unconstrained and lent <= BOUND
+    for (own, final, global_, _, digest), (_, unconstrained, *_) in ends:
+        assert 0 < own <= BOUND and final <= BOUND < unconstrained and global_ <= BOUND
         assert digest == ends[0][0][-1]
     assert ends[0][0][3] > 0
 

@@ -158,8 +158,8 @@ def validating(rank: int) -> Any:
 
 
 def test_the_module_can_hold_the_global_parameters_for_a_while() -> None:
-    (own, lent, own_again), _ = results(run_processes(validating, 2))
-    assert lent == flat(make_net(seed=0)) != own == own_again
+    (own, of_all, own_again), _ = results(run_processes(validating, 2))
+    assert of_all == flat(make_net(seed=0)) != own == own_again
 
 
 SETTINGS: list[dict[str, Any]] = [{}, {"transforms": (DelayCompensation(10.0), AsyncBuffer(3))}]

@@ -229,9 +229,9 @@ def buffered(rank: int, size: int, overlap: bool) -> Any:
         module.seconds.add_(2.0**-30).clamp_(min=1.0)
         module.mean.fill_(rank)
         if rank == 0 and run.worker.local_steps == 7:  # as in a validation on longer inputs
-            run.worker.lend_global()
+            run.worker.swap_in_global()
             module.table = torch.ones(6)
-            run.worker.take_back_own()
+            run.worker.swap_in_local()
 
     run = Run(rank, size, module, overlap=overlap, local_buffers=["proto*"])
     summary = run.train(40, step, 0.003)

@@ -118,7 +118,7 @@ class Leases(Division):
         others = [other.split() for other in self._store.multi_get(at)]
         self.begun = [(int(other), int(steps)) for other, steps in others]
         oldest = min(other for other, _ in self.begun)
-        # Worker 0 may have saved its side of a checkpoint in the epoch before. This worker saves its own after a step.
+        # Worker 0 may have saved its shard of a checkpoint in the epoch before. This worker saves its own after a step.
         for masks in (self._trained, self._before):
             for old in [e for e in masks if e < oldest - 1]:
                 del masks[old]

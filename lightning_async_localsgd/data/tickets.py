@@ -73,7 +73,7 @@ class SharedTickets:
     Args:
         store: a part of the job's store, this loader's own.
         worker: rank of this worker.
-        share: returns this worker's share of the pace of all, in (0, 1].
+        pace_share: returns this worker's share of the pace of all, in (0, 1].
         device: rank of this process within its worker.
         devices: number of processes of the worker.
         timeout: maximum time to wait for the first process of the worker.
@@ -86,7 +86,7 @@ class SharedTickets:
         self,
         store: Store,
         worker: int,
-        share: Callable[[], float],
+        pace_share: Callable[[], float],
         device: int = 0,
         devices: int = 1,
         timeout: timedelta = timedelta(minutes=10),
@@ -95,7 +95,7 @@ class SharedTickets:
         self._ahead_store = self._store.clone()
         self._ahead: Thread | None = None  # takes a lease
         self._worker = worker
-        self._share = share
+        self._pace_share = pace_share
         self._device = device
         self._devices = devices
         self._timeout = timeout
@@ -121,7 +121,7 @@ class SharedTickets:
         relay = f"{epoch}/{self._worker}/{self._leases[epoch]}"
         if self._device > 0:
             return partial(self._hear, relay)
-        size = max(1, min(_MOST_AT_ONCE, int(left * self._share() / 2)))
+        size = max(1, min(_MOST_AT_ONCE, int(left * self._pace_share() / 2)))
         lease: Future[tuple[int, int]] = Future()
         # One thread per lease: a permanent one would outlive loaders that are abandoned midway.
         args = (lease, self._lease, f"{epoch}/drawn", size, relay)

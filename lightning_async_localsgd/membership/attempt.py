@@ -45,7 +45,7 @@ def agree(store: JobStore, rank: int, size: int, timeout: timedelta) -> Attempt:
     """
     deadline = time.monotonic() + timeout.total_seconds()
     answer = json.dumps([uuid.uuid4().hex, route_to(store.native)])
-    name = _invite(store, answer, size, deadline) if rank == 0 else _follow(store, answer, rank, size, deadline)
+    name = _invite(store, answer, size, deadline) if rank == 0 else _answer(store, answer, rank, size, deadline)
     answers = json.loads(store.get(f"{name}/taken"))
     return Attempt(name, choose_addresses([Route(*json.loads(answer)[1]) for answer in answers]))
 
@@ -61,7 +61,7 @@ def _invite(store: JobStore, own: str, size: int, deadline: float) -> str:
     return name
 
 
-def _follow(store: JobStore, own: str, rank: int, size: int, deadline: float) -> str:
+def _answer(store: JobStore, own: str, rank: int, size: int, deadline: float) -> str:
     while time.monotonic() < deadline:
         if not store.wait(["attempt"], _SLICE):
             continue

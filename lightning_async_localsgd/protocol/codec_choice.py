@@ -8,8 +8,8 @@ from typing import NamedTuple
 __all__ = ["Candidate", "CodecChoice"]
 
 _FITS = 0.1
-"""Rounds that an exchange may take. A longer one fits as well, but its delta arrives late, which costs far more than the
-rounding of a narrower codec: see docs/performance.md."""
+"""Rounds that an exchange may take. A longer one fits as well, but its delta arrives late, which costs far more than
+the rounding of a narrower codec: see docs/performance.md."""
 _FITS_EASILY = 0.07
 """Rounds that an exchange may be expected to take with a wider codec than the current one."""
 _SMALL = 1 << 18

@@ -12,14 +12,14 @@ from typing import Any, ClassVar
 __all__ = [
     "Abort",
     "CheckpointReplaced",
+    "CheckpointShardSaved",
     "Cut",
+    "LinkCheckpointShard",
     "Message",
     "Metrics",
     "PlateauMetrics",
+    "SaveCheckpointShard",
     "SaveNamed",
-    "SaveSide",
-    "SaveSideAgain",
-    "SideSaved",
     "message_from_json",
 ]
 
@@ -95,10 +95,10 @@ class PlateauMetrics(Message):
 
 
 @dataclass(frozen=True)
-class SaveSide(Cut):
-    """Each worker is to save its side of a checkpoint that worker 0 writes."""
+class SaveCheckpointShard(Cut):
+    """Each worker is to save its shard of a checkpoint that worker 0 writes."""
 
-    kind = "save_side"
+    kind = "save_checkpoint_shard"
     path: str
     checkpoint_id: str
 
@@ -107,10 +107,10 @@ class SaveSide(Cut):
 
 
 @dataclass(frozen=True)
-class SaveSideAgain(Message):
-    """Each worker's side of one checkpoint is also that of another one, of the same moment."""
+class LinkCheckpointShard(Message):
+    """Each worker's shard of one checkpoint is also its shard of another one, of the same cut."""
 
-    kind = "save_side_again"
+    kind = "link_checkpoint_shard"
     path: str
     checkpoint_id: str
     saved_path: str
@@ -122,10 +122,10 @@ class SaveSideAgain(Message):
 
 
 @dataclass(frozen=True)
-class SideSaved(Message):
-    """The sender has written its side of a checkpoint, as a file of this size and checksum."""
+class CheckpointShardSaved(Message):
+    """The sender has written its shard of a checkpoint, as a file of this size and checksum."""
 
-    kind = "side_saved"
+    kind = "checkpoint_shard_saved"
     checkpoint_id: str
     size: int
     """Bytes."""
@@ -139,7 +139,7 @@ class SideSaved(Message):
 
 @dataclass(frozen=True)
 class CheckpointReplaced(Message):
-    """A checkpoint is whole, so that older sides under its path can go; without an id all sides under it can go."""
+    """A checkpoint is complete: older shards under its path can go; without an id all shards under it can go."""
 
     kind = "checkpoint_replaced"
     path: str
@@ -172,9 +172,9 @@ _KINDS: dict[str, type[Any]] = {
         Metrics,
         PlateauMetrics,
         SaveNamed,
-        SaveSide,
-        SaveSideAgain,
-        SideSaved,
+        SaveCheckpointShard,
+        LinkCheckpointShard,
+        CheckpointShardSaved,
     )
 }
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-__all__ = ["UNIT", "Span", "owned_slices", "shares"]
+__all__ = ["UNIT", "Span", "owned_slices", "slice_shares"]
 
 UNIT = 4096
 """Elements: slices begin at multiples of it, so that codecs which write blocks see the same blocks in any cut."""
@@ -25,7 +25,7 @@ class Span(NamedTuple):
     stop: int
 
 
-def shares(links: Sequence[float]) -> list[float]:
+def slice_shares(links: Sequence[float]) -> list[float]:
     """The share of the vector that each worker is to own, by rank, so that an exchange is over soonest.
 
     A worker that owns the share ``a`` of a vector of S bytes, among k workers, sends and receives ``S (1 + a (k - 2))``

@@ -44,7 +44,7 @@ class Evaluator:
         """The metrics of now by name; None if there is no way to evaluate."""
         if self._evaluate is None and not self._has_validation:
             return None
-        with self._replicas.lend_global(), _logged(self._module):
+        with self._replicas.swap_in_global(), _logged(self._module):
             return self._validate() if self._evaluate is None else self._apply(self._evaluate)
 
     @torch.no_grad()

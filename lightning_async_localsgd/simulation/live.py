@@ -64,7 +64,7 @@ class Own:
 
 
 class LiveModule:
-    """Lends one module to many replicas, one at a time: swaps tensors in and out without copying them.
+    """Gives one module to many replicas, one at a time: swaps tensors in and out without copying them.
 
     Replicas share frozen parameters without a slot in the layout, and everything that is neither parameter nor buffer.
 
@@ -134,7 +134,7 @@ class LiveModule:
                 )
 
     @contextmanager
-    def lend(self, values: Tensor, leader: Own) -> Iterator[None]:
+    def swap_in(self, values: Tensor, leader: Own) -> Iterator[None]:
         """In the body the module holds these global values (flat), and otherwise worker 0's tensors."""
         self._leave()
         with torch.no_grad():
@@ -151,7 +151,7 @@ class LiveModule:
     @torch.no_grad()
     def close(self, values: Tensor, leader: Own) -> None:
         """Restore the module's original tensors, filled with these global values."""
-        with self.lend(values, leader):
+        with self.swap_in(values, leader):
             final = [place.get() for place in self._places]
         for place, original, tensor in zip(self._places, self._original, final, strict=True):
             place.set(original.copy_(tensor) if original.shape == tensor.shape else tensor)

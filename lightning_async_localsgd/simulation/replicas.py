@@ -198,9 +198,9 @@ class TrainingReplicas:
     # ---- around the run ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def lend_global(self) -> Iterator[None]:
+    def swap_in_global(self) -> Iterator[None]:
         """In the body the live module is the global model, with worker 0's buffers where none are exchanged."""
-        with self._live.lend(self._state.flat, leader=self._replicas[0].own):
+        with self._live.swap_in(self._state.flat, leader=self._replicas[0].own):
             yield
 
     def close(self) -> None:

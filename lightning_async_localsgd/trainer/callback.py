@@ -20,10 +20,10 @@ from lightning_async_localsgd.internals import (
 )
 from lightning_async_localsgd.protocol.messages import (
     CheckpointReplaced,
+    CheckpointShardSaved,
+    LinkCheckpointShard,
     Metrics,
     PlateauMetrics,
-    SaveSideAgain,
-    SideSaved,
 )
 from lightning_async_localsgd.protocol.progress import OuterUpdate
 from lightning_async_localsgd.settings.advice import SettingsWarning
@@ -55,7 +55,7 @@ class WorkerCallback(pl.Callback):
 
     Args:
         fit: the ``fit``; the callback is attached to its trainer until :meth:`detach`.
-        checkpoints: saves this worker's part of checkpoints.
+        checkpoints: saves this worker's shard of checkpoints.
     """
 
     def __init__(self, fit: Fit, checkpoints: JobCheckpoints) -> None:
@@ -103,7 +103,7 @@ class WorkerCallback(pl.Callback):
     def detach(self) -> None:
         """Restore the trainer."""
         if self.attached:
-            self._decisions.take_back()
+            self._decisions.reactivate_callbacks()
             self._callbacks.remove(self)
         for callback in self._mixed:
             mix_out(callback)
@@ -147,7 +147,7 @@ class WorkerCallback(pl.Callback):
     def begin_training(self) -> None:
         """Start the worker. From now on worker 0 decides for all."""
         trainer = self._trainer
-        self._decisions.leave_to_leader()
+        self._decisions.deactivate_callbacks()
         self._fetches = Fetches(trainer, self._fit.device, self._fit.saved_fetches)
         self._fetches.load_places()
         self._epochs.prepare(self._fetches)
@@ -206,7 +206,7 @@ class WorkerCallback(pl.Callback):
         assert self._fit.steps is not None
         made = self._fit.steps.take(accumulating)
         if made:
-            self._checkpoints.forget_moment()
+            self._checkpoints.forget_cut()
         return made
 
     def _count_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -233,12 +233,12 @@ class WorkerCallback(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Share worker 0's decisions: all processes are in step again, for the other hooks of this name."""
+        """Broadcast worker 0's decisions: all processes are in step again, for the other hooks of this name."""
         if self._fit.summary is None:
             self._finish(trainer, pl_module)
-        self._decisions.take_back()
+        self._decisions.reactivate_callbacks()
         if self._fit.validate_global:
-            learn_decisions(self._fit.job, partial(self._decisions.share, metrics=self._validated))
+            learn_decisions(self._fit.job, partial(self._decisions.broadcast, metrics=self._validated))
         self._fit.together.meet_again(run_complete=True)
 
     @override
@@ -250,9 +250,9 @@ class WorkerCallback(pl.Callback):
         self._metrics_before = dict(trainer.callback_metrics)
         if self._running(trainer):
             self._worker.pause()
-            self._checkpoints.forget_moment()
+            self._checkpoints.forget_cut()
             if self._fit.leads:
-                self._worker.lend_global()
+                self._worker.swap_in_global()
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -273,7 +273,7 @@ class WorkerCallback(pl.Callback):
         """Act after all ``on_validation_end`` hooks, until which callbacks may have other weights in the module."""
         if self._running(self._trainer):
             if self._fit.leads:
-                self._worker.take_back_own()
+                self._worker.swap_in_local()
             self._fit.settle_parameters()
             self._worker.resume()
 
@@ -298,12 +298,12 @@ class WorkerCallback(pl.Callback):
         """Handle worker 0's messages."""
         self._checkpoints.check()
         for sender, message in self._worker.take_messages():
-            if isinstance(message, SideSaved) and self._trainer.is_global_zero:
-                self._checkpoints.hear_saved(sender, message)
+            if isinstance(message, CheckpointShardSaved) and self._trainer.is_global_zero:
+                self._checkpoints.hear_saved_shard(sender, message)
             elif sender == self._worker.rank:
                 continue  # it has done so itself
-            elif isinstance(message, SaveSideAgain):
-                self._checkpoints.save_part_again(message)
+            elif isinstance(message, LinkCheckpointShard):
+                self._checkpoints.link_shard(message)
             elif isinstance(message, CheckpointReplaced):
                 self._checkpoints.forget_replaced(message)
             elif isinstance(message, Metrics):

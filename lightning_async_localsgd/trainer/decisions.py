@@ -34,17 +34,17 @@ class Decisions:
         self._fit = fit
         self._deciding = [callback for callback in callbacks if isinstance(callback, _DECIDING)]
 
-    def leave_to_leader(self) -> None:
+    def deactivate_callbacks(self) -> None:
         """From here on worker 0 decides for all."""
         for callback in self._deciding if self._fit.follows else []:
             mix_in(callback, Inactive)
 
-    def take_back(self) -> None:
+    def reactivate_callbacks(self) -> None:
         """Have all callbacks run on this worker again."""
         for callback in self._deciding if self._fit.follows else []:
             mix_out(callback)
 
-    def share(self, job: StaticJob, metrics: Mapping[str, float]) -> None:
+    def broadcast(self, job: StaticJob, metrics: Mapping[str, float]) -> None:
         """Give all workers what worker 0 has validated, saved and decided. All processes must call this.
 
         Everyone then knows the metrics and, for instance, the best checkpoint.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_async_localsgd.errors import AsyncLocalSGDError
-from lightning_async_localsgd.exchange.share import as_bytes
+from lightning_async_localsgd.exchange.broadcast import as_bytes
 from lightning_async_localsgd.membership import StaticJob
 from lightning_async_localsgd.trainer.relay import Relay
 

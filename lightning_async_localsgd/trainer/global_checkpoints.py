@@ -35,18 +35,18 @@ class GlobalCheckpoints:
         vars(self._trainer).pop("save_checkpoint", None)
 
     def _save_global(self, *args: Any, **kwargs: Any) -> None:
-        with self._lent():
+        with self._global_swapped_in():
             self._save(*args, **kwargs)
 
     @contextmanager
-    def _lent(self) -> Iterator[None]:
+    def _global_swapped_in(self) -> Iterator[None]:
         worker = self._fit.worker
-        if worker is None or not self._fit.own_in_module or worker.has_lent:
+        if worker is None or not self._fit.own_in_module or worker.global_swapped_in:
             yield
             return
         with worker.paused():
-            worker.lend_global(for_cut=True)
+            worker.swap_in_global(for_cut=True)
             try:
                 yield
             finally:
-                worker.take_back_own()
+                worker.swap_in_local()

@@ -108,7 +108,7 @@ class TrainingLoaders:
             tickets = SharedTickets(
                 store,
                 place.worker_rank,
-                lambda: fit.worker.share if fit.worker is not None else 1 / place.workers,
+                lambda: fit.worker.pace_share if fit.worker is not None else 1 / place.workers,
                 place.device_rank,
                 place.worker_size,
                 fit.settings.timeout,

@@ -56,17 +56,17 @@ def check_pass(trainer: pl.Trainer, rank: int, batches: int) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def learn_decisions(job: StaticJob, share: Callable[[StaticJob], None]) -> None:
+def learn_decisions(job: StaticJob, broadcast: Callable[[StaticJob], None]) -> None:
     """Adopt the decisions of worker 0.
 
     The run is complete: the loss of a process from now on leads to a warning, and fails no other process.
 
     Args:
         job: the processes.
-        share: sends worker 0's decisions to all processes; all call it.
+        broadcast: sends worker 0's decisions to all processes; all call it.
     """
     try:
-        share(job)
+        broadcast(job)
     except AsyncLocalSGDError as error:
         warnings.warn(
             "The run is complete, but this process could not learn what worker 0 has validated and decided "

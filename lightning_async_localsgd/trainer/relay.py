@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_async_localsgd.exchange.share import as_bytes, from_bytes
+from lightning_async_localsgd.exchange.broadcast import as_bytes, from_bytes
 from lightning_async_localsgd.membership import StaticJob
 
 __all__ = ["Relay"]

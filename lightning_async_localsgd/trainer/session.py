@@ -19,7 +19,7 @@ from lightning_async_localsgd.trainer.global_checkpoints import GlobalCheckpoint
 from lightning_async_localsgd.trainer.loaders import TrainingLoaders
 from lightning_async_localsgd.trainer.meetings import meet_before_training
 from lightning_async_localsgd.version import __version__
-from lightning_async_localsgd.worker.device_group import DeviceGroup, FollowingRank, LeadingWorker
+from lightning_async_localsgd.worker.device_group import DeviceGroup, FirstRank, OtherRank
 from lightning_async_localsgd.worker.rank import WorkerRank
 from lightning_async_localsgd.worker.step_watch import StepWatch
 from lightning_async_localsgd.worker.worker import Worker
@@ -49,7 +49,7 @@ class Session:
         """Make the worker and what works with it.
 
         Args:
-            checkpoints: saves the worker's part of checkpoints.
+            checkpoints: saves the worker's shard of checkpoints.
             optimizers: the inner optimizers.
             devices: the process group of the worker's devices; None if it has one device.
         """
@@ -71,10 +71,10 @@ class Session:
             store = PrefixStore(f"worker{place.worker_rank}", job.store)
             device_group = DeviceGroup(store, place.device_rank, place.worker_size, devices, job.address)
             if place.device_rank > 0:
-                follower = FollowingRank(device_group, module, optimizers, place.worker_rank, settings)
-                follower.on_gather = checkpoints.pack_fetches
-                return follower
-        worker = (partial(LeadingWorker, device_group) if device_group is not None else Worker)(
+                other = OtherRank(device_group, module, optimizers, place.worker_rank, settings)
+                other.on_gather = checkpoints.pack_fetches
+                return other
+        worker = (partial(FirstRank, device_group) if device_group is not None else Worker)(
             module,
             optimizers,
             job.store,
@@ -84,7 +84,7 @@ class Session:
             {"lightning_async_localsgd": __version__, "max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs}
             | {"worker_size": place.worker_size},
         )
-        worker.on_cut = checkpoints.save_part
+        worker.on_cut = checkpoints.save_shard
         worker.on_progress = self._handle_messages
         return worker
 

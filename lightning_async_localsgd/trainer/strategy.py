@@ -313,7 +313,7 @@ class AsyncLocalSGDStrategy(ProcessWorldStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write the global model with worker 0's side of the training, and have the others write theirs beside it.
+        """Write the global model with worker 0's shard of the checkpoint, and have the others write theirs beside it.
 
         The checkpoint's ``global_step`` is worker 0's own; the job's count of steps is beside it.
         """
@@ -326,7 +326,7 @@ class AsyncLocalSGDStrategy(ProcessWorldStrategy):
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
-        """Delete a checkpoint with all workers' sides of it, once those that replace it are whole."""
+        """Delete a checkpoint with all workers' shards, once those that replace it are complete."""
         delete = super().remove_checkpoint
         if not (self.is_global_zero and is_local(filepath)):
             delete(filepath)

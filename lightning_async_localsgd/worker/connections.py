@@ -1,4 +1,4 @@
-"""The connections of a worker: how it meets the other workers of a run, and shares tensors before and after it."""
+"""The connections of a worker: how it meets the other workers of a run, and broadcasts tensors before and after it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch.distributed import Store
 from lightning_async_localsgd.codecs import ErrorFeedback
 from lightning_async_localsgd.errors import PeerLostError
 from lightning_async_localsgd.exchange import GlooTransport, Transport
+from lightning_async_localsgd.exchange.broadcast import broadcast
 from lightning_async_localsgd.exchange.causes import Causes
 from lightning_async_localsgd.exchange.links import measure_links
-from lightning_async_localsgd.exchange.share import share
 from lightning_async_localsgd.exchange.trade import Gather, Reduce, Trade
 from lightning_async_localsgd.membership import Roster
 from lightning_async_localsgd.outer import GlobalState
 from lightning_async_localsgd.outer.layout import Layout
 from lightning_async_localsgd.protocol.header import PROTOCOL
-from lightning_async_localsgd.protocol.slices import shares
+from lightning_async_localsgd.protocol.slices import slice_shares
 from lightning_async_localsgd.settings import Settings
 
 __all__ = ["Connections"]
@@ -61,14 +61,14 @@ class Connections:
         self._size = size
         self._timeout = settings.timeout
 
-    def share(self, tensors: Mapping[str, Tensor]) -> None:
+    def broadcast(self, tensors: Mapping[str, Tensor]) -> None:
         """Give all workers worker 0's values.
 
         Raises:
             PeerLostError: if a worker is lost. It names the lost one, also to a worker that waits for a third one.
         """
         with self._naming_the_lost():
-            share(self.transport, tensors, self._rank, self._size)
+            broadcast(self.transport, tensors, self._rank, self._size)
 
     def make_trade(self, state: GlobalState, feedback: ErrorFeedback) -> Trade:
         """Make what brings the workers' deltas together; for that all measure their links at the same time.
@@ -78,14 +78,14 @@ class Connections:
             feedback: takes up the errors of the codec.
 
         Raises:
-            PeerLostError: see :meth:`share`.
+            PeerLostError: see :meth:`broadcast`.
         """
         target, parameters = state.pseudo_gradient, state.layout.parameter_numel
         if not state.sums:
             return Gather(self.transport, self._rank, target, parameters, feedback)
         with self._naming_the_lost():
             links = measure_links(self.transport, self._rank, self._size, 4 * target.numel())
-        trade = Reduce(self.transport, self._rank, target, parameters, feedback, shares(links))
+        trade = Reduce(self.transport, self._rank, target, parameters, feedback, slice_shares(links))
         self.transport.let_trail(trade.trailing)
         return trade
 

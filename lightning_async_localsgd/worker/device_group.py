@@ -31,7 +31,7 @@ from lightning_async_localsgd.worker.saved_state import SavedState
 from lightning_async_localsgd.worker.summary import RunSummary
 from lightning_async_localsgd.worker.worker import Worker
 
-__all__ = ["DeviceGroup", "FollowingRank", "LeadingWorker"]
+__all__ = ["DeviceGroup", "FirstRank", "OtherRank"]
 
 _A_DAY = timedelta(days=1)
 
@@ -57,8 +57,8 @@ class DeviceGroup:
     def tell(self, word: Mapping[str, Any]) -> None:
         """Send a message to all other ranks; called on the first rank."""
         text = torch.frombuffer(bytearray(json.dumps(word).encode()), dtype=torch.uint8)
-        self._broadcast(self._control, torch.tensor([len(text)]))
-        self._broadcast(self._control, text)
+        self._broadcast_in(self._control, torch.tensor([len(text)]))
+        self._broadcast_in(self._control, text)
 
     def hear(self) -> dict[str, Any]:
         """Receive the first rank's message; called on the other ranks.
@@ -67,9 +67,9 @@ class DeviceGroup:
             AsyncLocalSGDError: if the first rank is lost or has failed.
         """
         length = torch.zeros(1, dtype=torch.int64)
-        self._broadcast(self._control, length)
+        self._broadcast_in(self._control, length)
         text = torch.empty(int(length), dtype=torch.uint8)
-        self._broadcast(self._control, text)
+        self._broadcast_in(self._control, text)
         word: dict[str, Any] = json.loads(bytes(text.numpy()))
         if "error" in word:
             kind, reason = word["error"]
@@ -79,10 +79,10 @@ class DeviceGroup:
         return word
 
     @torch.no_grad()
-    def share(self, tensors: Sequence[Tensor]) -> None:
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Send the first rank's values to all."""
         for tensor in tensors:
-            self._broadcast(self._devices, tensor.detach())
+            self._broadcast_in(self._devices, tensor.detach())
 
     def gather(self, own: bytes = b"") -> list[Tensor]:
         """Send the bytes of each other rank to the first rank; returns them by rank."""
@@ -90,13 +90,13 @@ class DeviceGroup:
         for root in range(1, self.size):
             data = torch.frombuffer(bytearray(own), dtype=torch.uint8) if own and root == self.rank else None
             length = torch.tensor([0 if data is None else data.numel()])
-            self._broadcast(self._control, length, root)
+            self._broadcast_in(self._control, length, root)
             data = torch.empty(int(length), dtype=torch.uint8) if data is None else data
-            self._broadcast(self._control, data, root)
+            self._broadcast_in(self._control, data, root)
             gathered.append(data)
         return gathered
 
-    def _broadcast(self, group: Any, tensor: Tensor, root: int = 0) -> None:
+    def _broadcast_in(self, group: Any, tensor: Tensor, root: int = 0) -> None:
         options = BroadcastOptions()
         options.rootRank = root
         wire = tensor.contiguous()
@@ -115,8 +115,8 @@ class DeviceGroup:
         self._control = None
 
 
-class LeadingWorker(Worker):
-    """The first rank of a worker: a :class:`Worker` with other ranks that follow it.
+class FirstRank(Worker):
+    """The first rank of a worker: a :class:`Worker` with other ranks that mirror it.
 
     Args:
         device_group: the device_group.
@@ -134,24 +134,24 @@ class LeadingWorker(Worker):
 
     def start(self, max_steps: int | None = None, open_end: bool = False) -> None:
         """See :meth:`Worker.start`."""
-        with self._leading():
+        with self._mirrored():
             super().start(max_steps, open_end)
             self._changed = True
-        self._device_group.share(list(self._replica.others.values()))
+        self._device_group.broadcast(list(self._replica.others.values()))
 
     def step(self, samples: int = 0) -> bool:
         """See :meth:`Worker.step`."""
-        with self._leading() as word:
+        with self._mirrored() as word:
             word["running"] = running = super().step(samples)
         return running
 
     def finish(self, stop: bool = False) -> RunSummary:
         """See :meth:`Worker.finish`."""
-        with self._leading() as word:
+        with self._mirrored() as word:
             summary = super().finish(stop)
             word["digest"] = summary.digest
             self._changed = True
-        self._device_group.share(list(self._replica.others.values()))
+        self._device_group.broadcast(list(self._replica.others.values()))
         return summary
 
     def abort(self, error: BaseException) -> None:
@@ -159,16 +159,16 @@ class LeadingWorker(Worker):
         super().abort(error)
         self._device_group.close()
 
-    def lend_global(self, for_cut: bool = False) -> None:
-        """See :meth:`Worker.lend_global`."""
-        super().lend_global(for_cut)
-        self._device_group.share(unversioned(self._replica.in_module))
+    def swap_in_global(self, for_cut: bool = False) -> None:
+        """See :meth:`Worker.swap_in_global`."""
+        super().swap_in_global(for_cut)
+        self._device_group.broadcast(unversioned(self._replica.in_module))
 
     @contextmanager
     def cut(self, what: Cut) -> Iterator[None]:
-        """See :meth:`Worker.cut`; the other ranks call :meth:`FollowingRank.cut`."""
+        """See :meth:`Worker.cut`; the other ranks call :meth:`OtherRank.cut`."""
         with ExitStack() as stack:
-            with self._leading():
+            with self._mirrored():
                 stack.enter_context(super().cut(what))
             yield
 
@@ -207,7 +207,7 @@ class LeadingWorker(Worker):
         self._restarted |= adoption.restart
 
     @contextmanager
-    def _leading(self) -> Iterator[dict[str, Any]]:
+    def _mirrored(self) -> Iterator[dict[str, Any]]:
         """Send the outcome of the body, or its error, to the others. The body may add to the message."""
         word: dict[str, Any] = {}
         try:
@@ -229,18 +229,18 @@ class LeadingWorker(Worker):
                 "budget_spent": self.budget_spent,
                 "stop_requested": self.stop_requested,
                 "shard": self.shard,
-                "share": self.share,
+                "pace_share": self.pace_share,
                 "speeds": self.speeds,
                 "summary": asdict(self.summary()),
             }
         )
         self._untold = {"updates": [], "messages": []}
         if self._changed:
-            self._device_group.share([*self._replica.own, *self._replica.copies.tensors()])
+            self._device_group.broadcast([*self._replica.own, *self._replica.copies.tensors()])
         self._changed = self._restarted = False
 
 
-class FollowingRank:
+class OtherRank:
     """Another rank of a worker: has the interface of a :class:`WorkerRank`, and repeats the first rank's changes.
 
     Args:
@@ -263,7 +263,7 @@ class FollowingRank:
         self.saved_state: SavedState | None = None  # the first rank has it
         self.alignment = self.exchanged_at = math.nan  # the first rank knows
         self.shard = rank
-        self.share = 1.0
+        self.pace_share = 1.0
         self.job_steps = 0
         self.local_steps = 0
         self.steps_made: tuple[int, ...] = ()
@@ -282,21 +282,21 @@ class FollowingRank:
 
     def start(self, max_steps: int | None = None, open_end: bool = False) -> None:
         """See :meth:`Worker.start`."""
-        self.follow()
-        self._device_group.share(list(self._replica.others.values()))
+        self.mirror()
+        self._device_group.broadcast(list(self._replica.others.values()))
 
     def step(self, samples: int = 0) -> bool:
         """See :meth:`Worker.step`."""
-        running: bool = self.follow()["running"]
+        running: bool = self.mirror()["running"]
         return running
 
     def finish(self, stop: bool = False) -> RunSummary:
         """See :meth:`Worker.finish`."""
-        digest = self.follow()["digest"]
-        self._device_group.share(list(self._replica.others.values()))
+        digest = self.mirror()["digest"]
+        self._device_group.broadcast(list(self._replica.others.values()))
         return replace(self.summary(), digest=digest)
 
-    def follow(self) -> dict[str, Any]:
+    def mirror(self) -> dict[str, Any]:
         """Repeat the changes of the first rank. Returns its message.
 
         Raises:
@@ -306,7 +306,7 @@ class FollowingRank:
         while "gather" in word:
             self._device_group.gather(self.on_gather())
             word = self._device_group.hear()
-        for name in ("shard", "share", "job_steps", "local_steps", "budget_spent", "stop_requested"):
+        for name in ("shard", "pace_share", "job_steps", "local_steps", "budget_spent", "stop_requested"):
             setattr(self, name, word[name])
         self.speeds = tuple(word["speeds"])
         summary: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in word["summary"].items()}
@@ -317,7 +317,7 @@ class FollowingRank:
             forget_non_finite_state(self._optimizers)
         if word["changed"]:
             self._replica.copies.names = set(word["weight_copies"])
-            self._device_group.share([*self._replica.own, *self._replica.copies.tensors()])
+            self._device_group.broadcast([*self._replica.own, *self._replica.copies.tensors()])
         return word
 
     def watch(self, optimizers: Sequence[Optimizer]) -> None:
@@ -329,15 +329,15 @@ class FollowingRank:
         """Leave. The first rank notices."""
         self._device_group.close()
 
-    def lend_global(self, for_cut: bool = False) -> None:
-        """See :meth:`Worker.lend_global`."""
-        self._replica.put_aside()
-        self._device_group.share(unversioned(self._replica.in_module))
+    def swap_in_global(self, for_cut: bool = False) -> None:
+        """See :meth:`Worker.swap_in_global`."""
+        self._replica.stash_local()
+        self._device_group.broadcast(unversioned(self._replica.in_module))
 
     @contextmanager
     def cut(self, what: Cut) -> Iterator[None]:
         """The first rank has the exchange stand still, and tells what has become of it."""
-        self.follow()
+        self.mirror()
         yield
 
     def global_tensors(self) -> dict[str, Tensor]:
@@ -348,14 +348,14 @@ class FollowingRank:
         """The first rank gathers; see ``on_gather``."""
         return []
 
-    def take_back_own(self) -> None:
-        """See :meth:`Worker.take_back_own`."""
-        self._replica.take_back_own()
+    def swap_in_local(self) -> None:
+        """See :meth:`Worker.swap_in_local`."""
+        self._replica.swap_in_local()
 
     @property
-    def has_lent(self) -> bool:
-        """See :meth:`Worker.has_lent`."""
-        return self._replica.has_lent
+    def global_swapped_in(self) -> bool:
+        """See :meth:`Worker.global_swapped_in`."""
+        return self._replica.global_swapped_in
 
     def summary(self) -> RunSummary:
         """See :meth:`Worker.summary`."""

@@ -1,4 +1,4 @@
-"""The global model as a worker shows it while it trains: copied, lent to the module, held still for a checkpoint."""
+"""The global model as a worker shows it in training: copied, swapped into the module, held still for a checkpoint."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ class GlobalView:
         self._replica = replica
         self._mailbox = mailbox
         self._trip = trip
-        self._lent_for_cut = False
+        self._swapped_for_cut = False
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies of the global parameters and buffers of now, by name, on the CPU."""
         with self._mailbox.global_state():
             return self._state.tensors()
 
-    def lend(self, for_cut: bool) -> None:
+    def swap_in(self, for_cut: bool) -> None:
         """Put the global parameters and buffers of now into the module, and the worker's own aside.
 
         Args:
             for_cut: they become those of the next :meth:`hold`.
         """
-        self._lent_for_cut = for_cut
-        self._replica.put_aside()
-        self._lend_of_now()
+        self._swapped_for_cut = for_cut
+        self._replica.stash_local()
+        self._swap_in_latest()
 
-    def _lend_of_now(self) -> None:
+    def _swap_in_latest(self) -> None:
         with self._mailbox.global_state():
-            self._replica.lend(self._state.flat)
+            self._replica.swap_in_global(self._state.flat)
 
     @contextmanager
     def hold(self, what: Cut) -> Iterator[None]:
@@ -63,8 +63,8 @@ class GlobalView:
             self._mailbox.send(what)
             self._mailbox.wait_for_cut()
             self._trip.adopt_if_ready()
-            if self._replica.has_lent and self._lent_for_cut:  # an update may have come since
-                self._lend_of_now()
+            if self._replica.global_swapped_in and self._swapped_for_cut:  # an update may have come since
+                self._swap_in_latest()
             yield
         finally:
             self._mailbox.release()

@@ -44,8 +44,8 @@ class WorkerModel:
         """Take worker 0's tensors before the run, and begin from them."""
         replica = self.replica
         named = dict(zip((slot.name for slot in self.layout.slots), replica.in_module, strict=True))
-        with replica.copies.following():
-            connections.share(named | replica.others)
+        with replica.copies.moving_along():
+            connections.broadcast(named | replica.others)
         odd = self.state.begin(replica.in_module)
         if odd:
             warnings.warn(
@@ -56,6 +56,6 @@ class WorkerModel:
 
     def become_global(self, connections: Connections) -> None:
         """Put the final global parameters into the module after the run, and worker 0's tensors that are its own."""
-        with self.replica.copies.following():
+        with self.replica.copies.moving_along():
             self.replica.load(self.state.flat)
-        connections.share(self.replica.others)
+        connections.broadcast(self.replica.others)

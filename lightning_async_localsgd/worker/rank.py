@@ -1,4 +1,4 @@
-"""The face of a worker on each of its processes, whether it takes part in the exchange or follows one that does."""
+"""The face of a worker on each of its processes, whether it takes part in the exchange or mirrors one that does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class WorkerRank(Protocol):
     """One process of a worker.
 
     The first process takes part in the exchange: it is a :class:`~lightning_async_localsgd.worker.worker.Worker`. The
-    others are each a :class:`~lightning_async_localsgd.worker.device_group.FollowingRank`, and make the same calls at
+    others are each a :class:`~lightning_async_localsgd.worker.device_group.OtherRank`, and make the same calls at
     the same steps.
     """
 
@@ -82,7 +82,7 @@ class WorkerRank(Protocol):
         """The data shard of the worker's current round."""
 
     @property
-    def share(self) -> float:
+    def pace_share(self) -> float:
         """The worker's share of the pace of all."""
 
     @property
@@ -132,12 +132,12 @@ class WorkerRank(Protocol):
     def global_tensors(self) -> dict[str, Tensor]:
         """Copies of the global parameters and buffers of now, by name; empty on another process than the first."""
 
-    def lend_global(self, for_cut: bool = False) -> None:
-        """See :meth:`Worker.lend_global`. All processes of the worker call it."""
+    def swap_in_global(self, for_cut: bool = False) -> None:
+        """See :meth:`Worker.swap_in_global`. All processes of the worker call it."""
 
-    def take_back_own(self) -> None:
+    def swap_in_local(self) -> None:
         """Put the worker's own parameters back, bit for bit."""
 
     @property
-    def has_lent(self) -> bool:
+    def global_swapped_in(self) -> bool:
         """Whether the module holds the global parameters."""

@@ -64,7 +64,7 @@ class Replica:
         self._check = AdoptionCheck()
         self._constraint = constraint
         self._outer_device = torch.device("cpu")
-        self._own: list[Tensor] | None = None  # set while the module holds the global tensors
+        self._stashed: list[Tensor] | None = None  # set while the module holds the global tensors
         self._adopted: Callable[[], object] = lambda: None
 
     # ---- tensors ----------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ class Replica:
     @property
     def own(self) -> list[Tensor]:
         """This worker's own exchanged tensors: the module's, or their copies while the module holds the global ones."""
-        return self.in_module if self._own is None else self._own
+        return self.in_module if self._stashed is None else self._stashed
 
     @property
     def others(self) -> dict[str, Tensor]:
@@ -209,29 +209,29 @@ class Replica:
         self._adopter.advance(self.in_module, self.base, correction, ())
         self.copies.move(self.layout.by_name(correction))
 
-    # ---- lending ----------------------------------------------------------------------------------------------------
+    # ---- swapping in the global parameters ---------------------------------------------------------------------------
 
     @property
-    def has_lent(self) -> bool:
+    def global_swapped_in(self) -> bool:
         """Whether the module holds the global parameters, and the replica its own."""
-        return self._own is not None
+        return self._stashed is not None
 
-    def put_aside(self) -> None:
-        """Keep a copy of the worker's own tensors, until :meth:`take_back_own`."""
-        self._own = [tensor.clone() for tensor in self.in_module]
+    def stash_local(self) -> None:
+        """Keep a copy of the worker's own tensors, until :meth:`swap_in_local`."""
+        self._stashed = [tensor.clone() for tensor in self.in_module]
 
     @torch.no_grad()
-    def lend(self, flat: Tensor) -> None:
-        """Put the global parameters and buffers into the module, after :meth:`put_aside`."""
+    def swap_in_global(self, flat: Tensor) -> None:
+        """Put the global parameters and buffers into the module, after :meth:`stash_local`."""
         torch._foreach_copy_(unversioned(self.in_module), self.layout.views(flat))
         self.synchronize()
 
     @torch.no_grad()
-    def take_back_own(self) -> None:
+    def swap_in_local(self) -> None:
         """Put the worker's own tensors back, bit for bit."""
-        assert self._own is not None
-        torch._foreach_copy_(unversioned(self.in_module), self._own)
-        self._own = None
+        assert self._stashed is not None
+        torch._foreach_copy_(unversioned(self.in_module), self._stashed)
+        self._stashed = None
 
 
 def forget_non_finite_state(optimizers: Iterable[Optimizer]) -> None:

@@ -83,7 +83,7 @@ class WeightCopies:
                 copy.copy_(to[name])
 
     @contextmanager
-    def following(self) -> Iterator[None]:
+    def moving_along(self) -> Iterator[None]:
         """Repeat on the copies the changes that the body makes to the module's parameters."""
         self.find()
         names = {name for name, _ in self._copies()}

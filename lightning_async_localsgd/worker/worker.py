@@ -246,7 +246,7 @@ class Worker:
         return self._progress.speeds
 
     @property
-    def share(self) -> float:
+    def pace_share(self) -> float:
         """This worker's share of the pace of all, as of the latest exchange."""
         return self._progress.round_steps[self.rank] / sum(self._progress.round_steps)
 
@@ -302,22 +302,22 @@ class Worker:
         """Copies of the global parameters and buffers of now, by name, on the CPU."""
         return self._global.tensors()
 
-    def lend_global(self, for_cut: bool = False) -> None:
-        """Put the global parameters and buffers of now into the module, until :meth:`take_back_own`.
+    def swap_in_global(self, for_cut: bool = False) -> None:
+        """Put the global parameters and buffers of now into the module, until :meth:`swap_in_local`.
 
         Args:
             for_cut: they become those of the next :meth:`cut`.
         """
-        self._global.lend(for_cut)
+        self._global.swap_in(for_cut)
 
-    def take_back_own(self) -> None:
+    def swap_in_local(self) -> None:
         """Put this worker's own parameters back, bit for bit."""
-        self._replica.take_back_own()
+        self._replica.swap_in_local()
 
     @property
-    def has_lent(self) -> bool:
+    def global_swapped_in(self) -> bool:
         """Whether the module holds the global parameters, and this worker its own."""
-        return self._replica.has_lent
+        return self._replica.global_swapped_in
 
     def cut(self, what: Cut) -> AbstractContextManager[None]:
         """Have the exchange stand still between two turns, on all workers, so that all can save the same moment.

@@ -13,13 +13,13 @@ from lightning_async_localsgd.protocol import messages
 from lightning_async_localsgd.protocol.messages import (
     Abort,
     CheckpointReplaced,
+    CheckpointShardSaved,
+    LinkCheckpointShard,
     Message,
     Metrics,
     PlateauMetrics,
+    SaveCheckpointShard,
     SaveNamed,
-    SaveSide,
-    SaveSideAgain,
-    SideSaved,
     message_from_json,
 )
 
@@ -30,9 +30,9 @@ MESSAGES = [
     Metrics({"loss": 1.5, "inf": math.inf, "steps": 3}),
     PlateauMetrics((None, 0.5)),
     SaveNamed("first", 12),
-    SaveSide("a.ckpt", "0-1"),
-    SaveSideAgain("b.ckpt", "0-2", "a.ckpt", "0-1"),
-    SideSaved("0-1", 1 << 40, (1 << 32) - 1),
+    SaveCheckpointShard("a.ckpt", "0-1"),
+    LinkCheckpointShard("b.ckpt", "0-2", "a.ckpt", "0-1"),
+    CheckpointShardSaved("0-1", 1 << 40, (1 << 32) - 1),
 ]
 
 
@@ -67,9 +67,9 @@ def test_what_is_of_no_known_kind_is_refused(value: Any) -> None:
 @pytest.mark.parametrize(
     ("kind", "arguments"),
     [
-        (SideSaved, ("0-1", -1, 0)),
-        (SideSaved, ("0-1", 1, 1 << 32)),
-        (SideSaved, ("0-1", 1.0, 0)),
+        (CheckpointShardSaved, ("0-1", -1, 0)),
+        (CheckpointShardSaved, ("0-1", 1, 1 << 32)),
+        (CheckpointShardSaved, ("0-1", 1.0, 0)),
         (SaveNamed, ("first", 1 << 60)),
         (Metrics, ({"loss": None},)),
         (Metrics, ({"loss": 10**400},)),

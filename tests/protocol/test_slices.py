@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_async_localsgd.protocol.slices import UNIT, owned_slices, shares
+from lightning_async_localsgd.protocol.slices import UNIT, owned_slices, slice_shares
 
 
 @given(st.integers(1, 10**7), st.lists(st.floats(1e3, 1e9), min_size=1, max_size=40))
 def test_slices_cover_the_vector_in_rank_order(numel: int, links: list[float]) -> None:
-    parts = shares(links)
+    parts = slice_shares(links)
     assert sum(parts) == pytest.approx(1)
     assert min(parts) >= 0
     spans = owned_slices(numel, parts)
@@ -28,7 +28,7 @@ def test_no_other_cut_is_faster(rates: list[float]) -> None:
     """Workers that own something are done at the same time, which is when the fastest could be or later; the rest own
     nothing, for already without a slice they take longer."""
     links = [rate / max(rates) * 1e6 for rate in rates]
-    parts, k = shares(links), len(rates)
+    parts, k = slice_shares(links), len(rates)
     times = [(1 + part * (k - 2)) / link for part, link in zip(parts, links, strict=True)]
     done = [time for time, part in zip(times, parts, strict=True) if part > 0]
     assert max(done) == pytest.approx(min(done))
@@ -37,12 +37,12 @@ def test_no_other_cut_is_faster(rates: list[float]) -> None:
 
 
 def test_equal_links_own_equal_slices_whatever_the_noise() -> None:
-    assert shares([9e6, 11e6, 10e6, 12e6]) == pytest.approx([0.25] * 4)
-    assert shares([1e10, 2e8, 1.3e8, 6e9]) == pytest.approx([0.25] * 4)  # no exchange waits for these
+    assert slice_shares([9e6, 11e6, 10e6, 12e6]) == pytest.approx([0.25] * 4)
+    assert slice_shares([1e10, 2e8, 1.3e8, 6e9]) == pytest.approx([0.25] * 4)  # no exchange waits for these
 
 
 def test_a_link_of_a_tenth_owns_nothing() -> None:
-    parts = shares([1e7, 1e7, 1e7, 1e6])
+    parts = slice_shares([1e7, 1e7, 1e7, 1e6])
     assert parts == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
     spans = owned_slices(100 * UNIT, parts)
     assert spans[3].start == spans[3].stop

@@ -1,4 +1,4 @@
-"""Files of checkpoints: one is whole only if each file is, and nothing older goes before."""
+"""Files of checkpoints: one is complete only if each file is, and nothing older goes before."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_async_localsgd.trainer.checkpoints.files import CheckpointFiles, SideFiles, find_wholes
+from lightning_async_localsgd.trainer.checkpoints.files import CheckpointFiles, ShardFiles, find_complete
 from lightning_async_localsgd.trainer.checkpoints.writing import BackgroundWriter, FileRecord, write_file
 
 
@@ -22,32 +22,32 @@ def write_leader(books: CheckpointFiles, path: str) -> str:
     return checkpoint_id
 
 
-def write_side(books: CheckpointFiles, sides: SideFiles, path: str, checkpoint_id: str) -> Path:
-    books.part_written(checkpoint_id, 1, sides.write(path, checkpoint_id, {"x": torch.ones(100)}))
+def write_shard(books: CheckpointFiles, shards: ShardFiles, path: str, checkpoint_id: str) -> Path:
+    books.shard_written(checkpoint_id, 1, shards.write(path, checkpoint_id, {"x": torch.ones(100)}))
     return Path(f"{path}.workers") / checkpoint_id / "worker-1.pt"
 
 
 def found(path: str, checkpoint_id: str | None) -> str | None:
     """The id of the checkpoint that a job of two workers goes on from."""
-    for whole in find_wholes(path, checkpoint_id):
-        if not (whole.problem(0) or whole.problem(1)):
-            saved: str = torch.load(whole.path, weights_only=True)["id"]
+    for complete in find_complete(path, checkpoint_id):
+        if not (complete.problem(0) or complete.problem(1)):
+            saved: str = torch.load(complete.path, weights_only=True)["id"]
             return saved
     return None
 
 
-def test_the_older_checkpoint_of_a_name_stays_until_the_newer_one_is_whole(tmp_path: Path) -> None:
+def test_the_older_checkpoint_of_a_name_stays_until_the_newer_one_is_complete(tmp_path: Path) -> None:
     deleted: list[str] = []
-    books, sides, path = CheckpointFiles(deleted.append, workers=2), SideFiles(1), str(tmp_path / "last.ckpt")
+    books, shards, path = CheckpointFiles(deleted.append, workers=2), ShardFiles(1), str(tmp_path / "last.ckpt")
     first = write_leader(books, path)
     assert found(path, first) is None
-    write_side(books, sides, path, first)
+    write_shard(books, shards, path, first)
     assert found(path, first) == first
 
     second = write_leader(books, path)
     books.remove("replaced.ckpt")
     assert found(path, second) == first and deleted == []
-    write_side(books, sides, path, second)
+    write_shard(books, shards, path, second)
     assert found(path, second) == second and deleted == ["replaced.ckpt"]
     assert [p.name for p in Path(f"{path}.workers").iterdir()] == [second]
 
@@ -71,74 +71,74 @@ def flip_a_bit(file: Path) -> None:
 def test_a_damaged_file_makes_its_checkpoint_not_whole(
     tmp_path: Path, damage: Callable[[Path], None], name: str
 ) -> None:
-    books, sides, path = CheckpointFiles(lambda _: None, workers=2), SideFiles(1), str(tmp_path / "last.ckpt")
+    books, shards, path = CheckpointFiles(lambda _: None, workers=2), ShardFiles(1), str(tmp_path / "last.ckpt")
     first = write_leader(books, path)
-    write_side(books, sides, path, first)
+    write_shard(books, shards, path, first)
     kept = tmp_path / "kept"
     os.renames(f"{path}.workers/{first}", kept)
     second = write_leader(books, path)
-    side = write_side(books, sides, path, second)
+    shard = write_shard(books, shards, path, second)
     os.rename(kept, f"{path}.workers/{first}")  # as if it had not been deleted yet
     assert found(path, second) == second
-    damage(side.with_name(name) if name != "leader.ckpt" else Path(path))
+    damage(shard.with_name(name) if name != "leader.ckpt" else Path(path))
     assert found(path, second) == first
-    problem = next(w for w in find_wholes(path, second) if w.folder.endswith(second))
+    problem = next(w for w in find_complete(path, second) if w.folder.endswith(second))
     assert name in problem.problem(1) or path in problem.problem(0)
 
 
 def test_a_side_that_is_not_as_it_was_told_leaves_the_older_checkpoint(tmp_path: Path) -> None:
-    books, sides, path = CheckpointFiles(lambda _: None, workers=2), SideFiles(1), str(tmp_path / "last.ckpt")
+    books, shards, path = CheckpointFiles(lambda _: None, workers=2), ShardFiles(1), str(tmp_path / "last.ckpt")
     first = write_leader(books, path)
-    write_side(books, sides, path, first)
+    write_shard(books, shards, path, first)
     second = write_leader(books, path)
-    record = sides.write(path, second, {"x": torch.ones(100)})
+    record = shards.write(path, second, {"x": torch.ones(100)})
     (Path(f"{path}.workers") / second / "worker-1.pt").write_bytes(b"")
     with pytest.warns(UserWarning, match=r"worker-1.pt has 0 bytes"):
-        books.part_written(second, 1, record)
+        books.shard_written(second, 1, record)
     assert found(path, second) == first
 
 
 def test_two_jobs_with_one_name_leave_each_others_sides(tmp_path: Path) -> None:
     path = str(tmp_path / "last.ckpt")
-    jobs = [(CheckpointFiles(lambda _: None, workers=2), SideFiles(1)) for _ in range(2)]
-    for books, sides in jobs:
-        write_side(books, sides, path, write_leader(books, path))
+    jobs = [(CheckpointFiles(lambda _: None, workers=2), ShardFiles(1)) for _ in range(2)]
+    for books, shards in jobs:
+        write_shard(books, shards, path, write_leader(books, path))
     ids = []
     for books, _ in jobs:
         ids.append(write_leader(books, path))
-    for (books, sides), checkpoint_id in zip(jobs, ids, strict=True):
-        write_side(books, sides, path, checkpoint_id)
+    for (books, shards), checkpoint_id in zip(jobs, ids, strict=True):
+        write_shard(books, shards, path, checkpoint_id)
         assert found(path, ids[1]) == checkpoint_id
     assert {p.name for p in Path(f"{path}.workers").iterdir()} == set(ids)
 
 
-def test_a_new_run_deletes_what_it_found_of_a_name_when_its_own_is_whole(tmp_path: Path) -> None:
+def test_a_new_run_deletes_what_it_found_of_a_name_when_its_own_is_complete(tmp_path: Path) -> None:
     path = str(tmp_path / "last.ckpt")
-    before, sides = CheckpointFiles(lambda _: None, workers=2), SideFiles(1)
-    write_side(before, sides, path, write_leader(before, path))
-    write_leader(before, path)  # the job died before the other side was written
-    books, sides = CheckpointFiles(lambda _: None, workers=2), SideFiles(1)
+    before, shards = CheckpointFiles(lambda _: None, workers=2), ShardFiles(1)
+    write_shard(before, shards, path, write_leader(before, path))
+    write_leader(before, path)  # the job died before the other shard was written
+    books, shards = CheckpointFiles(lambda _: None, workers=2), ShardFiles(1)
     own = write_leader(books, path)
     assert len(list(Path(f"{path}.workers").iterdir())) == 3
-    write_side(books, sides, path, own)
+    write_shard(books, shards, path, own)
     assert [p.name for p in Path(f"{path}.workers").iterdir()] == [own]
 
 
 def test_old_sides_on_another_host_are_deleted_there(tmp_path: Path) -> None:
     own, other = str(tmp_path / "host0" / "last.ckpt"), str(tmp_path / "host1" / "last.ckpt")
-    sides = SideFiles(1)
+    shards = ShardFiles(1)
 
     def replaced(path: str, checkpoint_id: str | None) -> None:
         if checkpoint_id is None:
-            sides.forget(other)
+            shards.forget(other)
         else:
-            sides.forget_older(other, checkpoint_id)
+            shards.forget_older(other, checkpoint_id)
 
     books = CheckpointFiles(lambda _: None, workers=2, on_replaced=replaced)
     ids = []
     for _ in range(3):
         ids.append(write_leader(books, own))
-        books.part_written(ids[-1], 1, sides.write(other, ids[-1], {"x": torch.ones(1)}))
+        books.shard_written(ids[-1], 1, shards.write(other, ids[-1], {"x": torch.ones(1)}))
         assert [p.name for p in Path(f"{other}.workers").iterdir()] == ids[-1:]
     books.remove(own)
     assert not Path(f"{other}.workers").exists() and not Path(f"{own}.workers").exists()

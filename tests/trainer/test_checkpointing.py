@@ -1,4 +1,4 @@
-"""Checkpoints of a whole job: resumed exactly, by any number of workers, and whole whenever the job dies."""
+"""Checkpoints of a whole job: resumed exactly, by any number of workers, and complete whenever the job dies."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy, make_method
-from lightning_async_localsgd.trainer.checkpoints.files import Whole, find_wholes
+from lightning_async_localsgd.trainer.checkpoints.files import CompleteCheckpoint, find_complete
 from tests.modules import FEATURES, Regression, checkpoints, make_trainer, regression_data, stream, whole_checkpoints
 from tests.processes import results, run_processes
 
@@ -76,16 +76,16 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, 
             assert steps == 60 and not told
 
 
-def last_whole(path: Path) -> Whole | None:
+def last_complete(path: Path) -> CompleteCheckpoint | None:
     """The checkpoint from which a job would resume."""
     checkpoint_id = torch.load(path, weights_only=True)["async_localsgd"]["id"]
-    wholes = find_wholes(str(path), checkpoint_id)
-    return next((w for w in wholes if not any(w.problem(worker) for worker in range(len(w.files)))), None)
+    complete = find_complete(str(path), checkpoint_id)
+    return next((c for c in complete if not any(c.problem(worker) for worker in range(len(c.files)))), None)
 
 
-def is_whole(path: Path) -> bool:
-    whole = last_whole(path)
-    return whole is not None and whole.path == str(path)
+def is_complete(path: Path) -> bool:
+    last = last_complete(path)
+    return last is not None and last.path == str(path)
 
 
 def unequal(rank: int, size: int, folder: str, ckpt: str | None, max_steps: int = 60) -> Any:
@@ -97,7 +97,7 @@ def test_unequal_workers_resume_from_their_own_sides(tmp_path: Path) -> None:
     results(run_processes(unequal, 2, 2, str(tmp_path), None))
     last = whole_checkpoints(tmp_path)[-1]
     saved = torch.load(last, weights_only=True)["async_localsgd"]
-    part = torch.load(next(last.with_name(f"{last.name}.workers").glob("*/worker-1.pt")), weights_only=True)
+    shard = torch.load(next(last.with_name(f"{last.name}.workers").glob("*/worker-1.pt")), weights_only=True)
     ends = results(run_processes(unequal, 2, 2, str(tmp_path / "again"), str(last)))
     for values, summary, told, steps in ends:
         assert not told
@@ -105,7 +105,7 @@ def test_unequal_workers_resume_from_their_own_sides(tmp_path: Path) -> None:
         assert 118 <= summary.total_local_steps <= 122
         assert summary.version > saved["state"]["global"]["version"]
         assert steps in summary.local_steps
-    assert ends[1][1].local_steps[1] >= part["worker"]["local_steps"] > 0
+    assert ends[1][1].local_steps[1] >= shard["worker"]["local_steps"] > 0
 
 
 class SaveTwice(L.Callback):
@@ -129,13 +129,13 @@ def twice(rank: int, size: int, folder: str, ckpt: str | None) -> Any:
 
 def test_a_second_checkpoint_of_a_moment_asks_nobody_again(tmp_path: Path) -> None:
     results(run_processes(twice, 2, 2, str(tmp_path), None))
-    sides = [next(tmp_path.glob(f"{name}.ckpt.workers/*/worker-1.pt")) for name in ("first", "second")]
-    assert sides[0].samefile(sides[1])
+    shards = [next(tmp_path.glob(f"{name}.ckpt.workers/*/worker-1.pt")) for name in ("first", "second")]
+    assert shards[0].samefile(shards[1])
     saved = [torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("first", "second")]
     entries = [checkpoint["async_localsgd"] for checkpoint in saved]
     assert entries[0]["job_steps"] == entries[1]["job_steps"] and entries[0]["id"] != entries[1]["id"]
     assert all(torch.equal(saved[0]["state_dict"][name], tensor) for name, tensor in saved[1]["state_dict"].items())
-    assert is_whole(tmp_path / "second.ckpt")
+    assert is_complete(tmp_path / "second.ckpt")
     ends = results(run_processes(twice, 2, 2, str(tmp_path / "again"), str(tmp_path / "second.ckpt")))
     assert ends[0] == ends[1] and ends[0][1] == 60
 
@@ -171,7 +171,7 @@ def test_lightnings_background_writing_makes_whole_checkpoints(tmp_path: Path) -
     threads, by_training_thread = ends[0][2:]
     assert threads > 0 and not by_training_thread
     first = checkpoints(tmp_path)[0]
-    assert is_whole(first)
+    assert is_complete(first)
     again = results(run_processes(in_background, 2, 2, str(tmp_path / "again"), str(first)))
     assert again[0][0] == again[1][0] and again[0][1] == 80
 
@@ -263,10 +263,10 @@ def finetuning(rank: int, size: int, folder: str, ckpt: str | None, max_steps: i
 def test_workers_that_have_unfrozen_different_layers_resume_each_with_its_own(tmp_path: Path) -> None:
     results(run_processes(finetuning, 2, 2, str(tmp_path), None, 20))
     path = checkpoints(tmp_path)[0]  # worker 0 is in its second epoch, worker 1 in its first
-    part = torch.load(next(tmp_path.glob(f"{path.name}.workers/*/worker-1.pt")), weights_only=True)
+    shard = torch.load(next(tmp_path.glob(f"{path.name}.workers/*/worker-1.pt")), weights_only=True)
     groups = [
         len(state["optimizer_states"][0]["param_groups"])
-        for state in (torch.load(path, weights_only=True), part["checkpoint"])
+        for state in (torch.load(path, weights_only=True), shard["checkpoint"])
     ]
     assert groups == [2, 1]
     ends = results(run_processes(finetuning, 2, 2, str(tmp_path / "again"), str(path), 60))
@@ -280,7 +280,7 @@ def test_an_incomplete_checkpoint_falls_back_and_says_so(tmp_path: Path) -> None
     last = whole_checkpoints(tmp_path)[-1]
     shutil.rmtree(f"{last}.workers")
     ends = results(run_processes(unequal, 2, 2, str(tmp_path / "again"), str(last)))
-    assert "does not have every worker's side" in ends[0][2][0]
+    assert "does not have every worker's shard" in ends[0][2][0]
     assert ends[0][0] == ends[1][0]
 
 
@@ -298,18 +298,18 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_names_the_file(tm
 
 def as_written_before(folder: Path) -> None:
     """Put a checkpoint in the form in which version 0.1 wrote it."""
-    parts = {"leader.ckpt": "async_localsgd", "worker-1.pt": None}
-    for name, key in parts.items():
+    keys = {"leader.ckpt": "async_localsgd", "worker-1.pt": None}
+    for name, key in keys.items():
         content = torch.load(folder / name, weights_only=True)
-        side = content[key] if key else content
+        shard = content[key] if key else content
         lightning = content if key else content["checkpoint"]
-        places = side.pop("fetches")[0]["loaders"]
+        places = shard.pop("fetches")[0]["loaders"]
         lightning["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [place["division"] for place in places]
-        side["worker"].pop("next_shard")
+        shard["worker"].pop("next_shard")
         if key:
-            side.pop("settings")
+            shard.pop("settings")
             for added in ("optimizer_name", "optimizer_given"):
-                side["state"]["global"].pop(added)
+                shard["state"]["global"].pop(added)
         torch.save(content, folder / name)
     (folder / "manifest.json").write_text('{"workers": 2}')
 
@@ -334,11 +334,11 @@ def test_checkpoints_of_earlier_versions_are_gone_on_from(tmp_path: Path) -> Non
         assert 0 < len(trained) < len(seen) and seen[-len(trained) :] == trained
 
 
-def die_after(folder: Path, wholes: int, seconds: float) -> None:
-    """Be killed a moment after that many more checkpoints have become whole."""
+def die_after(folder: Path, complete: int, seconds: float) -> None:
+    """Be killed a moment after that many more checkpoints have become complete."""
     before = set(folder.glob("*.workers/*/manifest.json"))
     seen: set[Path] = set()
-    while len(seen) < wholes:
+    while len(seen) < complete:
         seen |= set(folder.glob("*.workers/*/manifest.json")) - before
         time.sleep(0.001)
     time.sleep(seconds)
@@ -359,13 +359,13 @@ def mortal(rank: int, size: int, folder: str, max_steps: int, death: tuple[int, 
     return parameters(module), plan.job_steps
 
 
-def steps_of_last_whole(path: Path) -> int:
-    whole = last_whole(path)
-    return 0 if whole is None else int(torch.load(whole.path, weights_only=True)["async_localsgd"]["job_steps"])
+def steps_of_last_complete(path: Path) -> int:
+    last = last_complete(path)
+    return 0 if last is None else int(torch.load(last.path, weights_only=True)["async_localsgd"]["job_steps"])
 
 
 @pytest.mark.timeout(280)
-def test_a_job_killed_at_any_moment_resumes_from_its_last_whole_checkpoint(tmp_path: Path) -> None:
+def test_a_job_killed_at_any_moment_resumes_from_its_last_complete_checkpoint(tmp_path: Path) -> None:
     moments = random.Random(3)
     job_steps = [0]
     for _ in range(12):
@@ -374,7 +374,7 @@ def test_a_job_killed_at_any_moment_resumes_from_its_last_whole_checkpoint(tmp_p
         for outcome in outcomes:
             assert outcome.error == "killed" or "PeerLost" in outcome.error
         if (tmp_path / "last.ckpt").exists():
-            job_steps.append(steps_of_last_whole(tmp_path / "last.ckpt"))
+            job_steps.append(steps_of_last_complete(tmp_path / "last.ckpt"))
     assert len(set(job_steps)) > 5
     assert job_steps == sorted(job_steps)
     max_steps = job_steps[-1] + 100

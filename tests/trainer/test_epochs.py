@@ -277,7 +277,7 @@ def test_an_iterable_data_set_split_by_node_is_each_workers_part() -> None:
 
 
 class NoteAtSave(L.Callback):
-    """The batches trained by this worker before its side of each checkpoint."""
+    """The batches trained by this worker before its shard of each checkpoint."""
 
     def __init__(self) -> None:
         self.trained: list[list[tuple[int, int]]] = []

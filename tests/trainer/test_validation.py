@@ -24,7 +24,7 @@ class Validated(Regression):
     def __init__(self, pauses: Any = (0.002, 0.01)) -> None:
         super().__init__(pauses)
         self.validated: list[int] = []
-        self.lent: list[Tensor] = []
+        self.swapped_in: list[Tensor] = []
         self.globals: list[Tensor] = []
         self.before: list[list[Tensor]] = []
         self.after: list[list[Tensor]] = []
@@ -45,7 +45,7 @@ class Validated(Regression):
         if self.trainer.sanity_checking or self.trainer.strategy.worker is None:
             return
         self.before.append(self.last)
-        self.lent.append(nn.utils.parameters_to_vector(self.parameters()).clone())
+        self.swapped_in.append(nn.utils.parameters_to_vector(self.parameters()).clone())
         tensors = self.trainer.strategy.worker.global_tensors()
         self.globals.append(torch.cat([tensors[name].flatten() for name, _ in self.named_parameters()]))
 
@@ -73,10 +73,10 @@ def validating(rank: int, size: int) -> Any:
     return {
         "seen": module.validated,
         "validations": len(module.before),
-        "global": sum(torch.equal(a, b) for a, b in zip(module.lent, module.globals, strict=True)),
+        "global": sum(torch.equal(a, b) for a, b in zip(module.swapped_in, module.globals, strict=True)),
         "own": sum(
             torch.equal(a, nn.utils.parameters_to_vector(b[: len(list(module.parameters()))]))
-            for a, b in zip(module.lent, module.before, strict=True)
+            for a, b in zip(module.swapped_in, module.before, strict=True)
         ),
         "kept": all(torch.equal(x, y) for a, b in pairs for x, y in zip(a, b, strict=True)),
         "pairs": len(pairs),
@@ -90,7 +90,7 @@ def test_worker_0_validates_the_global_parameters_for_all() -> None:
     leader, other = results(run_processes(validating, 2, 2))
     assert leader["validations"] == 6  # by the steps of the job, of which there are 60
     assert leader["seen"] == list(range(32)) + list(range(SAMPLES)) * leader["validations"]
-    # An outer update may come between the moment they are lent and the moment the test looks, but hardly twice.
+    # An outer update may come between the moment they are swapped in and the moment the test looks, but hardly twice.
     assert leader["global"] >= leader["validations"] - 1
     assert leader["own"] <= leader["validations"] // 2  # they are the same when it has just adopted them
     assert leader["pairs"] >= 5 and leader["kept"]
@@ -105,7 +105,7 @@ def validating_own(rank: int, size: int) -> Any:
     trainer = make_trainer(size, plan, max_steps=30, val_check_interval=10, check_val_every_n_epoch=None)
     trainer.fit(module, stream(rank), loader())
     own = [nn.utils.parameters_to_vector(b[: len(list(module.parameters()))]) for b in module.before]
-    return len(own), all(torch.equal(a, b) for a, b in zip(module.lent, own, strict=True))
+    return len(own), all(torch.equal(a, b) for a, b in zip(module.swapped_in, own, strict=True))
 
 
 def test_validation_of_local_parameters_is_an_option() -> None:
@@ -198,7 +198,7 @@ def slow_leader(rank: int, size: int, pauses: tuple[float, float]) -> Any:
     data = DataLoader(regression_data(256), batch_size=8)  # 16 batches per worker
     module = Validated(pauses)
     trainer.fit(module, data, loader())
-    return trainer.strategy.summary.local_steps, "val_loss" in trainer.callback_metrics, len(module.lent)
+    return trainer.strategy.summary.local_steps, "val_loss" in trainer.callback_metrics, len(module.swapped_in)
 
 
 def test_a_run_in_which_worker_0_ends_no_pass_is_validated_at_its_end() -> None:

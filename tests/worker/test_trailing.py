@@ -65,7 +65,9 @@ def receive_slowly(monkey: pytest.MonkeyPatch, loop: Loop, store: Store) -> None
 
 def train(rank: int, settings: Settings) -> tuple[RunSummary, list[float], int]:
     with pytest.MonkeyPatch.context() as monkey:
-        monkey.setattr(connections, "shares", lambda links: [0.0 if w == SLOW else 0.5 for w in range(len(links))])
+        monkey.setattr(
+            connections, "slice_shares", lambda links: [0.0 if w == SLOW else 0.5 for w in range(len(links))]
+        )
         loop = ObservedLoop(rank, 3, settings, pause=0.01)
         loop.store = job_store()
         if rank == SLOW:

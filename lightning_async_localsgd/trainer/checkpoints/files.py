@@ -1,16 +1,16 @@
 """The files of a job's checkpoints: their paths, the order of writing, and the search for complete ones.
 
-A checkpoint is the ordinary Lightning file ``name.ckpt`` with the global model, worker 0's side of the training and,
-under ``"async_localsgd"``, the outer state and shared progress (see ``saving.py``). Beside it, in
+A checkpoint is the ordinary Lightning file ``name.ckpt``, with the global model, worker 0's shard and, under
+``"async_localsgd"``, the outer state and shared progress (see ``saving.py``). Beside it, in
 ``name.ckpt.workers/<id>/``::
 
     leader.ckpt     the Lightning file (name.ckpt is a hard link to it): it outlives an overwritten name.ckpt
     worker-1.pt     inner optimizer, schedulers, loops, callbacks and unpushed progress of worker 1
     ...
-    manifest.json   written last: with it, and with files of the sizes and checksums that it names, it is whole
+    manifest.json   written last: with it, and with files of the sizes and checksums that it names, it is complete
 
 The id begins with the run's. Each file is written under a temporary name and renamed. An older checkpoint is deleted
-when its replacement is whole and on the disk: whenever a job dies, the last whole checkpoint exists.
+when its replacement is complete and on the disk: whenever a job dies, the last complete checkpoint exists.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch
 
 from lightning_async_localsgd.trainer.checkpoints.writing import FileRecord, make_durable, write_file
 
-__all__ = ["CheckpointFiles", "SideFiles", "Whole", "find_wholes", "not_seen", "read_part"]
+__all__ = ["CheckpointFiles", "CompleteCheckpoint", "ShardFiles", "find_complete", "not_seen", "read_shard"]
 
 _MANIFEST = "manifest.json"
 _LEADER = "leader.ckpt"
@@ -71,7 +71,7 @@ class _Folders:
         return self._ids.setdefault(path, _found(path))
 
 
-class SideFiles:
+class ShardFiles:
     """The checkpoint files of one worker other than worker 0. Its checkpoint folder may be on another host.
 
     Args:
@@ -82,16 +82,16 @@ class SideFiles:
         self._worker = worker
         self._folders = _Folders()
 
-    def write(self, path: str, checkpoint_id: str, side: Mapping[str, Any]) -> FileRecord:
-        """Write the worker's side of a checkpoint."""
-        file = self._folders.begin(path, checkpoint_id) / _part_name(self._worker)
-        record = write_file(dict(side), file)
+    def write(self, path: str, checkpoint_id: str, shard: Mapping[str, Any]) -> FileRecord:
+        """Write the worker's shard of a checkpoint."""
+        file = self._folders.begin(path, checkpoint_id) / _shard_name(self._worker)
+        record = write_file(dict(shard), file)
         make_durable(file)
         return record
 
     def link(self, path: str, checkpoint_id: str, other_path: str, other_id: str) -> FileRecord:
-        """Use the side of one checkpoint also for another one."""
-        name = _part_name(self._worker)
+        """Use the shard of one checkpoint also for another one."""
+        name = _shard_name(self._worker)
         folder = self._folders.begin(other_path, other_id)
         aside = folder / f"{name}.tmp"
         _link(_folder(path) / checkpoint_id / name, aside)
@@ -100,16 +100,16 @@ class SideFiles:
         return FileRecord.of(folder / name)
 
     def forget_older(self, path: str, checkpoint_id: str) -> None:
-        """Delete the sides replaced by a checkpoint, when it is whole."""
+        """Delete the shards replaced by a checkpoint, when it is complete."""
         self._delete(path, self._folders.take_older(path, checkpoint_id))
 
     def forget(self, path: str) -> None:
-        """Delete the sides of all checkpoints of this name."""
+        """Delete the shards of all checkpoints of this name."""
         self._delete(path, self._folders.take_all(path))
 
     def _delete(self, path: str, folders: list[Path]) -> None:
         for folder in folders:
-            (folder / _part_name(self._worker)).unlink(missing_ok=True)
+            (folder / _shard_name(self._worker)).unlink(missing_ok=True)
             _remove_empty(folder)
         _remove_empty(_folder(path))
 
@@ -121,14 +121,14 @@ class _Unfinished:
 
 
 class CheckpointFiles:
-    """Worker 0's record of checkpoints: those not whole yet, and those to delete when newer ones are whole.
+    """Worker 0's record of checkpoints: those not complete yet, and those to delete when newer ones are complete.
 
     The training thread and background threads share it.
 
     Args:
         delete: deletes a Lightning file.
         workers: number of workers.
-        on_replaced: called with a path and an id when that checkpoint is whole; with None as the id when all
+        on_replaced: called with a path and an id when that checkpoint is complete; with None as the id when all
             checkpoints of a name have been deleted.
     """
 
@@ -151,7 +151,7 @@ class CheckpointFiles:
     def begin(self, path: str) -> str:
         """Begin a checkpoint. Returns its id.
 
-        The older checkpoint of its name is kept until this one is whole.
+        The older checkpoint of its name is kept until this one is complete.
         """
         with self._lock:
             if path in self._to_remove:  # the name is used again
@@ -172,16 +172,16 @@ class CheckpointFiles:
         os.replace(aside, path)
 
     def leader_written(self, checkpoint_id: str, record: FileRecord) -> None:
-        """Record that worker 0's side is written."""
+        """Record that worker 0's shard is written."""
         unfinished = self._unfinished.get(checkpoint_id)
         if unfinished is not None:
             make_durable(_folder(unfinished.path) / checkpoint_id / _LEADER)
             make_durable(Path(unfinished.path))
             self._written(checkpoint_id, _LEADER, record)
 
-    def part_written(self, checkpoint_id: str, worker: int, record: FileRecord) -> None:
-        """Record that another worker's side is written. With the last one the checkpoint is whole."""
-        self._written(checkpoint_id, _part_name(worker), record)
+    def shard_written(self, checkpoint_id: str, worker: int, record: FileRecord) -> None:
+        """Record that another worker's shard is written. With the last one the checkpoint is complete."""
+        self._written(checkpoint_id, _shard_name(worker), record)
 
     def _written(self, checkpoint_id: str, name: str, record: FileRecord) -> None:
         with self._lock:
@@ -193,7 +193,7 @@ class CheckpointFiles:
                 self._finish(checkpoint_id, unfinished)
 
     def _finish(self, checkpoint_id: str, unfinished: _Unfinished) -> None:
-        for earlier in list(self._unfinished):  # all reports are in: these will never be whole
+        for earlier in list(self._unfinished):  # all reports are in: these will never be complete
             del self._unfinished[earlier]
             if earlier == checkpoint_id:
                 break
@@ -204,7 +204,7 @@ class CheckpointFiles:
             (p for p in problems if p and "is missing" not in p), "" if folder.exists() else str(folder)
         ):
             warnings.warn(
-                f"The checkpoint {path} is not whole: {problem}. The one before it stays. Look for another job that "
+                f"The checkpoint {path} is not complete: {problem}. The one before it stays. Look for another job that "
                 "writes to the same name, and at the disk.",
                 stacklevel=2,
             )
@@ -217,7 +217,7 @@ class CheckpointFiles:
         self._remove_what_is_replaced()
 
     def remove(self, path: str) -> None:
-        """Delete a checkpoint, now or when all newer ones are whole."""
+        """Delete a checkpoint, now or when all newer ones are complete."""
         with self._lock:
             self._to_remove.append(path)
             self._remove_what_is_replaced()
@@ -229,7 +229,7 @@ class CheckpointFiles:
             self.forget(path)
 
     def forget(self, path: str) -> None:
-        """Delete older sides of a name: its Lightning file, if any, is of worker 0 alone."""
+        """Delete older shards of a name: its Lightning file, if any, is of worker 0 alone."""
         for folder in self._folders.take_all(path):
             shutil.rmtree(folder, ignore_errors=True)
         _remove_empty(_folder(path))
@@ -246,32 +246,32 @@ def _write_manifest(folder: Path, run: str, files: Mapping[str, FileRecord]) -> 
 
 
 @dataclass(frozen=True)
-class Whole:
-    """A whole checkpoint: every worker has written its side."""
+class CompleteCheckpoint:
+    """A complete checkpoint: every worker has written its shard."""
 
     path: str
     """Path of the Lightning file."""
     folder: str
-    """The folder of the workers' sides."""
+    """The folder of the workers' shards."""
     files: Mapping[str, tuple[int, int] | None]
     """Size and CRC-32 of each file, by name; None in checkpoints of older versions, which lack them."""
 
     def problem(self, worker: int) -> str:
         """The reason for which a worker cannot resume from this checkpoint; empty if it can.
 
-        Worker 0 reads its own file and checks the sizes of all files that it sees. Other workers read their own sides.
+        Worker 0 reads its own file and checks the sizes of all files that it sees. Other workers read their own shards.
         """
         if worker == 0:
             own = self.files[_LEADER]
             problems = [_problem(Path(self.path), *(own or ()))]
-            sides = {name: record for name, record in self.files.items() if name != _LEADER}
-            problems += [_problem(Path(self.folder) / name, *(record or ())[:1]) for name, record in sides.items()]
+            shards = {name: record for name, record in self.files.items() if name != _LEADER}
+            problems += [_problem(Path(self.folder) / name, *(record or ())[:1]) for name, record in shards.items()]
             return next(filter(None, problems), "")
-        name = _part_name(worker)
+        name = _shard_name(worker)
         return _problem(Path(self.folder) / name, *(self.files[name] or ())) if name in self.files else ""
 
 
-def find_wholes(path: str, checkpoint_id: str | None) -> list[Whole]:
+def find_complete(path: str, checkpoint_id: str | None) -> list[CompleteCheckpoint]:
     """The checkpoint itself if it has a manifest; then the older ones that it was to replace, newest first.
 
     Args:
@@ -279,14 +279,14 @@ def find_wholes(path: str, checkpoint_id: str | None) -> list[Whole]:
         checkpoint_id: its id; None if it cannot be read.
     """
     path = os.path.realpath(path)  # "last" may be a link
-    found: list[Whole] = []
+    found: list[CompleteCheckpoint] = []
     for manifest in sorted(_folder(path).glob(f"*/{_MANIFEST}"), key=lambda m: m.stat().st_mtime, reverse=True):
         folder = manifest.parent
         files = _read_manifest(manifest)
         if folder.name == checkpoint_id:
-            found.insert(0, Whole(path, str(folder), files))
+            found.insert(0, CompleteCheckpoint(path, str(folder), files))
         elif (folder / _LEADER).exists():
-            found.append(Whole(str(folder / _LEADER), str(folder), files))
+            found.append(CompleteCheckpoint(str(folder / _LEADER), str(folder), files))
     return found
 
 
@@ -294,11 +294,11 @@ def _read_manifest(manifest: Path) -> dict[str, tuple[int, int] | None]:
     content = json.loads(manifest.read_text())
     if "files" in content:
         return {name: (int(size), int(crc)) for name, (size, crc) in content["files"].items()}
-    return dict.fromkeys([_LEADER, *map(_part_name, range(1, content["workers"]))])
+    return dict.fromkeys([_LEADER, *map(_shard_name, range(1, content["workers"]))])
 
 
-def read_part(folder: Path, worker: int, weights_only: bool | None = None, mmap: bool = False) -> dict[str, Any]:
-    """One worker's side of a whole checkpoint.
+def read_shard(folder: Path, worker: int, weights_only: bool | None = None, mmap: bool = False) -> dict[str, Any]:
+    """One worker's shard of a complete checkpoint.
 
     Args:
         folder: the checkpoint's folder.
@@ -307,17 +307,17 @@ def read_part(folder: Path, worker: int, weights_only: bool | None = None, mmap:
         mmap: whether to map the file into memory and read tensors on access. Release its tensors before the file is
             deleted.
     """
-    path = folder / _part_name(worker)
+    path = folder / _shard_name(worker)
     if not path.exists():
         raise FileNotFoundError(not_seen(str(path)))
-    part: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=weights_only is not False, mmap=mmap)
-    return part
+    shard: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=weights_only is not False, mmap=mmap)
+    return shard
 
 
 def not_seen(path: str) -> str:
     """The message about a file that one worker sees and another one does not."""
     return (
-        f"{path} is not there, though worker 0 finds the checkpoint whole. All workers must see the folder of the "
+        f"{path} is not there, though worker 0 finds the checkpoint complete. All workers must see the folder of the "
         "checkpoint: copy `name.ckpt.workers` to this host, or share the folder."
     )
 
@@ -359,5 +359,5 @@ def _folder(path: str) -> Path:
     return Path(f"{path}.workers")
 
 
-def _part_name(worker: int) -> str:
+def _shard_name(worker: int) -> str:
     return f"worker-{worker}.pt"

@@ -1,4 +1,4 @@
-"""The resuming of a ``fit``: the search for a whole checkpoint, and each worker's side of it."""
+"""The resuming of a ``fit``: the search for a complete checkpoint, and each worker's shard of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_async_localsgd.data.division import merge_positions
-from lightning_async_localsgd.trainer.checkpoints.files import Whole, find_wholes, not_seen, read_part
+from lightning_async_localsgd.trainer.checkpoints.files import CompleteCheckpoint, find_complete, not_seen, read_shard
 from lightning_async_localsgd.trainer.checkpoints.resumed import Resumed
 from lightning_async_localsgd.trainer.checkpoints.saving import KEY
 from lightning_async_localsgd.trainer.fetches import SavedFetches
@@ -24,7 +24,7 @@ __all__ = ["Restoring"]
 
 
 class Restoring:
-    """Finds the last whole checkpoint and assembles each worker's side of it. All processes make the same calls.
+    """Finds the last complete checkpoint and assembles each worker's shard of it. All processes make the same calls.
 
     Args:
         place: the place of this process.
@@ -46,69 +46,69 @@ class Restoring:
         self._weights_only = weights_only
 
     def restore(self, path: str) -> tuple[dict[str, Any], Resumed]:
-        """The checkpoint for Lightning, with this worker's side in place of worker 0's, and the library's own part.
+        """The checkpoint for Lightning, with this worker's shard in place of worker 0's, and the library's own part.
 
         Args:
             path: a Lightning file.
 
         Raises:
-            FileNotFoundError: if a worker does not see its side, which worker 0 sees.
+            FileNotFoundError: if a worker does not see its shard, which worker 0 sees.
         """
-        checkpoint, whole = self._find(path)
+        checkpoint, complete = self._find(path)
         entry = checkpoint.get(KEY, {})
         if "state" not in entry:
             fetches = SavedFetches(_take_positions(checkpoint), stateful_only=True)
             return checkpoint, Resumed(None, entry.get("job_steps"), fetches=fetches)
         workers = self._place.workers
-        sides = _Sides(checkpoint, whole, self._place, self._weights_only)
-        if whole is not None:
-            sides.merge_positions()
+        shards = _Shards(checkpoint, complete, self._place, self._weights_only)
+        if complete is not None:
+            shards.merge_positions()
         if "id" not in entry:
             reason = "was written when the other workers had left"
-        elif whole is None:
-            reason = "does not have every worker's side"
+        elif complete is None:
+            reason = "does not have every worker's shard"
         elif entry["workers"] != workers:
             reason = f"was written by {entry['workers']} workers, and there are {workers} now"
         else:
-            own = sides.take_own()
+            own = shards.take_own()
             # The worker's own counts in that fit continue.
             return checkpoint, Resumed(
                 entry["state"],
                 entry["steps_before_fit"],
                 own["worker"],
                 own["scheduler_steps"],
-                sides.fetches(own),
+                shards.fetches(own),
                 entry.get("settings"),
             )
         rank_zero_warn(
             f"The checkpoint {path} {reason}. Training goes on from its global parameters and outer state: inner "
             "optimizers start as worker 0's was, and what had been learned since each worker's last push is lost."
         )
-        fetches = SavedFetches(sides.shared_places())
+        fetches = SavedFetches(shards.shared_places())
         return checkpoint, Resumed(entry["state"], entry["job_steps"], fetches=fetches, settings=entry.get("settings"))
 
-    def _find(self, path: str) -> tuple[dict[str, Any], Whole | None]:
-        """The Lightning file to resume from, and the checkpoint with its sides; None: it has no sides."""
+    def _find(self, path: str) -> tuple[dict[str, Any], CompleteCheckpoint | None]:
+        """The Lightning file to resume from, and the checkpoint with its shards; None: it has no shards."""
         checkpoint, unreadable = self._read(path)
         if checkpoint is not None and "id" not in checkpoint.get(KEY, {}):
             return checkpoint, None
         problem = unreadable
-        for whole in self._wholes(path, None if checkpoint is None else checkpoint[KEY]["id"]):
-            own = whole.path == os.path.realpath(path)
+        for complete in self._complete_checkpoints(path, None if checkpoint is None else checkpoint[KEY]["id"]):
+            own = complete.path == os.path.realpath(path)
             if not own:
                 rank_zero_warn(
-                    f"The checkpoint {path} is not whole: {problem or 'not every worker had written its side'}. "
-                    f"Training goes on from the one before it, {whole.path}."
+                    f"The checkpoint {path} is not complete: {problem or 'not every worker had written its shard'}. "
+                    f"Training goes on from the one before it, {complete.path}."
                 )
-            problem = self._problem(whole)
+            problem = self._problem(complete)
             if not problem:
                 return checkpoint if own and checkpoint is not None else self._read_file(
-                    whole.path, self._weights_only
-                ), whole
+                    complete.path, self._weights_only
+                ), complete
         if checkpoint is None:
             return self._read_file(path, self._weights_only), None  # raises the reason if it cannot be read
         if problem:
-            rank_zero_warn(f"The checkpoint {path} is not whole: {problem}.")
+            rank_zero_warn(f"The checkpoint {path} is not complete: {problem}.")
         return checkpoint, None
 
     def _read(self, path: str) -> tuple[dict[str, Any] | None, str]:
@@ -124,21 +124,21 @@ class Restoring:
             checkpoint = self._read_file(path, self._weights_only)
         return checkpoint, problem
 
-    def _wholes(self, path: str, checkpoint_id: str | None) -> list[Whole]:
-        """The whole checkpoints seen by worker 0; others may see a shared folder later, or never."""
+    def _complete_checkpoints(self, path: str, checkpoint_id: str | None) -> list[CompleteCheckpoint]:
+        """The complete checkpoints seen by worker 0; others may see a shared folder later, or never."""
         seen = []
         if self._place.global_rank == 0 and "://" not in path:
-            seen = [[whole.path, whole.folder, whole.files] for whole in find_wholes(path, checkpoint_id)]
+            seen = [[complete.path, complete.folder, complete.files] for complete in find_complete(path, checkpoint_id)]
         return [
-            Whole(
+            CompleteCheckpoint(
                 leader, folder, {name: None if record is None else (record[0], record[1]) for name, record in f.items()}
             )
             for leader, folder, f in self._broadcast(seen)
         ]
 
-    def _problem(self, whole: Whole) -> str:
+    def _problem(self, complete: CompleteCheckpoint) -> str:
         """The reason for which some worker cannot resume from a checkpoint, gathered from all."""
-        own = whole.problem(self._place.worker_rank) if self._place.device_rank == 0 else ""
+        own = complete.problem(self._place.worker_rank) if self._place.device_rank == 0 else ""
         problems = [self._broadcast(own, src=worker * self._place.worker_size) for worker in range(self._place.workers)]
         for worker, problem in enumerate(problems):
             if worker > 0 and not problems[0] and problem.endswith("is missing"):
@@ -146,12 +146,12 @@ class Restoring:
         return next(filter(None, problems), "")
 
 
-class _Sides:
-    """The sides of a checkpoint, for this process.
+class _Shards:
+    """The shards of a checkpoint, for this process.
 
     Args:
         checkpoint: the content of the Lightning file; it is modified.
-        whole: the checkpoint with the other sides.
+        complete: the checkpoint with the other shards.
         place: the place of this process.
         weights_only: as for :class:`Restoring`.
     """
@@ -159,12 +159,12 @@ class _Sides:
     def __init__(
         self,
         checkpoint: dict[str, Any],
-        whole: Whole | None,
+        complete: CompleteCheckpoint | None,
         place: Place,
         weights_only: bool | None,
     ) -> None:
         self._checkpoint = checkpoint
-        self._folder = Path(whole.folder if whole is not None else "")
+        self._folder = Path(complete.folder if complete is not None else "")
         self._place = place
         self._weights_only = weights_only
         self._saved_by: int = checkpoint[KEY]["workers"]
@@ -177,18 +177,18 @@ class _Sides:
         if self._place.worker_rank == 0:
             entry: dict[str, Any] = checkpoint[KEY]
             return entry
-        part = read_part(self._folder, self._place.worker_rank, self._weights_only)
-        own = part.pop("checkpoint")
+        shard = read_shard(self._folder, self._place.worker_rank, self._weights_only)
+        own = shard.pop("checkpoint")
         # Schedulers that watch worker 0's metrics continue from worker 0's state.
         own["lr_schedulers"] = [
             theirs if "num_bad_epochs" in theirs else ours
             for theirs, ours in zip(checkpoint["lr_schedulers"], own["lr_schedulers"], strict=True)
         ]
         _take_positions(own)
-        # The states of callbacks that only worker 0 runs are in its side alone.
+        # The states of callbacks that only worker 0 runs are in its shard alone.
         own["callbacks"] = checkpoint["callbacks"] | own.get("callbacks", {})
         checkpoint |= own
-        return part
+        return shard
 
     def fetches(self, own: Mapping[str, Any]) -> SavedFetches:
         """The position of this process in its data.
@@ -219,17 +219,17 @@ class _Sides:
         if not shared and self._saved_by == self._place.workers:
             own = self._place.worker_rank
             if own > 0:  # the worker's own positions, also in checkpoints that hold them in Lightning's way
-                part = read_part(self._folder, own, self._weights_only, mmap=True)
-                self._places = _places(part["checkpoint"], part)
+                shard = read_shard(self._folder, own, self._weights_only, mmap=True)
+                self._places = _places(shard["checkpoint"], shard)
             return
-        parts = [read_part(self._folder, other, self._weights_only, mmap=True) for other in range(1, self._saved_by)]
-        sides = [self._checkpoint, *(part["checkpoint"] for part in parts)]
-        of_all = [self._places, *(_places(part["checkpoint"], part) for part in parts)]
+        shards = [read_shard(self._folder, other, self._weights_only, mmap=True) for other in range(1, self._saved_by)]
+        checkpoints = [self._checkpoint, *(shard["checkpoint"] for shard in shards)]
+        of_all = [self._places, *(_places(shard["checkpoint"], shard) for shard in shards)]
         own = self._place.worker_rank
         if self._saved_by != self._place.workers:
             # All continue as the worker furthest behind, so that none has left an epoch too early.
-            own = min(range(self._saved_by), key=lambda worker: _epochs_over(sides[worker]["loops"], of_all[worker]))
-            self._checkpoint |= {key: sides[own][key] for key in ("loops", "lr_schedulers")}
+            own = min(range(self._saved_by), key=lambda other: _epochs_over(checkpoints[other]["loops"], of_all[other]))
+            self._checkpoint |= {key: checkpoints[own][key] for key in ("loops", "lr_schedulers")}
             _take_positions(self._checkpoint)
         self._places = of_all[own]
         if len({len(places) for places in of_all}) == 1:
@@ -242,15 +242,15 @@ def _merge(places: tuple[dict[str, Any], ...], own: int) -> dict[str, Any]:
     return {"division": merge_positions([place["division"] for place in places], own)}
 
 
-def _places(checkpoint: Mapping[str, Any], side: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The positions of a worker's training loaders: in this library's part of a side, formerly in Lightning's.
+def _places(checkpoint: Mapping[str, Any], shard: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The positions of a worker's training loaders: in this library's part of a shard, formerly in Lightning's.
 
     Args:
         checkpoint: Lightning's part.
-        side: this library's part.
+        shard: this library's part.
     """
-    if "fetches" in side:
-        places: list[dict[str, Any]] = side["fetches"][0].get("loaders", [])
+    if "fetches" in shard:
+        places: list[dict[str, Any]] = shard["fetches"][0].get("loaders", [])
         copies: list[dict[str, Any]] = apply_to_collection(places, Tensor, Tensor.clone)
         return copies  # the file may be deleted before they are read
     states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])

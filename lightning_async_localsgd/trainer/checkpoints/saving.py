@@ -19,8 +19,14 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_async_localsgd.internals import WrappingCheckpointIO, dump_checkpoint
-from lightning_async_localsgd.protocol.messages import CheckpointReplaced, Cut, SaveSide, SaveSideAgain, SideSaved
-from lightning_async_localsgd.trainer.checkpoints.files import CheckpointFiles, SideFiles
+from lightning_async_localsgd.protocol.messages import (
+    CheckpointReplaced,
+    CheckpointShardSaved,
+    Cut,
+    LinkCheckpointShard,
+    SaveCheckpointShard,
+)
+from lightning_async_localsgd.trainer.checkpoints.files import CheckpointFiles, ShardFiles
 from lightning_async_localsgd.trainer.checkpoints.writing import BackgroundWriter, FileRecord, save_with
 from lightning_async_localsgd.trainer.fit import Fit, Phase
 from lightning_async_localsgd.worker.rank import WorkerRank
@@ -34,11 +40,11 @@ _OWN = ("optimizer_states", "lr_schedulers", "loops", "callbacks")
 
 
 class JobCheckpoints:
-    """Saves a worker's part of a job's checkpoints, at Lightning's request to the strategy.
+    """Saves a worker's shard of a job's checkpoints, at Lightning's request to the strategy.
 
-    Worker 0 decides: it requests a cut of the exchange, and each worker saves its side of that cut. Further checkpoints
-    before worker 0's next step are of the same cut, without another request. Worker 0 writes its file before it
-    continues, as Lightning does. The others copy their side and write it in the background.
+    Worker 0 decides: it requests a cut of the exchange, and each worker saves its shard of that cut. Further
+    checkpoints before worker 0's next step are of the same cut, without another request. Worker 0 writes its file
+    before it continues, as Lightning does. The others copy their shard and write it in the background.
 
     Args:
         fit: the ``fit`` of this process.
@@ -51,9 +57,9 @@ class JobCheckpoints:
         self._checkpoint_io = checkpoint_io
         self._delete = delete
         self._tensors: dict[str, Tensor] = {}  # the global tensors in the checkpoint under construction
-        self._moment: dict[str, Any] | None = None
+        self._cut: dict[str, Any] | None = None
         self._background = BackgroundWriter()
-        self._saving_side = False
+        self._saving_shard = False
         self._ending = False
 
     @cached_property
@@ -62,16 +68,16 @@ class JobCheckpoints:
         return CheckpointFiles(self._delete, self._fit.place.workers, self._tell_replaced)
 
     @cached_property
-    def _sides(self) -> SideFiles:
-        return SideFiles(self._fit.place.worker_rank)
+    def _shard_files(self) -> ShardFiles:
+        return ShardFiles(self._fit.place.worker_rank)
 
     # ---- worker 0 ---------------------------------------------------------------------------------------------------
 
     def put_global(self, state: dict[str, Any]) -> dict[str, Any]:
         """Put the global parameters in the place of the worker's own, if a module's ``state_dict`` holds these."""
         # After the last step the module's own: the global ones, or what callbacks have made of them.
-        if self._fit.own_in_module and not self._saving_side:
-            if self._moment is None or not self._tensors:
+        if self._fit.own_in_module and not self._saving_shard:
+            if self._cut is None or not self._tensors:
                 self._tensors = self._worker.global_tensors()
             for shared, aliases in _aliases(self._fit.trainer.lightning_module).items():
                 if shared in self._tensors:
@@ -108,17 +114,17 @@ class JobCheckpoints:
     def _save_job(self, checkpoint: dict[str, Any], path: str) -> None:
         """Write a checkpoint of the whole job."""
         if self._worker.saved_state is None:
-            self._follow(SaveSide(path, ""))
+            self._mirror_cut(SaveCheckpointShard(path, ""))
             return
         checkpoint_id = self.files.begin(path)
-        checkpoint[KEY] |= self._take_moment(SaveSide(path, checkpoint_id)) | {"id": checkpoint_id}
+        checkpoint[KEY] |= self._enter_cut(SaveCheckpointShard(path, checkpoint_id)) | {"id": checkpoint_id}
         self._io.save_checkpoint(checkpoint, path)
 
-    def _follow(self, where: SaveSide) -> None:
-        """The part of another rank of worker 0 than the first in :meth:`_take_moment`."""
-        if self._moment is None:
+    def _mirror_cut(self, where: SaveCheckpointShard) -> None:
+        """:meth:`_enter_cut` on another rank of worker 0 than the first."""
+        if self._cut is None:
             with self._worker.cut(where):
-                self._moment = {}
+                self._cut = {}
 
     @cached_property
     def _io(self) -> CheckpointIO:
@@ -128,12 +134,12 @@ class JobCheckpoints:
             return AsyncCheckpointIO(_LeaderFile(io.checkpoint_io, self.files, self._background))
         return _LeaderFile(io, self.files, self._background)
 
-    def _take_moment(self, where: SaveSide) -> dict[str, Any]:
-        """This library's entry in a checkpoint of now, or of the moment that the others have saved already."""
-        if self._moment is not None:
-            before: SaveSide = self._moment["where"]
-            self._worker.send(SaveSideAgain(where.path, where.checkpoint_id, before.path, before.checkpoint_id))
-            entry: dict[str, Any] = self._moment["entry"]
+    def _enter_cut(self, where: SaveCheckpointShard) -> dict[str, Any]:
+        """This library's entry in a checkpoint of a new cut, or of the cut that the others have saved already."""
+        if self._cut is not None:
+            before: SaveCheckpointShard = self._cut["where"]
+            self._worker.send(LinkCheckpointShard(where.path, where.checkpoint_id, before.path, before.checkpoint_id))
+            entry: dict[str, Any] = self._cut["entry"]
             return entry
         fetches = self._fetches()  # the other ranks of worker 0 follow until the cut
         saved = self._worker.saved_state
@@ -149,18 +155,18 @@ class JobCheckpoints:
                 "scheduler_steps": self._fit.scheduler_steps,
                 "fetches": fetches,
             }
-        self._moment = {"where": where, "entry": entry}
+        self._cut = {"where": where, "entry": entry}
         return entry
 
-    def forget_moment(self) -> None:
+    def forget_cut(self) -> None:
         """Require a new cut for the next checkpoint."""
-        self._moment = None
+        self._cut = None
         self._tensors = {}
 
-    def hear_saved(self, worker: int, message: SideSaved) -> None:
-        """Worker 0 is told that a worker has written its side."""
+    def hear_saved_shard(self, worker: int, message: CheckpointShardSaved) -> None:
+        """Worker 0 is told that a worker has written its shard."""
         record = FileRecord(message.size, message.crc32)
-        self._background.submit(self.files.part_written, message.checkpoint_id, worker, record)
+        self._background.submit(self.files.shard_written, message.checkpoint_id, worker, record)
 
     def _tell_replaced(self, path: str, checkpoint_id: str | None) -> None:
         if self._fit.phase is Phase.MEETING:
@@ -170,11 +176,11 @@ class JobCheckpoints:
 
     # ---- the other workers ------------------------------------------------------------------------------------------
 
-    def save_part(self, what: Cut) -> None:
-        """Save this worker's side of the checkpoint that worker 0 writes."""
+    def save_shard(self, what: Cut) -> None:
+        """Save this worker's shard of the checkpoint that worker 0 writes."""
         saved = self._worker.saved_state
-        assert saved is not None and isinstance(what, SaveSide)
-        part = {
+        assert saved is not None and isinstance(what, SaveCheckpointShard)
+        state = {
             "worker": saved.local_state_dict(),
             "scheduler_steps": self._fit.scheduler_steps,
             "fetches": self._fetches(),
@@ -184,50 +190,50 @@ class JobCheckpoints:
             checkpoint = dump_checkpoint(trainer)
         precision = type(trainer.precision_plugin).__qualname__
         own = {key: checkpoint[key] for key in (*_OWN, precision) if key in checkpoint}
-        side = apply_to_collection(part | {"checkpoint": own}, Tensor, _copied)  # training continues meanwhile
-        self._background.submit(self._write_part, what, side)
+        shard = apply_to_collection(state | {"checkpoint": own}, Tensor, _copied)  # training continues meanwhile
+        self._background.submit(self._write_shard, what, shard)
         if self._ending:  # messages after this worker's last header are lost
             self._background.wait()
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
-        self._saving_side = True
+        self._saving_shard = True
         try:
             yield
         finally:
-            self._saving_side = False
+            self._saving_shard = False
 
-    def _write_part(self, what: SaveSide, side: dict[str, Any]) -> None:
+    def _write_shard(self, what: SaveCheckpointShard, shard: dict[str, Any]) -> None:
         try:
-            record = self._sides.write(what.path, what.checkpoint_id, side)
+            record = self._shard_files.write(what.path, what.checkpoint_id, shard)
         except OSError as error:
             raise OSError(
-                f"Worker {self._fit.place.worker_rank} could not write its side of the checkpoint {what.path}: "
+                f"Worker {self._fit.place.worker_rank} could not write its shard of the checkpoint {what.path}: "
                 f"{error}. Go on from the one before it, which is still there."
             ) from error
         self._tell_saved(what.checkpoint_id, record)
 
-    def save_part_again(self, what: SaveSideAgain) -> None:
-        """Make this worker's side of one checkpoint that of another one as well, which worker 0 has just written."""
+    def link_shard(self, what: LinkCheckpointShard) -> None:
+        """Use this worker's shard of one checkpoint also for another one, which worker 0 has just written."""
         if self._worker.saved_state is not None:
-            self._background.submit(self._link_part, what)
+            self._background.submit(self._link_shard, what)
 
-    def _link_part(self, what: SaveSideAgain) -> None:
-        record = self._sides.link(what.saved_path, what.saved_id, what.path, what.checkpoint_id)
+    def _link_shard(self, what: LinkCheckpointShard) -> None:
+        record = self._shard_files.link(what.saved_path, what.saved_id, what.path, what.checkpoint_id)
         self._tell_saved(what.checkpoint_id, record)
 
     def _tell_saved(self, checkpoint_id: str, record: FileRecord) -> None:
         if self._fit.worker is not None:
-            self._fit.worker.send(SideSaved(checkpoint_id, record.size, record.crc32))
+            self._fit.worker.send(CheckpointShardSaved(checkpoint_id, record.size, record.crc32))
 
     def forget_replaced(self, what: CheckpointReplaced) -> None:
-        """Worker 0 has told that a checkpoint is whole, or that all of a name are gone: older sides go, here too."""
+        """Delete older shards: worker 0 has told that a checkpoint is complete, or that all of a name are gone."""
         if self._worker.saved_state is None:
             return
         if what.checkpoint_id is None:
-            self._background.submit(self._sides.forget, what.path)
+            self._background.submit(self._shard_files.forget, what.path)
         else:
-            self._background.submit(self._sides.forget_older, what.path, what.checkpoint_id)
+            self._background.submit(self._shard_files.forget_older, what.path, what.checkpoint_id)
 
     # ---- all --------------------------------------------------------------------------------------------------------
 
@@ -272,7 +278,7 @@ class JobCheckpoints:
 
 
 class _LeaderFile(WrappingCheckpointIO):
-    """Writes a Lightning file to where worker 0's side belongs, and enters it in the books.
+    """Writes a Lightning file to where worker 0's shard belongs, and enters it in the books.
 
     Args:
         checkpoint_io: the plugin that writes the file.
@@ -298,7 +304,7 @@ class _LeaderFile(WrappingCheckpointIO):
 
 
 def is_local(path: Any) -> bool:
-    """Whether the other workers' sides can be written beside it."""
+    """Whether the other workers' shards can be written beside it."""
     return "://" not in str(path)
 
 

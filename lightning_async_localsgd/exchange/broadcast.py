@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_async_localsgd.exchange.transport import Transport
 
-__all__ = ["as_bytes", "from_bytes", "share"]
+__all__ = ["as_bytes", "broadcast", "from_bytes"]
 
 _CHUNK = 1 << 20
 """Bytes of a message, which `timeout` applies to."""
@@ -24,7 +24,7 @@ _UNDER_WAY = 4
 
 
 @torch.no_grad()
-def share(transport: Transport, tensors: Mapping[str, Tensor], rank: int, size: int, root: int = 0) -> None:
+def broadcast(transport: Transport, tensors: Mapping[str, Tensor], rank: int, size: int, root: int = 0) -> None:
     """Give every worker the values of worker ``root``. Called by all at the same time.
 
     Where all have the same bits, nothing is sent but a hash. What differs is sent to all in chunks, and each chunk has

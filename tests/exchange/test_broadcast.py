@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_async_localsgd.exchange.share import as_bytes, from_bytes, share
+from lightning_async_localsgd.exchange.broadcast import as_bytes, broadcast, from_bytes
 from lightning_async_localsgd.exchange.transport import GlooTransport
 from lightning_async_localsgd.membership import Roster
 from tests.hosts import alone, run_together, why_not
@@ -40,9 +40,9 @@ def give(rank: int, size: int, root: int) -> Any:
     roster = Roster.introduce(job_store(), rank, size, {}, timeout)
     transport = GlooTransport(job_store(), roster, timeout)
     tensors = tensors_of(rank)
-    share(transport, tensors, rank, size, root)
+    broadcast(transport, tensors, rank, size, root)
     sent, received = transport.bytes_sent, transport.bytes_received
-    share(transport, tensors_of(root) | {"grown": torch.zeros(3)}, rank, size, root)  # now all are equal
+    broadcast(transport, tensors_of(root) | {"grown": torch.zeros(3)}, rank, size, root)  # now all are equal
     again = transport.bytes_sent - sent
     return {name: tensor.tolist() for name, tensor in tensors.items()}, sent, received, again
 
