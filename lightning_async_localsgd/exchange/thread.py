@@ -59,7 +59,7 @@ _SAMPLE = 1 << 16  # elements, about
 _RECENT = 5  # exchanges whose median is told
 _TRAILING_TURNS = 4
 """An exchange of a worker that trails may take two rounds, where another's has to be over in half a round. So it tells
-that part of the time: what is derived from it (codec, H, rate of turns) then fits both."""
+that part of the time: codec, H and rate of turns, which are derived from it, then fit both."""
 
 
 class _Exchange(NamedTuple):

@@ -75,7 +75,7 @@ class AsyncLocalSGDStrategy(ProcessWorldStrategy):
         worker_size: n consecutive ranks form one worker, which trains as under DDP (with the further arguments of this
             strategy): its batch is n times as large. Its first rank takes part in the exchange.
         codec: form of deltas on the wire: ``"fp32"``, ``"bf16"``, ``"int8"``, ``"int4"``, ``"e3m0"``, ``"topk"`` or a
-            codec object. ``"auto"``: the widest of the first four with which an exchange fits into half a round.
+            codec object. ``"auto"``: the widest of the first four with which an exchange takes a tenth of a round.
         exchange: ``"reduce"``: deltas are added up on their way, so that traffic does not grow with the number of
             workers. ``"gather"``: each goes to every worker. ``"auto"``: ``"reduce"``, unless single deltas are needed.
         turns_per_round: maximum number of exchanges that pushes open in a round of the fastest; "auto": by their time.
