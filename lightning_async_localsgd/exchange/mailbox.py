@@ -84,6 +84,7 @@ class Mailbox:
         self._condition = threading.Condition()
         self._state_lock = threading.Lock()
         self._counts = (0, 0.0, 0.0, False)  # what `report` and `begin_step` tell; assigned whole
+        self._step_uncounted = False  # the header of the turn under way tells of no step that is being made
         self._flags = Flag.NONE
         self._outbox: deque[Message] = deque()
         self._inbox: deque[tuple[int, Message]] = deque()
@@ -127,9 +128,18 @@ class Mailbox:
         """
         self._counts = (steps, speed, hold_open_seconds, False)
 
-    def begin_step(self) -> None:
-        """Tell that another step will be made for certain, whatever the next turn says."""
+    def begin_step(self, decided_on: Progress) -> bool:
+        """Tell that another step will be made for certain, whatever the next turn says.
+
+        Args:
+            decided_on: the progress by which the step was decided on.
+
+        Returns:
+            False if a turn since then counts on no such step: its header was taken before this call.
+        """
         self._counts = (*self._counts[:3], True)
+        uncounted = self._step_uncounted  # read first: `publish` writes it last
+        return not uncounted and self._progress is decided_on
 
     @property
     def push_wanted(self) -> bool:
@@ -328,7 +338,9 @@ class Mailbox:
         message = self._outbox.popleft() if self._outbox else None
         self._news = bool(self._outbox)
         flags = self._flags & ~Flag.FINAL if self._outbox or self._push is not None else self._flags
+        self._step_uncounted = True  # written before the counts are read: see `begin_step`
         steps, speed, _, stepping = self._counts
+        self._step_uncounted = not stepping
         return Live(steps, speed, flags | Flag.STEPPING if stepping else flags, message)
 
     def publish(
@@ -341,6 +353,7 @@ class Mailbox:
         """Give the training thread the outcome of a turn."""
         with self._condition:
             self._progress = progress
+            self._step_uncounted = False
             self.published_at = time.monotonic()
             self._updates.extend(updates)
             self._inbox.extend((worker, message) for worker, message in messages if not isinstance(message, Cut))

@@ -210,6 +210,17 @@ class Rounds:
         """Whether a step is left for this worker in its share of the budget."""
         return self._open_end or progress.caps is None or self.local_steps < progress.caps[self.rank]
 
+    def may_be_spent(self, progress: Progress) -> bool:
+        """Whether another turn may leave this worker without a step, if it does not count one that is being made.
+
+        Args:
+            progress: shared progress before that turn.
+        """
+        if progress.caps is None or self._open_end or not self._shared_budget:
+            return False
+        left = progress.caps[self.rank] - self.local_steps
+        return left * progress.round_steps[self.rank] < 2 * sum(progress.round_steps)  # of what is left, its share
+
     @property
     def may_get_more(self) -> bool:
         """Whether the worker's share may grow, if others leave steps of theirs."""

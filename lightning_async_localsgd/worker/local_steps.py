@@ -50,6 +50,7 @@ class LocalSteps:
         self._replica = replica
         self._mailbox = mailbox
         self._after_wait = after_wait
+        self._decided_on = mailbox.progress
         self._pauses = 0
 
     def begin(self, exchange: ExchangeThread) -> None:
@@ -57,7 +58,7 @@ class LocalSteps:
         progress = self._mailbox.progress
         self.trip.report()  # a turn may open before this worker's first step has ended
         if not self._rounds.budget_spent(progress):
-            self._mailbox.begin_step()
+            self._mailbox.begin_step(progress)
         self._replica.synchronize()  # from here on the other thread moves the global state
         exchange.start()
         if not self._overlap:
@@ -83,15 +84,27 @@ class LocalSteps:
         """Do what is to be done until the next local step; returns whether there is one."""
         self.trip.report()
         running = self._execute(self._decide_after_step)
+        while running and not self._begin_step():
+            running = self._execute(self._decide_after_wait)
         self.steps_made = self._rounds.steps_made(self._mailbox.progress)
         if self._rounds.round_steps == 0:  # what came between two rounds was waiting
             self.trip.begin_round()
-        if running:
-            self._mailbox.begin_step()
         seconds = self.trip.speed_meter.resume()
         if running:  # else it was the end of the run that this worker waited for, not its next step
             self.blocked_seconds += seconds
         return running
+
+    def _begin_step(self) -> bool:
+        """Tell that another step is being made; returns whether there is one.
+
+        A turn may have taken this worker's header since the step was decided on. It does not count the step, and may
+        give the last of the budget to others. Where that is possible, its outcome is waited for.
+        """
+        if self._mailbox.begin_step(self._decided_on) or not self._rounds.may_be_spent(self._decided_on):
+            return True
+        self.trip.report()
+        self._wait(Reason.BUDGET, self._decided_on)
+        return False
 
     def finish(self) -> None:
         """Make the last push, and wait for the others."""
@@ -126,7 +139,7 @@ class LocalSteps:
         """Execute the machine's actions up to the next step; returns whether there is one."""
         idle = False
         while True:
-            progress = self._mailbox.progress
+            progress = self._decided_on = self._mailbox.progress
             action = decide(progress)
             if isinstance(action, Push):
                 self.trip.push_last() if action.last else self.trip.push()

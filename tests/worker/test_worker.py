@@ -19,9 +19,11 @@ import torch
 from torch import nn
 
 from lightning_async_localsgd import RunSummary, Settings, Worker
+from lightning_async_localsgd.exchange import Mailbox
 from lightning_async_localsgd.exchange.transport import GlooTransport
 from lightning_async_localsgd.protocol.header import HEADER_BYTES, Header
 from lightning_async_localsgd.protocol.pace import DynamicLocalUpdates
+from lightning_async_localsgd.protocol.progress import Progress
 from lightning_async_localsgd.protocol.speed_meter import SpeedMeter
 from lightning_async_localsgd.worker.round_trip import RoundTrip
 from tests.modules import SPEEDS, Batches, make_net
@@ -92,6 +94,26 @@ def test_all_workers_end_with_the_same_bits(overlap: bool, quorum: int, codec: s
     assert sum(end[3] for end in ends) == summaries[0].total_local_steps == sum(summaries[0].local_steps)
     assert 0 <= summaries[0].total_local_steps - 120 <= 10
     assert sum(summary.bytes_sent for summary in summaries) == sum(summary.bytes_received for summary in summaries)
+
+
+def spend(rank: int, size: int, max_steps: int) -> int:
+    """Train, while turns take this worker's header between the decision on a step and its beginning."""
+    begin = Mailbox.begin_step
+
+    def begin_late(mailbox: Mailbox, decided_on: Progress) -> bool:
+        mailbox.announce()
+        time.sleep(0.01)  # a turn opens
+        return begin(mailbox, decided_on)
+
+    with pytest.MonkeyPatch.context() as monkey:
+        monkey.setattr(Mailbox, "begin_step", begin_late)
+        settings = Settings(local_steps=4, grace_period=0.0, timeout=timedelta(seconds=20))
+        return Loop(rank, size, settings, 0.01 * rank).run(max_steps).total_local_steps
+
+
+@pytest.mark.parametrize("max_steps", [6, 7, 8, 9])
+def test_a_step_that_a_turn_has_not_counted_is_not_made_beyond_the_budget(max_steps: int) -> None:
+    assert results(run_processes(spend, 3, 3, max_steps)) == [3 * max_steps] * 3
 
 
 def count_steps(rank: int, size: int, settings: Settings) -> Any:
