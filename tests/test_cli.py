@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from PIL import Image
 
 import lightning_async_localsgd
 from lightning_async_localsgd.cli import main
+from tests.scripts import Started
 
 TINY = ["--vocab-size", "300", "--width", "16", "--layers", "1", "--heads", "2", "--context", "16", "--batch-size", "4"]
 JOB = ["--local-steps", "4", "--evaluate-every", "6", "--speeds", "2", "1"]
@@ -266,20 +268,20 @@ def test_what_the_docs_install_is_there() -> None:
 def test_whoever_interrupts_a_run_gets_what_there_was_until_then(
     number: signal.Signals, code: int, simulate: list[str], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "lightning_async_localsgd", *simulate, "--max-steps", "1000000"]
+    script = tmp_path / "script.py"
+    script.write_text("import runpy\nrunpy.run_module('lightning_async_localsgd', run_name='__main__')\n")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    seen = b""
-    while b"version=" not in seen:  # the bar has shown a round
-        read = process.stderr.read1()
-        assert read, seen
-        seen += read
-    process.send_signal(number)
-    process.send_signal(number)  # somebody is impatient
-    printed, errors = process.communicate(timeout=120)
-    assert process.returncode == code and b"Traceback" not in errors
-    assert b"unfinished" in printed
+    command = Started(script, environment, [*simulate, "--max-steps", "1000000"])
+    try:
+        while "version=" not in command.output:  # the bar has shown a round
+            assert command.running, command.output
+            time.sleep(0.05)
+        command.send_signal(number)
+        command.send_signal(number)  # somebody is impatient
+    finally:
+        returned, printed = command.end(120)
+    assert returned == code and "Traceback" not in printed
+    assert "unfinished" in printed
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["finished"] is False
     assert 0 < result["total_local_steps"] < 2_000_000
