@@ -406,9 +406,9 @@ def saving_adapters(rank: int, size: int, folder: str) -> None:
 def test_what_hooks_save_of_the_module_is_the_global_model(tmp_path: Path) -> None:
     results(run_processes(saving_adapters, 2, 2, str(tmp_path)))
     saved = [torch.load(path, weights_only=False) for path in tmp_path.glob("step=*.ckpt")]
-    moments = [s for s in saved if s["version"] > 0 and "state" in s["async_localsgd"]]
-    assert moments
-    for checkpoint in moments:
+    in_the_run = [s for s in saved if s["version"] > 0 and "state" in s["async_localsgd"]]
+    assert in_the_run
+    for checkpoint in in_the_run:
         in_the_log = checkpoint["async_localsgd"]["state"]["global"]["tensors"]
         assert len(checkpoint["state_dict"]) == 2
         assert all(torch.equal(tensor, in_the_log[name]) for name, tensor in checkpoint["state_dict"].items())
