@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler, TensorDataset
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
-from tests.modules import FEATURES, Record, Regression, make_trainer, regression_data, stream, whole_checkpoints
+from tests.modules import FEATURES, Record, Regression, complete_checkpoints, make_trainer, regression_data, stream
 from tests.processes import results, run_processes
 
 SAMPLES = 102
@@ -314,7 +314,7 @@ def save_and_resume(
 @pytest.mark.parametrize(("loader", "workers"), [("shuffled", 2), ("shuffled", 3), ("in processes", 2)])
 def test_a_resumed_epoch_repeats_no_sample(tmp_path: Path, loader: str, workers: int) -> None:
     first = results(run_processes(save_and_resume, 2, 2, str(tmp_path), None, {}, loader))
-    checkpoints = whole_checkpoints(tmp_path)
+    checkpoints = complete_checkpoints(tmp_path)
     assert len(checkpoints) >= 2
     for number, checkpoint in enumerate(checkpoints[:2]):
         before = [notes[number] for _, notes, *_ in first]
@@ -331,7 +331,7 @@ def test_a_resumed_epoch_repeats_no_sample(tmp_path: Path, loader: str, workers:
 @pytest.mark.parametrize("pauses", [(0.004, 0.02), (0.02, 0.004)])
 def test_a_checkpoint_at_the_end_of_an_epoch_repeats_no_sample(tmp_path: Path, pauses: tuple[float, float]) -> None:
     first = results(run_processes(save_and_resume, 2, 2, str(tmp_path), None, {}, "shuffled", pauses, None))
-    checkpoint = next(path for path in whole_checkpoints(tmp_path) if path.name.startswith("epoch=0"))
+    checkpoint = next(path for path in complete_checkpoints(tmp_path) if path.name.startswith("epoch=0"))
     before = [(notes[0],) for _, notes, *_ in first]
     ends = results(
         run_processes(save_and_resume, 2, 2, f"{tmp_path}/again", str(checkpoint), {}, "shuffled", pauses, None)
