@@ -109,7 +109,7 @@ def checkpoints(folder: str | Path) -> list[Path]:
     return sorted(Path(folder).glob("step=*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
 
 
-def whole_checkpoints(folder: str | Path) -> list[Path]:
+def complete_checkpoints(folder: str | Path) -> list[Path]:
     """The checkpoints of a run that all workers have written, in the order in which worker 0 has saved them."""
     # Their ids end with a number; the files' times are too coarse to tell two apart that become complete together.
     manifests = sorted(Path(folder).glob("*.workers/*/manifest.json"), key=lambda p: int(p.parent.name.split("-")[-1]))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
-from tests.modules import FEATURES, Regression, regression_data, stream, whole_checkpoints
+from tests.modules import FEATURES, Regression, complete_checkpoints, regression_data, stream
 from tests.processes import results, run_processes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -111,7 +111,7 @@ def test_two_workers_share_a_gpu(tmp_path: Path, precision: str, outer_device: s
         assert PRECISIONS[precision] in computed_in
         assert val_loss == pytest.approx(ends[0][-1]) and val_loss > 0
     assert abs(ends[0][0].total_local_steps - 120) <= 5
-    last = whole_checkpoints(tmp_path)[-1]
+    last = complete_checkpoints(tmp_path)[-1]
     again = results(run_processes(fit, 2, 2, f"{tmp_path}/again", str(last), precision, outer_device, timeout=150))
     assert again[0][1] == again[1][1] and torch.tensor(again[0][1]).isfinite().all()
     assert abs(again[0][0].total_local_steps - 120) <= 5

@@ -193,7 +193,7 @@ def resumed(rank: int, folder: str, from_rank: int, max_steps: int, settings: di
     job.load_state_dict(state)
     with job:
         version, own_steps, job_steps = job.worker.version, job.worker.local_steps, job.job_steps
-        assert optimizer.state_dict()["state"][0]["step"] > 0
+        assert optimizer.state_dict()["state"][0]["step"] == state["worker"]["local_steps"] > 0
         train(job, module, optimizer)
     return version, own_steps, job_steps, job.summary
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from tests.imports import run
@@ -28,5 +29,7 @@ def test_a_file_makes_blocks_to_train_on_and_others_to_test_on(tmp_path: Path) -
     data.prepare_data()
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))["tokens"]
-    assert batch.shape == (4, 17) and batch.min() >= 0 and batch.max() < 300
-    assert len(data.blocks["test"]) > 0
+    assert batch.shape == (4, 17) and batch.max() < 300
+    tokens = (data.blocks[name][:]["tokens"][:, :-1].flatten().tolist() for name in ("train", "test"))
+    trained_on, tested_on = (set(re.findall(r"line (\d+) of", data.tokenizer.decode(each))) for each in tokens)
+    assert len(trained_on) > len(tested_on) > 50 and not trained_on & tested_on

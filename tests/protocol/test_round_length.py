@@ -82,7 +82,7 @@ def test_real_workers_agree_on_it(method: str, max_steps: int | None) -> None:
     ends = results(run_processes(choosing, 3, 3, settings, max_steps))
     assert len({summary.digest for summary, _ in ends}) == 1
     assert len({summary.round_length for summary, _ in ends}) == 1
-    assert 1 <= ends[0][0].round_length <= 1000
+    assert ends[0][0].round_length >= (3 if max_steps == 120 else 5)  # the best for learning, or cheaper ones
     if method == "sync" and max_steps is not None:
         assert len(set(ends[0][0].local_steps)) == 1  # all make the same rounds, whenever they hear of another length
 

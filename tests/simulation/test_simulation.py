@@ -351,7 +351,8 @@ def test_workers_join_and_leave() -> None:
     lost = result.local_steps[3] - sum(update.local_steps for update in result.updates if update.worker == 3)
     assert 0 < lost < 5  # what it had not pushed
     assert final(result).item() == 120 - lost
-    assert result.local_steps[2] > 0
+    present = result.seconds - 20
+    assert 0.9 * present <= result.local_steps[2] <= present
 
 
 def test_who_is_still_to_come_finds_the_work_that_all_others_have_left() -> None:
@@ -442,7 +443,8 @@ def test_ended_early_it_keeps_what_there_is() -> None:
     with pytest.raises(KeyboardInterrupt):
         simulation.run()
     result = simulation.result()
-    assert len(result.rounds) == 7 and result.seconds > 0
+    assert len(result.rounds) == 7 and result.seconds == max(r.adopted for r in result.rounds)
+    assert result.state_dict.keys() == module.state_dict().keys()
     for name, tensor in result.state_dict.items():
         assert torch.equal(module.state_dict()[name], tensor)
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy, make_method
 from lightning_async_localsgd.trainer.checkpoints.files import CompleteCheckpoint, find_complete
-from tests.modules import FEATURES, Regression, checkpoints, make_trainer, regression_data, stream, whole_checkpoints
+from tests.modules import FEATURES, Regression, checkpoints, complete_checkpoints, make_trainer, regression_data, stream
 from tests.processes import results, run_processes
 
 
@@ -95,7 +95,7 @@ def unequal(rank: int, size: int, folder: str, ckpt: str | None, max_steps: int 
 
 def test_unequal_workers_resume_from_their_own_sides(tmp_path: Path) -> None:
     results(run_processes(unequal, 2, 2, str(tmp_path), None))
-    last = whole_checkpoints(tmp_path)[-1]
+    last = complete_checkpoints(tmp_path)[-1]
     saved = torch.load(last, weights_only=True)["async_localsgd"]
     shard = torch.load(next(last.with_name(f"{last.name}.workers").glob("*/worker-1.pt")), weights_only=True)
     ends = results(run_processes(unequal, 2, 2, str(tmp_path / "again"), str(last)))
@@ -166,7 +166,7 @@ def in_background(rank: int, size: int, folder: str, ckpt: str | None) -> Any:
     return parameters(module), plan.job_steps, len(io.threads), threading.main_thread() in io.threads
 
 
-def test_lightnings_background_writing_makes_whole_checkpoints(tmp_path: Path) -> None:
+def test_lightnings_background_writing_makes_complete_checkpoints(tmp_path: Path) -> None:
     ends = results(run_processes(in_background, 2, 2, str(tmp_path), None))
     threads, by_training_thread = ends[0][2:]
     assert threads > 0 and not by_training_thread
@@ -178,7 +178,7 @@ def test_lightnings_background_writing_makes_whole_checkpoints(tmp_path: Path) -
 
 def test_another_number_of_workers_goes_on_from_the_global_state(tmp_path: Path) -> None:
     results(run_processes(unequal, 2, 2, str(tmp_path), None))
-    last = whole_checkpoints(tmp_path)[-1]
+    last = complete_checkpoints(tmp_path)[-1]
     saved = torch.load(last, weights_only=True)["async_localsgd"]
     ends = results(run_processes(unequal, 3, 3, str(tmp_path / "again"), str(last)))
     for values, summary, *_ in ends:
@@ -277,7 +277,7 @@ def test_workers_that_have_unfrozen_different_layers_resume_each_with_its_own(tm
 
 def test_an_incomplete_checkpoint_falls_back_and_says_so(tmp_path: Path) -> None:
     results(run_processes(unequal, 2, 2, str(tmp_path), None))
-    last = whole_checkpoints(tmp_path)[-1]
+    last = complete_checkpoints(tmp_path)[-1]
     shutil.rmtree(f"{last}.workers")
     ends = results(run_processes(unequal, 2, 2, str(tmp_path / "again"), str(last)))
     assert "does not have every worker's shard" in ends[0][2][0]
@@ -407,9 +407,9 @@ def saving_adapters(rank: int, size: int, folder: str) -> None:
 def test_what_hooks_save_of_the_module_is_the_global_model(tmp_path: Path) -> None:
     results(run_processes(saving_adapters, 2, 2, str(tmp_path)))
     saved = [torch.load(path, weights_only=False) for path in tmp_path.glob("step=*.ckpt")]
-    moments = [s for s in saved if s["version"] > 0 and "state" in s["async_localsgd"]]
-    assert moments
-    for checkpoint in moments:
+    in_the_run = [s for s in saved if s["version"] > 0 and "state" in s["async_localsgd"]]
+    assert in_the_run
+    for checkpoint in in_the_run:
         in_the_log = checkpoint["async_localsgd"]["state"]["global"]["tensors"]
         assert len(checkpoint["state_dict"]) == 2
         assert all(torch.equal(tensor, in_the_log[name]) for name, tensor in checkpoint["state_dict"].items())

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler, TensorDataset
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
-from tests.modules import FEATURES, Record, Regression, make_trainer, regression_data, stream, whole_checkpoints
+from tests.modules import FEATURES, Record, Regression, complete_checkpoints, make_trainer, regression_data, stream
 from tests.processes import results, run_processes
 
 SAMPLES = 102
@@ -121,7 +121,9 @@ def test_each_sample_is_drawn_once_per_epoch(loader: str) -> None:
 
 def test_accumulation_ends_with_the_epoch() -> None:
     ends = results(run_processes(train, 2, 2, "shuffled", (0.002, 0.01), {"accumulate_grad_batches": 4}))
-    for samples in together(ends).values():
+    epochs = together(ends)
+    assert set(epochs) == {0, 1, 2}
+    for samples in epochs.values():
         assert sorted(samples) == list(range(SAMPLES))
     for rank, (trained, summary, *_) in enumerate(ends):
         batches = [-(-len([e for e, _ in trained if e == epoch]) // 4) for epoch in range(3)]
@@ -131,7 +133,9 @@ def test_accumulation_ends_with_the_epoch() -> None:
 @pytest.mark.parametrize(("limit", "batches"), [(5, 10), (0.5, 12)])
 def test_limited_epochs_are_shared_too(limit: float, batches: int) -> None:
     ends = results(run_processes(train, 2, 2, "shuffled", (0.002, 0.01), {"limit_train_batches": limit}))
-    for samples in together(ends).values():
+    epochs = together(ends)
+    assert set(epochs) == {0, 1, 2}
+    for samples in epochs.values():
         assert len(samples) == len(set(samples)) == 4 * batches
 
 
@@ -202,7 +206,9 @@ def combined(rank: int, size: int, mode: str) -> Any:
 
 @pytest.mark.parametrize("mode", ["max_size_cycle", "max_size", "min_size"])
 def test_several_loaders_are_shared_too(mode: str) -> None:
-    for samples in together(results(run_processes(combined, 2, 2, mode))).values():
+    epochs = together(results(run_processes(combined, 2, 2, mode)))
+    assert set(epochs) == {0, 1}
+    for samples in epochs.values():
         long = Counter(s for s in samples if s < 1000)
         short = Counter(s for s in samples if s >= 1000)
         assert max(long.values()) == 1
@@ -268,8 +274,9 @@ def split_by_node(rank: int, size: int) -> Any:
 
 
 def test_an_iterable_data_set_split_by_node_is_each_workers_part() -> None:
-    ends = results(run_processes(split_by_node, 2, 2))
-    for samples in together(ends).values():
+    epochs = together(results(run_processes(split_by_node, 2, 2)))
+    assert set(epochs) == {0, 1}
+    for samples in epochs.values():
         assert sorted(samples) == list(range(SAMPLES))
 
 
@@ -307,7 +314,7 @@ def save_and_resume(
 @pytest.mark.parametrize(("loader", "workers"), [("shuffled", 2), ("shuffled", 3), ("in processes", 2)])
 def test_a_resumed_epoch_repeats_no_sample(tmp_path: Path, loader: str, workers: int) -> None:
     first = results(run_processes(save_and_resume, 2, 2, str(tmp_path), None, {}, loader))
-    checkpoints = whole_checkpoints(tmp_path)
+    checkpoints = complete_checkpoints(tmp_path)
     assert len(checkpoints) >= 2
     for number, checkpoint in enumerate(checkpoints[:2]):
         before = [notes[number] for _, notes, *_ in first]
@@ -324,12 +331,14 @@ def test_a_resumed_epoch_repeats_no_sample(tmp_path: Path, loader: str, workers:
 @pytest.mark.parametrize("pauses", [(0.004, 0.02), (0.02, 0.004)])
 def test_a_checkpoint_at_the_end_of_an_epoch_repeats_no_sample(tmp_path: Path, pauses: tuple[float, float]) -> None:
     first = results(run_processes(save_and_resume, 2, 2, str(tmp_path), None, {}, "shuffled", pauses, None))
-    checkpoint = next(path for path in whole_checkpoints(tmp_path) if path.name.startswith("epoch=0"))
+    checkpoint = next(path for path in complete_checkpoints(tmp_path) if path.name.startswith("epoch=0"))
     before = [(notes[0],) for _, notes, *_ in first]
     ends = results(
         run_processes(save_and_resume, 2, 2, f"{tmp_path}/again", str(checkpoint), {}, "shuffled", pauses, None)
     )
-    for samples in together([*before, *ends]).values():
+    epochs = together([*before, *ends])
+    assert set(epochs) == {0, 1}
+    for samples in epochs.values():
         assert sorted(samples) == list(range(SAMPLES))
 
 

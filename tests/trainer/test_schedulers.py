@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader
@@ -52,7 +53,7 @@ def test_schedules_that_the_module_steps_count_the_steps_of_the_job() -> None:
     for counts, rate, types in results(run_processes(by_hand, 2, 2)):
         # A call of its own may be a step early or late, but for the steps after this worker's last one.
         assert all(0.7 * STEPS <= count <= STEPS for count in counts)
-        assert rate >= 0
+        assert rate == pytest.approx(1 - counts[1] / STEPS)
         assert types == [OneCycleLR, LambdaLR]  # they are the user's own again
 
 
