@@ -284,6 +284,6 @@ def test_whoever_interrupts_a_run_gets_what_there_was_until_then(
     assert "unfinished" in printed
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["finished"] is False
-    assert 0 < result["total_local_steps"] < 2_000_000
+    assert result["total_local_steps"] >= sum(round_["local_steps"] for round_ in result["rounds"]) > 0
     assert len(rows(tmp_path / "out" / "rounds.csv")) == len(result["rounds"]) > 0
     assert (tmp_path / "out" / "run.png").stat().st_size > 0

@@ -138,7 +138,7 @@ class Reduce:
         target: the vector that sums are written to.
         parameters: number of its elements that hold parameters, before those that hold buffers.
         feedback: takes up the errors of both hops.
-        parts: the share of the vector that each worker owns.
+        shares: the share of the vector that each worker owns.
     """
 
     def __init__(
@@ -148,13 +148,13 @@ class Reduce:
         target: Tensor,
         parameters: int,
         feedback: ErrorFeedback,
-        parts: Sequence[float],
+        shares: Sequence[float],
     ) -> None:
         self._transport = transport
         self._rank = rank
         self._vector = WireVector(target, parameters, feedback)
-        self._slices = owned_slices(target.numel(), parts)
-        self.trailing = frozenset(worker for worker, part in enumerate(parts) if part == 0)
+        self._slices = owned_slices(target.numel(), shares)
+        self.trailing = frozenset(worker for worker, share in enumerate(shares) if share == 0)
 
     def sums(self, groups: Sequence[Sequence[int]], own: Tensor | None, codec: Codec) -> Iterator[None]:
         """See :meth:`Trade.sums`."""

@@ -50,14 +50,14 @@ def slice_shares(links: Sequence[float]) -> list[float]:
     return [max(0.0, (t * rate - 1) / (k - 2)) if rate >= slowest else 0.0 for rate in rates]
 
 
-def owned_slices(numel: int, parts: Sequence[float]) -> list[Span]:
+def owned_slices(numel: int, shares: Sequence[float]) -> list[Span]:
     """The slice of each worker, by rank; a worker that owns nothing has an empty one.
 
     Args:
         numel: elements of the vector.
-        parts: the share of each worker. They add up to 1.
+        shares: the share of each worker. They add up to 1.
     """
     units = -(-numel // UNIT)
-    bounds = [0, *(min(numel, UNIT * round(units * part)) for part in accumulate(parts))]
+    bounds = [0, *(min(numel, UNIT * round(units * share)) for share in accumulate(shares))]
     bounds[-1] = numel
     return [Span(start, stop) for start, stop in pairwise(bounds)]

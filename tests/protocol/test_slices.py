@@ -13,10 +13,10 @@ from lightning_async_localsgd.protocol.slices import UNIT, owned_slices, slice_s
 
 @given(st.integers(1, 10**7), st.lists(st.floats(1e3, 1e9), min_size=1, max_size=40))
 def test_slices_cover_the_vector_in_rank_order(numel: int, links: list[float]) -> None:
-    parts = slice_shares(links)
-    assert sum(parts) == pytest.approx(1)
-    assert min(parts) >= 0
-    spans = owned_slices(numel, parts)
+    shares = slice_shares(links)
+    assert sum(shares) == pytest.approx(1)
+    assert min(shares) >= 0
+    spans = owned_slices(numel, shares)
     assert len(spans) == len(links)
     assert (spans[0].start, spans[-1].stop) == (0, numel)
     assert all(before.stop == after.start for before, after in pairwise(spans))
@@ -28,12 +28,12 @@ def test_no_other_cut_is_faster(rates: list[float]) -> None:
     """Workers that own something are done at the same time, which is when the fastest could be or later; the rest own
     nothing, for already without a slice they take longer."""
     links = [rate / max(rates) * 1e6 for rate in rates]
-    parts, k = slice_shares(links), len(rates)
-    times = [(1 + part * (k - 2)) / link for part, link in zip(parts, links, strict=True)]
-    done = [time for time, part in zip(times, parts, strict=True) if part > 0]
+    shares, k = slice_shares(links), len(rates)
+    times = [(1 + share * (k - 2)) / link for share, link in zip(shares, links, strict=True)]
+    done = [time for time, share in zip(times, shares, strict=True) if share > 0]
     assert max(done) == pytest.approx(min(done))
-    for time, part in zip(times, parts, strict=True):
-        assert part > 0 or time >= max(done) * (1 - 1e-9)
+    for time, share in zip(times, shares, strict=True):
+        assert share > 0 or time >= max(done) * (1 - 1e-9)
 
 
 def test_equal_links_own_equal_slices_whatever_the_noise() -> None:
@@ -42,7 +42,7 @@ def test_equal_links_own_equal_slices_whatever_the_noise() -> None:
 
 
 def test_a_link_of_a_tenth_owns_nothing() -> None:
-    parts = slice_shares([1e7, 1e7, 1e7, 1e6])
-    assert parts == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
-    spans = owned_slices(100 * UNIT, parts)
+    shares = slice_shares([1e7, 1e7, 1e7, 1e6])
+    assert shares == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
+    spans = owned_slices(100 * UNIT, shares)
     assert spans[3].start == spans[3].stop

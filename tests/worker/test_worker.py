@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_async_localsgd import RunSummary, Settings, Worker
+from lightning_async_localsgd import PeerLostError, RunSummary, Settings, Worker
 from lightning_async_localsgd.exchange import Mailbox
 from lightning_async_localsgd.exchange.transport import GlooTransport
 from lightning_async_localsgd.protocol.header import HEADER_BYTES, Header
@@ -426,12 +426,18 @@ def test_a_frozen_worker_is_named_after_the_timeout() -> None:
 
 
 def hanging(rank: int, size: int, quorum: int) -> Any:
+    store = job_store()
+
     def hang(loop: Loop) -> None:
         if rank == 0 and loop.worker.local_steps == 7:
-            threading.Event().wait(12)
+            store.wait(["noticed"], timedelta(seconds=30))
 
     settings = Settings(local_steps=5, quorum=quorum, timeout=timedelta(seconds=3))
-    return Loop(rank, size, settings, pause=0.002).run(30, hang)
+    try:
+        return Loop(rank, size, settings, pause=0.002).run(30, hang)
+    except PeerLostError:
+        store.set("noticed", "")
+        raise
 
 
 @pytest.mark.parametrize("quorum", [1, 2])
