@@ -83,7 +83,7 @@ class HeaderExchange:
         due = self._trading is not None and self._rung > self._trading
         if not (due and self._trails and self._early is None) or self._over:
             return
-        latest = self._latest
+        latest, live = self._latest, self._mailbox.take_live()
         self._early = Header(
             worker=latest.worker,
             turn=latest.turn + 1,
@@ -91,7 +91,10 @@ class HeaderExchange:
             checksum=latest.checksum,
             exchange_seconds=latest.exchange_seconds,
             exchange_cost=latest.exchange_cost,
-            **self._mailbox.take_live()._asdict(),
+            flags=live.flags,
+            steps=live.steps,
+            speed=live.speed,
+            message=live.message,
         )
         with suppress(PeerLostError):  # the exchange thread will hear of it, too
             if self._ready:

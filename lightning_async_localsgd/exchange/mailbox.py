@@ -20,7 +20,7 @@ from lightning_async_localsgd.protocol.messages import Abort, Cut, Message
 from lightning_async_localsgd.protocol.progress import OuterUpdate, Progress
 from lightning_async_localsgd.protocol.turn import PushedRound, may_push
 
-__all__ = ["Adoption", "Live", "Mailbox", "Push"]
+__all__ = ["Adoption", "Live", "Mailbox", "Push", "Standing"]
 
 _REASON_LENGTH = 900  # characters; a header has room for that many of four bytes each
 _UPDATES_KEPT = 4096  # outer updates that nobody has asked for yet; older ones are forgotten
@@ -66,6 +66,49 @@ class Live(NamedTuple):
     message: Message | None
 
 
+class Standing:
+    """How far the training thread is, told at every step without a lock: it assigns single references."""
+
+    def __init__(self) -> None:
+        self._now = (0, 0.0, 0.0, False)
+        self._uncounted = False  # the header of the turn under way tells of no step that is being made
+
+    def report(self, steps: int, speed: float, hold_open_seconds: float) -> None:
+        """Tell how far the worker is, which rides on the next header.
+
+        Args:
+            steps: local steps so far.
+            speed: local steps per second.
+            hold_open_seconds: time for which a turn that opens now is worth holding open for this worker's next push.
+        """
+        self._now = (steps, speed, hold_open_seconds, False)
+
+    def begin_step(self) -> bool:
+        """Tell that another step will be made for certain, whatever the next turn says.
+
+        Returns:
+            False if the turn under way counts on no such step: its header was taken before this call.
+        """
+        self._now = (*self._now[:3], True)
+        return not self._uncounted
+
+    @property
+    def hold_open_seconds(self) -> float:
+        """See :meth:`report`."""
+        return self._now[2]
+
+    def take(self) -> tuple[int, float, bool]:
+        """For a header: local steps, local steps per second, and whether another step is being made."""
+        self._uncounted = True  # before it is read, so that `begin_step` misses no header
+        steps, speed, _, stepping = self._now
+        self._uncounted = not stepping
+        return steps, speed, stepping
+
+    def turn_is_over(self) -> None:
+        """The turn's outcome is published."""
+        self._uncounted = False
+
+
 class Mailbox:
     """Everything that crosses between the two threads of a worker, guarded by one condition variable.
 
@@ -83,8 +126,8 @@ class Mailbox:
         """Whether the training thread wants to know each update's norm and alignment, which takes time to compute."""
         self._condition = threading.Condition()
         self._state_lock = threading.Lock()
-        self._counts = (0, 0.0, 0.0, False)  # what `report` and `begin_step` tell; assigned whole
-        self._step_uncounted = False  # the header of the turn under way tells of no step that is being made
+        self.standing = Standing()
+        """What the training thread tells at every step."""
         self._flags = Flag.NONE
         self._outbox: deque[Message] = deque()
         self._inbox: deque[tuple[int, Message]] = deque()
@@ -117,29 +160,6 @@ class Mailbox:
     def failed(self) -> bool:
         """Whether the exchange has ended by an error."""
         return self._failure.is_known
-
-    def report(self, steps: int, speed: float, hold_open_seconds: float) -> None:
-        """Tell how far the worker is, which rides on the next header.
-
-        Args:
-            steps: local steps so far.
-            speed: local steps per second.
-            hold_open_seconds: time for which a turn that opens now is worth holding open for this worker's next push.
-        """
-        self._counts = (steps, speed, hold_open_seconds, False)
-
-    def begin_step(self, decided_on: Progress) -> bool:
-        """Tell that another step will be made for certain, whatever the next turn says.
-
-        Args:
-            decided_on: the progress by which the step was decided on.
-
-        Returns:
-            False if a turn since then counts on no such step: its header was taken before this call.
-        """
-        self._counts = (*self._counts[:3], True)
-        uncounted = self._step_uncounted  # read first: `publish` writes it last
-        return not uncounted and self._progress is decided_on
 
     @property
     def push_wanted(self) -> bool:
@@ -316,7 +336,7 @@ class Mailbox:
             self._push_wanted = True
             self._condition.wait_for(
                 lambda: self._extending or not may_push(self._flags, self._push is not None) or self._failure.is_known,
-                timeout=self._counts[2],
+                timeout=self.standing.hold_open_seconds,
             )
             self._push_wanted = False
             self._failure.raise_if_known()
@@ -338,9 +358,7 @@ class Mailbox:
         message = self._outbox.popleft() if self._outbox else None
         self._news = bool(self._outbox)
         flags = self._flags & ~Flag.FINAL if self._outbox or self._push is not None else self._flags
-        self._step_uncounted = True  # written before the counts are read: see `begin_step`
-        steps, speed, _, stepping = self._counts
-        self._step_uncounted = not stepping
+        steps, speed, stepping = self.standing.take()
         return Live(steps, speed, flags | Flag.STEPPING if stepping else flags, message)
 
     def publish(
@@ -353,7 +371,7 @@ class Mailbox:
         """Give the training thread the outcome of a turn."""
         with self._condition:
             self._progress = progress
-            self._step_uncounted = False
+            self.standing.turn_is_over()
             self.published_at = time.monotonic()
             self._updates.extend(updates)
             self._inbox.extend((worker, message) for worker, message in messages if not isinstance(message, Cut))

@@ -266,7 +266,10 @@ class ExchangeThread:
             checksum=self._checksum(),
             exchange_seconds=median(e.seconds for e in self._exchanges) if self._exchanges else 0.0,
             exchange_cost=median(e.cost for e in self._exchanges) if self._exchanges else 0.0,
-            **live._asdict(),
+            flags=live.flags,
+            steps=live.steps,
+            speed=live.speed,
+            message=live.message,
         )
         pushed = None if self._pending is None else self._pending.round
         return add_round(header, pushed, finite=not self._unsendable.parameters)

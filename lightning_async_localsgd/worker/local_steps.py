@@ -58,7 +58,7 @@ class LocalSteps:
         progress = self._mailbox.progress
         self.trip.report()  # a turn may open before this worker's first step has ended
         if not self._rounds.budget_spent(progress):
-            self._mailbox.begin_step(progress)
+            self._mailbox.standing.begin_step()
         self._replica.synchronize()  # from here on the other thread moves the global state
         exchange.start()
         if not self._overlap:
@@ -100,7 +100,8 @@ class LocalSteps:
         A turn may have taken this worker's header since the step was decided on. It does not count the step, and may
         give the last of the budget to others. Where that is possible, its outcome is waited for.
         """
-        if self._mailbox.begin_step(self._decided_on) or not self._rounds.may_be_spent(self._decided_on):
+        counted = self._mailbox.standing.begin_step() and self._mailbox.progress is self._decided_on  # in this order
+        if counted or not self._rounds.may_be_spent(self._decided_on):
             return True
         self.trip.report()
         self._wait(Reason.BUDGET, self._decided_on)

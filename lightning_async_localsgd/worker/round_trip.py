@@ -67,7 +67,7 @@ class RoundTrip:
         """Tell the exchange thread how this worker stands."""
         progress = self._mailbox.progress
         speed = self.speed_meter.speed(progress.round_steps[self._rank])
-        self._mailbox.report(self._rounds.local_steps, speed, self._rounds.hold_open_seconds(progress, speed))
+        self._mailbox.standing.report(self._rounds.local_steps, speed, self._rounds.hold_open_seconds(progress, speed))
 
     # ---- pushes -----------------------------------------------------------------------------------------------------
 

@@ -94,7 +94,7 @@ def test_nobody_waits_for_a_training_thread_that_has_left() -> None:
 
 def test_a_turn_is_held_open_for_a_push_that_is_about_to_come() -> None:
     mailbox = Mailbox(PROGRESS)
-    mailbox.report(steps=4, speed=1.0, hold_open_seconds=60.0)
+    mailbox.standing.report(steps=4, speed=1.0, hold_open_seconds=60.0)
     exchange = threading.Thread(target=mailbox.wait_for_push, daemon=True)
     exchange.start()
     exchange.join(0.1)

@@ -19,11 +19,10 @@ import torch
 from torch import nn
 
 from lightning_async_localsgd import PeerLostError, RunSummary, Settings, Worker
-from lightning_async_localsgd.exchange import Mailbox
+from lightning_async_localsgd.exchange.mailbox import Standing
 from lightning_async_localsgd.exchange.transport import GlooTransport
 from lightning_async_localsgd.protocol.header import HEADER_BYTES, Header
 from lightning_async_localsgd.protocol.pace import DynamicLocalUpdates
-from lightning_async_localsgd.protocol.progress import Progress
 from lightning_async_localsgd.protocol.speed_meter import SpeedMeter
 from lightning_async_localsgd.worker.round_trip import RoundTrip
 from tests.modules import SPEEDS, Batches, make_net
@@ -98,17 +97,18 @@ def test_all_workers_end_with_the_same_bits(overlap: bool, quorum: int, codec: s
 
 def spend(rank: int, size: int, max_steps: int) -> int:
     """Train, while turns take this worker's header between the decision on a step and its beginning."""
-    begin = Mailbox.begin_step
+    begin = Standing.begin_step
 
-    def begin_late(mailbox: Mailbox, decided_on: Progress) -> bool:
-        mailbox.announce()
+    def begin_late(standing: Standing) -> bool:
+        loop.worker._mailbox.announce()
         time.sleep(0.01)  # a turn opens
-        return begin(mailbox, decided_on)
+        return begin(standing)
 
+    settings = Settings(local_steps=4, grace_period=0.0, timeout=timedelta(seconds=20))
+    loop = Loop(rank, size, settings, 0.01 * rank)
     with pytest.MonkeyPatch.context() as monkey:
-        monkey.setattr(Mailbox, "begin_step", begin_late)
-        settings = Settings(local_steps=4, grace_period=0.0, timeout=timedelta(seconds=20))
-        return Loop(rank, size, settings, 0.01 * rank).run(max_steps).total_local_steps
+        monkey.setattr(Standing, "begin_step", begin_late)
+        return loop.run(max_steps).total_local_steps
 
 
 @pytest.mark.parametrize("max_steps", [6, 7, 8, 9])
