@@ -219,7 +219,7 @@ class Rounds:
         if progress.caps is None or self._open_end or not self._shared_budget:
             return False
         left = progress.caps[self.rank] - self.local_steps
-        return left * progress.round_steps[self.rank] < 2 * sum(progress.round_steps)  # of what is left, its share
+        return left < 2 * sum(progress.round_steps)  # its share of them may be nothing, if its pace falls
 
     @property
     def may_get_more(self) -> bool:

@@ -8,7 +8,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -25,8 +24,6 @@ from lightning_async_localsgd.protocol.messages import (
     Metrics,
     PlateauMetrics,
 )
-from lightning_async_localsgd.protocol.progress import OuterUpdate
-from lightning_async_localsgd.settings.advice import SettingsWarning
 from lightning_async_localsgd.trainer.checkpoints.saving import JobCheckpoints
 from lightning_async_localsgd.trainer.decisions import Decisions
 from lightning_async_localsgd.trainer.epochs import JobEpochs
@@ -40,6 +37,7 @@ from lightning_async_localsgd.trainer.mixing import mix_in, mix_out
 from lightning_async_localsgd.trainer.progress_bar import JobBar, NamedByJob
 from lightning_async_localsgd.trainer.same_data import SameData
 from lightning_async_localsgd.trainer.schedulers import JobSchedulers
+from lightning_async_localsgd.trainer.signals import HeldSignals, saving_signals
 from lightning_async_localsgd.worker.rank import WorkerRank
 
 __all__ = ["WorkerCallback"]
@@ -77,6 +75,7 @@ class WorkerCallback(pl.Callback):
         self._sanity_val_steps = trainer.num_sanity_val_steps
         self._control = LoopControl(trainer, self)
         self._epochs = JobEpochs(fit, trainer, self._control)
+        self._signals = HeldSignals()
         self._mixed = list(self._callbacks)
         self._decisions = Decisions(fit, self._mixed)
         self._mix_in()
@@ -85,7 +84,7 @@ class WorkerCallback(pl.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """The state of a copy or pickle, which takes no part in the job."""
-        return vars(self) | {"_checkpoints": None, "_same_data": None}
+        return vars(self) | {"_checkpoints": None, "_same_data": None, "_signals": HeldSignals()}
 
     def _mix_in(self) -> None:
         """Make the trainer's loops and callbacks follow the job, and leave the decisions to worker 0's callbacks."""
@@ -102,6 +101,7 @@ class WorkerCallback(pl.Callback):
 
     def detach(self) -> None:
         """Restore the trainer."""
+        self._signals.release()
         if self.attached:
             self._decisions.reactivate_callbacks()
             self._callbacks.remove(self)
@@ -159,6 +159,7 @@ class WorkerCallback(pl.Callback):
         self._fit.begin_training(budget, open_end)
         self._epochs.begin_training()
         self._control.run_over = self._worker.budget_spent
+        self._signals = HeldSignals(saving_signals(getattr(trainer.strategy, "cluster_environment", None)))
         self._same_data = SameData.where_possible(self._fit, trainer)
         if trainer.is_global_zero and self._fit.place.workers > 1:
             self._guard = Guard(self._fit.settings, budget)
@@ -186,6 +187,10 @@ class WorkerCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        with self._signals.held():
+            self._end_batch(trainer, pl_module, outputs, batch)
+
+    def _end_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any) -> None:
         self._samples += samples_in_training(trainer, batch)
         if self._same_data is not None:
             self._same_data.see(batch)
@@ -331,14 +336,8 @@ class WorkerCallback(pl.Callback):
         if not updates:
             return
         if self._guard is not None:
-            self._let_guard_see(self._guard, updates)
+            self._guard.watch(updates, self._loss, self._worker)
         listeners = [c.on_outer_update for c in self._callbacks if hasattr(c, "on_outer_update")]
         for update in updates:
             for listener in listeners:
                 listener(trainer, pl_module, update)
-
-    def _let_guard_see(self, guard: Guard, updates: list[OuterUpdate]) -> None:
-        if any(update.worker == 0 for update in updates):
-            length = self._worker.summary().round_length
-            for sentence in guard.see_round(self._loss.take(), self._worker.alignment, length):
-                rank_zero_warn(sentence, category=SettingsWarning)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_async_localsgd.protocol.progress import OuterUpdate
 from lightning_async_localsgd.protocol.round_length import AUTO
 from lightning_async_localsgd.settings import Settings
-from lightning_async_localsgd.settings.advice import FEW_ROUNDS
+from lightning_async_localsgd.settings.advice import FEW_ROUNDS, SettingsWarning
+from lightning_async_localsgd.worker.rank import WorkerRank
 
 __all__ = ["Guard", "MeanLoss"]
 
@@ -39,6 +42,13 @@ class Guard:
         self._first = self._best = math.nan
         self._worse = 0
         self._against = 0
+
+    def watch(self, updates: Iterable[OuterUpdate], loss: MeanLoss, worker: WorkerRank) -> None:
+        """Warn of what is wrong with worker 0's latest round, if one of its deltas is among these updates."""
+        if any(update.worker == 0 for update in updates):
+            length = worker.summary().round_length
+            for sentence in self.see_round(loss.take(), worker.alignment, length):
+                rank_zero_warn(sentence, category=SettingsWarning)
 
     def see_round(self, loss: float, alignment: float, round_length: int) -> list[str]:
         """Check a round.
