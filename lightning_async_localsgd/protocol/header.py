@@ -12,7 +12,7 @@ from lightning_async_localsgd.protocol.messages import Message, message_from_jso
 
 __all__ = ["HEADER_BYTES", "MESSAGE_BYTES", "PROTOCOL", "Flag", "Header", "encode_message"]
 
-PROTOCOL = 5
+PROTOCOL = 6
 _MAGIC = b"ALSG"
 _PREFIX = struct.Struct("<4sHHI")  # magic, protocol, flags, bytes of message
 _FIELDS = struct.Struct("<10Qdddq")
