@@ -71,7 +71,8 @@ class Standing:
 
     def __init__(self) -> None:
         self._now = (0, 0.0, 0.0, False)
-        self._uncounted = False  # the header of the turn under way tells of no step that is being made
+        self._uncounted = False  # the latest header tells of no step that is being made
+        self._under_way = 0  # turns whose header is taken, and whose outcome is to come; two where an answer is early
 
     def report(self, steps: int, speed: float, hold_open_seconds: float) -> None:
         """Tell how far the worker is, which rides on the next header.
@@ -90,7 +91,7 @@ class Standing:
             False if the turn under way counts on no such step: its header was taken before this call.
         """
         self._now = (*self._now[:3], True)
-        return not self._uncounted
+        return not (self._uncounted and self._under_way)
 
     @property
     def hold_open_seconds(self) -> float:
@@ -98,7 +99,11 @@ class Standing:
         return self._now[2]
 
     def take(self) -> tuple[int, float, bool]:
-        """For a header: local steps, local steps per second, and whether another step is being made."""
+        """For a header: local steps, local steps per second, and whether another step is being made.
+
+        As :meth:`turn_is_over`, with the condition of the mailbox held.
+        """
+        self._under_way += 1
         self._uncounted = True  # before it is read, so that `begin_step` misses no header
         steps, speed, _, stepping = self._now
         self._uncounted = not stepping
@@ -106,7 +111,7 @@ class Standing:
 
     def turn_is_over(self) -> None:
         """The turn's outcome is published."""
-        self._uncounted = False
+        self._under_way -= 1
 
 
 class Mailbox:
