@@ -170,13 +170,18 @@ def save(folder: str, rank: int, name: str, state: dict[str, Any]) -> None:
 
 
 def interrupted(rank: int, folder: str, max_steps: int, settings: dict[str, Any], slow: int = -1) -> Any:
-    """Writes a checkpoint at worker 0's step 20; the worker ``slow`` is in its first step until it hears of that."""
+    """Writes a checkpoint at worker 0's step 20; the worker ``slow`` is in its first step until it hears of that.
+
+    Without a slow worker, worker 0 is in its step 20 until it hears of a step of worker 1.
+    """
     module, optimizer, job = parts(rank, max_steps=max_steps, on_checkpoint=partial(save, folder, rank), **settings)
     batches = iter(Batches(100 + rank))
     with job:
         while job.running:
             x, y = next(batches)
             while rank == slow and job.worker.summary().local_steps[0] < 20:
+                time.sleep(0.001)
+            while (rank, slow, job.worker.local_steps) == (0, -1, 19) and job.worker.summary().local_steps[1] == 0:
                 time.sleep(0.001)
             nn.functional.mse_loss(module(x), y).backward()
             optimizer.step()
