@@ -102,3 +102,26 @@ def test_a_turn_is_held_open_for_a_push_that_is_about_to_come() -> None:
     mailbox.push(PUSH)
     exchange.join(10)
     assert not exchange.is_alive() and not mailbox.push_wanted
+
+
+def test_a_header_without_the_last_push_does_not_say_that_it_was_the_last() -> None:
+    mailbox = Mailbox(PROGRESS)
+    mailbox.push(PUSH, Flag.FINAL)
+    assert Flag.FINAL not in mailbox.take_live().flags
+    live, push = mailbox.take()
+    assert push is PUSH and Flag.FINAL in live.flags
+
+
+def test_a_step_counts_as_begun_unless_a_header_that_does_not_tell_of_it_is_under_way() -> None:
+    mailbox = Mailbox(PROGRESS)
+    mailbox.standing.report(1, 1.0, 0.0)
+    assert mailbox.standing.begin_step()
+    mailbox.take()
+    assert mailbox.standing.begin_step()  # the header tells of it
+    mailbox.standing.report(2, 1.0, 0.0)
+    mailbox.take_live()  # an early answer to the next turn, which outlives the end of this one
+    assert not mailbox.standing.begin_step()
+    publish(mailbox)
+    assert not mailbox.standing.begin_step()
+    publish(mailbox)
+    assert mailbox.standing.begin_step()
