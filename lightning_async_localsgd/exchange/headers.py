@@ -38,10 +38,18 @@ class HeaderExchange:
         timeout: seconds for which a worker that blocks this one may make no step.
         ready: whether all workers tell that they are ready before they write their headers (``overlap``).
         trails: whether this worker answers early.
+        fragments: number of fragments of the model.
     """
 
     def __init__(
-        self, transport: Transport, roster: Roster, mailbox: Mailbox, timeout: float, ready: bool, trails: bool
+        self,
+        transport: Transport,
+        roster: Roster,
+        mailbox: Mailbox,
+        timeout: float,
+        ready: bool,
+        trails: bool,
+        fragments: int = 1,
     ) -> None:
         self._transport = transport
         self._roster = roster
@@ -49,6 +57,7 @@ class HeaderExchange:
         self._timeout = timeout
         self._ready = ready
         self._trails = trails
+        self._fragments = fragments
         self._steps = [-1] * roster.size
         self._advanced = [time.monotonic()] * roster.size
         self._checksums: dict[int, int] = {}  # of the latest two versions at which a header was written
@@ -161,7 +170,8 @@ class HeaderExchange:
         name = self._roster.name(worker)
         if Flag.ABORT in other.flags and worker != self._roster.rank:
             raise PeerAbortedError(abort_reason(other.message))
-        if (other.worker, other.turn) != (worker, own.turn) or not 0 <= other.shard < self._roster.size:
+        in_range = other.shard < self._roster.size and other.fragment < self._fragments
+        if (other.worker, other.turn) != (worker, own.turn) or not in_range:
             raise PeerLostError(f"{name} is out of step: it is in turn {other.turn}, this worker in {own.turn}.")
         if self._checksums.get(other.version) != other.checksum:
             raise ReplicaDivergedError(

@@ -31,9 +31,10 @@ class Push:
     """A finished round. The training thread gives up both tensors (fp32, flat) until the :class:`Adoption` comes."""
 
     base: Tensor
-    """What the worker held at the start of the round: the global parameters, or what its dtype holds of them."""
+    """What the worker held at the start of its progress, of the whole model: the global parameters, or what its dtype
+    holds of them."""
     snapshot: Tensor
-    """Local parameters at the end of the round."""
+    """Local parameters of the pushed fragment, at the end of the round."""
     ready: Callable[[], object]
     """Waits until ``snapshot`` is filled (a copy from an accelerator may still run)."""
     round: PushedRound
@@ -43,11 +44,16 @@ class Push:
 class Adoption:
     """New global parameters for the worker. It owns both tensors from now on."""
 
+    fragment: int
+    """The fragment that was pushed."""
     base: Tensor
-    """Global parameters at ``version``."""
+    """Of the whole model; the part of the fragment holds the global parameters of now, all of it after a restart."""
     correction: Tensor
-    """``base`` minus the local parameters at the push: what to add to the local parameters of now."""
+    """For the fragment: ``base`` minus the local parameters at the push, what to add to the local ones of now."""
     version: int
+    """Version of the global parameters of now."""
+    versions: tuple[int, ...]
+    """That of each fragment."""
     unsendable: Unsendable
     """What of the push could not be sent."""
 

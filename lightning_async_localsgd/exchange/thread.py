@@ -22,13 +22,15 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from itertools import chain
+from itertools import groupby
 from statistics import median
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.distributed import Store
 from torch.profiler import record_function
 
@@ -41,10 +43,10 @@ from lightning_async_localsgd.exchange.mailbox import Adoption, Live, Mailbox, P
 from lightning_async_localsgd.exchange.trade import Trade
 from lightning_async_localsgd.exchange.transport import Transport
 from lightning_async_localsgd.membership import JobStore, Roster
-from lightning_async_localsgd.outer import GlobalState, Unsendable, write_delta
+from lightning_async_localsgd.outer import GlobalModel, GlobalState, Unsendable, write_delta
 from lightning_async_localsgd.protocol.budget import Budget
 from lightning_async_localsgd.protocol.header import Flag, Header
-from lightning_async_localsgd.protocol.ledger import DueDelta, Ledger
+from lightning_async_localsgd.protocol.ledger import Group, Ledger
 from lightning_async_localsgd.protocol.progress import OuterUpdate
 from lightning_async_localsgd.protocol.turn import add_round, turn_interval
 from lightning_async_localsgd.settings import Settings
@@ -77,7 +79,7 @@ class ExchangeThread:
     Args:
         mailbox: where to meet the training thread.
         state: the global state, equal on all workers.
-        trade: brings sums of deltas into the pseudo-gradient of the global state.
+        trades: bring sums of deltas into the pseudo-gradient of the global state, one for each of its fragments.
         transport: connections to the other workers.
         store: the run's part of the job's store.
         roster: who takes part.
@@ -88,8 +90,8 @@ class ExchangeThread:
     def __init__(
         self,
         mailbox: Mailbox,
-        state: GlobalState,
-        trade: Trade,
+        state: GlobalModel,
+        trades: Sequence[Trade],
         transport: Transport,
         store: Store,
         roster: Roster,
@@ -98,25 +100,25 @@ class ExchangeThread:
     ) -> None:
         self._mailbox = mailbox
         self._state = state
-        self._trade = trade
+        self._trades = trades
         self._transport = transport
         self._store = JobStore(store, settings.timeout)
         self._causes = Causes(store, roster, settings.timeout)
         self._roster = roster
         self._settings = settings
         self._codecs = settings.codecs()
-        choice = settings.codec_choice(state.flat.numel())
+        choice = settings.codec_choice(state.flat.numel() // settings.fragments)
         self._ledger = Ledger(state, settings, budget, mailbox.progress, choice)
         self._largest = settings.largest
         self._timeout = settings.timeout.total_seconds()
         self._turn = 0
         self._opened = -math.inf  # the time of the latest turn that applied deltas
-        self._checked = -1  # the version that `_last_checksum` belongs to
-        self._last_checksum = 0
         self._pending: Push | None = None
         self._unsendable = Unsendable()  # of the pending push
-        self._trails = roster.rank in trade.trailing
-        self._headers = HeaderExchange(transport, roster, mailbox, self._timeout, settings.overlap, self._trails)
+        self._trails = roster.rank in trades[0].trailing  # all have the same
+        self._headers = HeaderExchange(
+            transport, roster, mailbox, self._timeout, settings.overlap, self._trails, settings.fragments
+        )
         self._exchanges: deque[_Exchange] = deque(maxlen=_RECENT)
         self._leaving = False  # this worker's own training has failed
         self._bell = Bell(self._store, self._on_ring, self._on_store_lost)
@@ -124,7 +126,7 @@ class ExchangeThread:
 
     @property
     def pending(self) -> Push | None:
-        """The delta that waits for a quorum: ``base`` has become the delta itself. To be read during a cut only."""
+        """The delta that waits for a quorum: it has taken its part of ``base``. To be read during a cut only."""
         return self._pending
 
     def start(self) -> None:
@@ -252,18 +254,24 @@ class ExchangeThread:
 
     @torch.no_grad()
     def _prepare(self, push: Push) -> Unsendable:
-        """Turn ``push.base`` into the delta; returns what of it cannot be sent."""
+        """Turn the fragment's part of ``push.base`` into the delta; returns what of it cannot be sent."""
         with record_function("async_localsgd::encode"):
             push.ready()
-            buffers = self._state.flat[self._state.layout.parameter_numel :]
-            return write_delta(self._state, push.base, push.snapshot, buffers, push.base, self._largest)
+            state, base = self._pushed(push)
+            buffers = state.flat[state.layout.parameter_numel :]
+            return write_delta(state, base, push.snapshot, buffers, base, self._largest)
+
+    def _pushed(self, push: Push) -> tuple[GlobalState, Tensor]:
+        """The state of the pushed fragment, and its part of the base."""
+        state = self._state.fragments[push.round.fragment]
+        return state, push.base[state.layout.span]
 
     def _header(self, live: Live) -> Header:
         header = Header(
             worker=self._roster.rank,
             turn=self._turn,
             version=self._state.version,
-            checksum=self._checksum(),
+            checksum=self._state.checksum(),
             exchange_seconds=median(e.seconds for e in self._exchanges) if self._exchanges else 0.0,
             exchange_cost=median(e.cost for e in self._exchanges) if self._exchanges else 0.0,
             flags=live.flags,
@@ -274,11 +282,6 @@ class ExchangeThread:
         pushed = None if self._pending is None else self._pending.round
         return add_round(header, pushed, finite=not self._unsendable.parameters)
 
-    def _checksum(self) -> int:
-        if self._checked != self._state.version:
-            self._checked, self._last_checksum = self._state.version, self._state.checksum()
-        return self._last_checksum
-
     # ---- deltas -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -287,31 +290,41 @@ class ExchangeThread:
         updates: list[OuterUpdate] = []
         groups = self._ledger.due(headers)
         self._transform_own(groups)
-        own = None if self._pending is None else self._pending.base
-        senders = [[delta.header.worker for delta in group if delta.accepted] for group in groups]
-        sums = self._trade.sums(senders, own, self._codecs[self._ledger.codec])
         with self._headers.trading(self._turn):
-            for group, _ in zip(groups, sums, strict=True):
-                sent = [delta.header for delta in group if delta.accepted]
-                measures = self._state.measure(len(sent)) if sent and self._mailbox.measure_updates else (None, None)
-                self._watch_direction(sent)
+            for group in self._traded(groups):
+                state, senders = self._state.fragments[group.fragment], group.senders
+                measures = state.measure(len(senders)) if senders and self._mailbox.measure_updates else (None, None)
+                self._watch_direction(state, senders)
                 with record_function("async_localsgd::apply"), self._mailbox.global_state():
                     updates += self._ledger.apply(group, *measures)
                     synchronize(self._state.flat.device)  # the training thread may read it on another stream
-        return updates, [delta.header for group in groups for delta in group]
+        return updates, [delta.header for group in groups for delta in group.deltas]
 
-    def _transform_own(self, groups: list[list[DueDelta]]) -> None:
+    def _traded(self, groups: list[Group]) -> Iterator[Group]:
+        """One group after the other, each once the sum of its deltas is in the pseudo-gradient of its fragment."""
+        pushed = None if self._pending is None else self._pending.round.fragment
+        codec = self._codecs[self._ledger.codec]
+        for fragment, of_fragment in groupby(groups, lambda group: group.fragment):
+            own = self._pushed(self._pending)[1] if self._pending is not None and fragment == pushed else None
+            traded = list(of_fragment)
+            sums = self._trades[fragment].sums([group.senders for group in traded], own, codec)
+            for group, _ in zip(traded, sums, strict=True):
+                yield group
+
+    def _transform_own(self, groups: list[Group]) -> None:
         """Apply to this worker's delta, if it is to be sent, the transformations that are a sender's."""
-        for _, arrival, accepted in chain(*groups):
-            if accepted and arrival.worker == self._roster.rank:
-                assert self._pending is not None
-                self._state.transform_delta(self._pending.base, arrival, self._pending.snapshot)
+        for group in groups:
+            for _, arrival, accepted in group.deltas:
+                if accepted and arrival.worker == self._roster.rank:
+                    assert self._pending is not None
+                    state, delta = self._pushed(self._pending)
+                    state.transform_delta(delta, arrival, self._pending.snapshot)
 
-    def _watch_direction(self, group: list[Header]) -> None:
+    def _watch_direction(self, state: GlobalState, senders: list[int]) -> None:
         """On worker 0: how its own delta lies to the momentum, by a sample of the elements; the guard looks at it."""
-        if self._roster.rank == 0 and any(header.worker == 0 for header in group):
-            every = max(1, self._state.layout.parameter_numel // _SAMPLE)
-            self._mailbox.alignment = self._state.measure(len(group), every)[1]
+        if self._roster.rank == 0 and 0 in senders:
+            every = max(1, state.layout.parameter_numel // _SAMPLE)
+            self._mailbox.alignment = state.measure(len(senders), every)[1]
 
     def _adopt(self, applied: list[Header]) -> Adoption | None:
         """The new global parameters for this worker, if its own delta was among the applied, or could not be sent."""
@@ -319,12 +332,16 @@ class ExchangeThread:
         if self._pending is None or (not unsendable.parameters and all(h.worker != self._roster.rank for h in applied)):
             return None
         push, self._pending = self._pending, None
-        base, correction = push.base, push.snapshot
-        base.copy_(self._state.flat)
+        state, base = self._pushed(push)
+        correction = push.snapshot
+        base.copy_(state.flat)
         torch.sub(base, correction, out=correction)
-        self._state.clear_holes(correction)
+        state.clear_holes(correction)
+        if unsendable.parameters:  # the worker begins again, with all fragments
+            push.base.copy_(self._state.flat)
         synchronize(base.device)
-        return Adoption(base, correction, self._state.version, unsendable)
+        versions = self._state.versions
+        return Adoption(push.round.fragment, push.base, correction, sum(versions), versions, unsendable)
 
     # ---- failures ---------------------------------------------------------------------------------------------------
 

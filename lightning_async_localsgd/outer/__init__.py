@@ -2,6 +2,7 @@
 
 from lightning_async_localsgd.outer.delayed_nesterov import GROWTH, REACH, DelayedNesterov, default_outer_optimizer
 from lightning_async_localsgd.outer.delta import Adopter, Unsendable, write_delta
+from lightning_async_localsgd.outer.global_model import GlobalModel
 from lightning_async_localsgd.outer.state import Constraint, GlobalState, OuterOptimizerFactory
 from lightning_async_localsgd.outer.sums import SumOptimizer, needs_single_deltas, takes_sums
 from lightning_async_localsgd.outer.transforms import (
@@ -24,6 +25,7 @@ __all__ = [
     "Context",
     "DelayCompensation",
     "DelayedNesterov",
+    "GlobalModel",
     "GlobalState",
     "OuterOptimizerFactory",
     "Poly",

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_async_localsgd.outer.layout import Layout
+from lightning_async_localsgd.outer.layout import Fragment
 from lightning_async_localsgd.outer.state import GlobalState
 
 __all__ = ["Adopter", "Unsendable", "write_delta"]
@@ -68,10 +68,10 @@ class Adopter:
     that fp32 cannot carry are kept.
 
     Args:
-        layout: the layout of the module.
+        layout: the layout of the module, or of a fragment of it.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Fragment) -> None:
         self._layout = layout
         dtypes = [getattr(torch, slot.dtype) for slot in layout.parameter_slots]
         # Both by slot, of parameters alone: of buffers an average is taken in any case.

@@ -1,10 +1,14 @@
-"""The flat layout: where each trainable parameter and running statistic of a module lies in one vector."""
+"""The flat layout: where each trainable parameter and running statistic of a module lies in one vector.
+
+The vector is cut into fragments: whole tensors, one after the other, that are exchanged together.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
@@ -13,9 +17,10 @@ from torch.nn.parameter import is_lazy
 
 from lightning_async_localsgd.outer.kinds import could_train, find_local_buffers, statistics
 
-__all__ = ["Layout", "Slot"]
+__all__ = ["Fragment", "Layout", "Slot"]
 
 _ALIGNMENT = 16  # elements; every tensor of the flat vector starts on a 64-byte boundary
+_BLOCK = re.compile(r"((?:.*?\.)?\d+)\.")  # what a name in a list of modules begins with
 
 
 class Slot(NamedTuple):
@@ -32,26 +37,85 @@ class Slot(NamedTuple):
         return torch.Size(self.shape).numel()
 
 
-class Layout:
+class Fragment:
+    """Some tensors of a module in a flat vector of their own: parameters first, then buffers.
+
+    Args:
+        slots: places of the tensors.
+        parameter_count: number of them that are parameters.
+        start: where the vector begins in that of the whole layout.
+        first: position of the first slot among those of the whole layout.
+    """
+
+    def __init__(self, slots: Sequence[Slot], parameter_count: int, start: int = 0, first: int = 0) -> None:
+        self.slots = list(slots)
+        self.parameter_count = parameter_count
+        ends = [slot.offset + _aligned(slot.numel) for slot in slots]
+        self.numel = ends[-1]
+        """Length of the vector."""
+        self.parameter_numel = ends[parameter_count - 1]
+        """Number of its first elements that hold parameters."""
+        self.span = slice(start, start + self.numel)
+        """The part of the whole layout's vector."""
+        self.members = slice(first, first + len(self.slots))
+        """The part of the whole layout's list of tensors."""
+
+    @property
+    def parameter_slots(self) -> list[Slot]:
+        """The places of the trainable parameters, without those of the buffers."""
+        return self.slots[: self.parameter_count]
+
+    def empty(self, device: torch.device | str = "cpu", pin_memory: bool = False) -> Tensor:
+        """A flat fp32 vector of zeros, shape ``(numel,)``. The gaps between tensors stay zero for good."""
+        return torch.zeros(self.numel, dtype=torch.float32, device=device, pin_memory=pin_memory)
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """One view of ``flat`` (shape ``(numel,)``) per tensor, each in the shape of its tensor."""
+        return [flat[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in self.slots]
+
+    def clear_gaps(self, flat: Tensor) -> None:
+        """Put zeros into the gaps between tensors of ``flat``, which held something else before."""
+        ends = [(slot.offset + slot.numel, slot.offset + _aligned(slot.numel)) for slot in self.slots]
+        if gaps := [flat[end:following] for end, following in ends if end < following]:
+            torch._foreach_zero_(gaps)
+
+    def by_name(self, flat: Tensor) -> dict[str, Tensor]:
+        """The views of the parameters alone, by their names."""
+        return {slot.name: view for slot, view in zip(self.parameter_slots, self.views(flat), strict=False)}
+
+
+class Layout(Fragment):
     """Maps the tensors that workers share to one contiguous fp32 vector, alike on every worker.
 
-    Trainable parameters come first, in the order of ``module.named_parameters()``; the buffers that are running
-    :func:`~lightning_async_localsgd.outer.kinds.statistics` follow. Nothing else has a place in it. Tied parameters,
-    and parameters that are views of the same memory, appear once.
+    Trainable parameters come first, fragment by fragment, within each in the order of ``module.named_parameters()``;
+    the buffers that are running :func:`~lightning_async_localsgd.outer.kinds.statistics` follow, and belong to the last
+    fragment. Nothing else has a place in it. Tied parameters, and parameters that are views of the same memory, appear
+    once.
+
+    A fragment takes whole blocks: the modules of a list, and what else has a name of its own in the module. One block
+    after the other goes to the smallest fragment so far, so that blocks of one size are strided, as in Streaming
+    DiLoCo. Where there are fewer blocks than fragments, single parameters are dealt out instead.
 
     Args:
         module: the module to share.
         frozen: whether frozen parameters have a place among the trainable ones, so that they can be unfrozen later; not
             those that hold integers or infinite elements, which nobody trains.
         local_buffers: patterns of names of buffers that have no place in it.
+        fragments: number of fragments.
 
     Raises:
         ValueError: if the module has no trainable parameter, or one that cannot be exchanged: it is not a dense
             floating-point tensor, it is too large for fp32, or it shares a part of its memory with another. Also if any
-            parameter or buffer is not initialized yet, or a pattern means no buffer.
+            parameter or buffer is not initialized yet, a pattern means no buffer, or there are fewer parameters than
+            fragments.
+
+    References:
+        Douillard et al. 2025, Streaming DiLoCo (arXiv 2501.18512), Section 2.2: strided fragments.
     """
 
-    def __init__(self, module: nn.Module, frozen: bool = False, local_buffers: Sequence[str] = ()) -> None:
+    def __init__(
+        self, module: nn.Module, frozen: bool = False, local_buffers: Sequence[str] = (), fragments: int = 1
+    ) -> None:
         _check_initialized(module)
         parameters: list[tuple[str, Tensor]] = [
             (name, p) for name, p in module.named_parameters() if p.requires_grad or (frozen and could_train(p))
@@ -64,28 +128,22 @@ class Layout:
         for name, p in parameters:
             _check_exchangeable(name, p)
         self._parameter_names = {name for name, _ in parameters}
-        parameters = _without_views(parameters)
-        buffers = list(statistics(module, find_local_buffers(module, local_buffers)))
-        named = parameters + buffers
-        sizes = [-(-t.numel() // _ALIGNMENT) * _ALIGNMENT for _, t in named]
-        ends = list(accumulate(sizes))
-        self.slots = [
-            Slot(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), end - size)
-            for (name, t), size, end in zip(named, sizes, ends, strict=True)
+        dealt = _deal(_without_views(parameters), fragments)
+        parameters = [named for fragment in dealt for named in fragment]
+        named = parameters + list(statistics(module, find_local_buffers(module, local_buffers)))
+        starts = accumulate((_aligned(t.numel()) for _, t in named), initial=0)
+        slots = [
+            Slot(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), start)
+            for (name, t), start in zip(named, starts, strict=False)
         ]
-        self.parameter_count = len(parameters)
+        super().__init__(slots, len(parameters))
+        self.fragments = list(_cut(slots, [len(fragment) for fragment in dealt]))
+        """The fragments, one after the other."""
         self._frozen = [
             f"{name}: {str(p.dtype).removeprefix('torch.')}{list(p.shape)}, frozen"
             for name, p in module.named_parameters()
             if name not in self._parameter_names
         ]
-        self.numel = ends[-1]
-        self.parameter_numel = ends[self.parameter_count - 1]
-
-    @property
-    def parameter_slots(self) -> list[Slot]:
-        """The places of the trainable parameters, without those of the buffers."""
-        return self.slots[: self.parameter_count]
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
         """The tensors of ``module`` (the one this layout was made of, or a like one) in the order of the slots.
@@ -117,18 +175,6 @@ class Layout:
             for slot, tensor in zip(self.slots, tensors, strict=True)
         ]
 
-    def empty(self, device: torch.device | str = "cpu", pin_memory: bool = False) -> Tensor:
-        """A flat fp32 vector of zeros, shape ``(numel,)``. The gaps between tensors stay zero for good."""
-        return torch.zeros(self.numel, dtype=torch.float32, device=device, pin_memory=pin_memory)
-
-    def views(self, flat: Tensor) -> list[Tensor]:
-        """One view of ``flat`` (shape ``(numel,)``) per tensor, each in the shape of its tensor."""
-        return [flat[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in self.slots]
-
-    def by_name(self, flat: Tensor) -> dict[str, Tensor]:
-        """The views of the parameters alone, by their names."""
-        return {slot.name: view for slot, view in zip(self.parameter_slots, self.views(flat), strict=False)}
-
     def others(self, module: nn.Module) -> dict[str, Tensor]:
         """The tensors of ``module`` that have no place in the flat vector, by name; but for sparse ones."""
         shared = {slot.name for slot in self.slots}
@@ -158,6 +204,43 @@ class Layout:
         for slot in self.slots:
             yield f"{slot.name}: {slot.dtype}{list(slot.shape)}"
         yield from self._frozen
+
+
+def _aligned(numel: int) -> int:
+    return -(-numel // _ALIGNMENT) * _ALIGNMENT
+
+
+def _deal(named: Sequence[tuple[str, Tensor]], fragments: int) -> list[list[tuple[str, Tensor]]]:
+    """The parameters of each fragment; see :class:`Layout`."""
+    if len(named) < fragments:
+        raise ValueError(
+            f"`fragments={fragments}` are more than the {len(named)} trainable parameters of the module, and each has "
+            f"at least one. Pass at most {len(named)}."
+        )
+    blocks = [list(group) for _, group in groupby(named, lambda item: _block_name(item[0]))]
+    if len(blocks) < fragments:
+        blocks = [[item] for item in named]
+    dealt: list[list[tuple[str, Tensor]]] = [[] for _ in range(fragments)]
+    sizes = [0] * fragments
+    for block in blocks:
+        smallest = min(range(fragments), key=lambda i: sizes[i])
+        dealt[smallest] += block
+        sizes[smallest] += sum(tensor.numel() for _, tensor in block)
+    return dealt
+
+
+def _block_name(name: str) -> str:
+    in_list = _BLOCK.match(name)
+    return in_list[1] if in_list else name.rpartition(".")[0]
+
+
+def _cut(slots: Sequence[Slot], counts: Sequence[int]) -> Iterator[Fragment]:
+    """Fragments of so many parameters each; the last one takes the remaining slots as well."""
+    ends = list(accumulate(counts))
+    for count, end in zip(counts, ends, strict=True):
+        first, start = end - count, slots[end - count].offset
+        own = slots[first:] if end == ends[-1] else slots[first:end]
+        yield Fragment([slot._replace(offset=slot.offset - start) for slot in own], count, start, first)
 
 
 def _check_initialized(module: nn.Module) -> None:

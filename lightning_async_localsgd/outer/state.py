@@ -13,13 +13,13 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_async_localsgd.outer.delayed_nesterov import DelayedNesterov, default_outer_optimizer
-from lightning_async_localsgd.outer.layout import Layout
+from lightning_async_localsgd.outer.layout import Fragment
 from lightning_async_localsgd.outer.resuming import given_settings, load_outer_optimizer
 from lightning_async_localsgd.outer.sums import as_sum_optimizer, needs_single_deltas, takes_sums
 from lightning_async_localsgd.outer.transform_chain import TransformChain
 from lightning_async_localsgd.outer.transforms import Arrival, Transform
 
-__all__ = ["Constraint", "GlobalState", "OuterOptimizerFactory"]
+__all__ = ["Constraint", "GlobalState", "OuterOptimizerFactory", "check_tensors"]
 
 OuterOptimizerFactory = Callable[[Iterable[Parameter]], Optimizer]
 Constraint = Callable[[Mapping[str, Tensor]], None]
@@ -27,12 +27,12 @@ Constraint = Callable[[Mapping[str, Tensor]], None]
 
 
 class GlobalState:
-    """Global parameters, float buffers, outer optimizer and version: a replicated state machine.
+    """Global parameters, float buffers, outer optimizer and version of a fragment: a replicated state machine.
 
     Two replicas that start alike and apply the same pseudo-gradients in the same order stay equal to the bit.
 
     Args:
-        layout: where each tensor lies in the flat vector.
+        layout: where each tensor of the fragment lies in the flat vector.
         outer_optimizer: makes the outer optimizer from the global parameters; None: :class:`DelayedNesterov` whose
             momentum grows.
         workers: number of workers; a ``DelayedNesterov`` whose ``buffer_size`` is open gets it from here.
@@ -42,6 +42,8 @@ class GlobalState:
         constraint: what the parameters are to keep after each outer update.
         sums: whether the deltas of a turn are added up on their way, so that with ``quorum=1`` one outer update takes
             the sum of several. Else each delta comes as it is. None: where it can be.
+        flat: memory for the parameters and buffers; None: new memory.
+        pseudo_gradient: memory for the pseudo-gradient; None: new memory.
 
     Raises:
         ValueError: if the outer optimizer's settings are impossible for this number of workers, the transformations are
@@ -50,7 +52,7 @@ class GlobalState:
 
     def __init__(
         self,
-        layout: Layout,
+        layout: Fragment,
         outer_optimizer: OuterOptimizerFactory | None = None,
         workers: int = 1,
         quorum: int = 1,
@@ -58,13 +60,15 @@ class GlobalState:
         transforms: Sequence[Transform] = (),
         constraint: Constraint | None = None,
         sums: bool | None = False,
+        flat: Tensor | None = None,
+        pseudo_gradient: Tensor | None = None,
     ) -> None:
         self.layout = layout
         self.workers = workers
         self.quorum = quorum
-        self.flat = layout.empty(device)
+        self.flat = layout.empty(device) if flat is None else flat
         """Global parameters, then global buffers: fp32, shape ``(layout.numel,)``."""
-        self.pseudo_gradient = layout.empty(device)
+        self.pseudo_gradient = layout.empty(device) if pseudo_gradient is None else pseudo_gradient
         """What :meth:`apply` consumes: fp32, shape ``(layout.numel,)``."""
         self.parameters = [Parameter(view) for view in self._parameter_views(self.flat)]
         for parameter, gradient in zip(self.parameters, self._parameter_views(self.pseudo_gradient), strict=True):
@@ -240,7 +244,7 @@ class GlobalState:
         return float(norm) / deltas, float(products[1] / (norm * products[2].sqrt()))
 
     def checksum(self) -> int:
-        """Sum of the global state's bits as 64-bit integers: cheap enough to compare at every exchange."""
+        """Sum of the bits of :attr:`flat` as 64-bit integers: cheap enough to compare at every exchange."""
         return int(self.flat.view(torch.int64).sum())
 
     def digest(self) -> str:
@@ -294,15 +298,7 @@ class GlobalState:
                 other parameter groups; the difference is named.
         """
         tensors = state_dict["tensors"]
-        for slot in self.layout.slots:
-            found = tuple(tensors[slot.name].shape) if slot.name in tensors else None
-            if found != slot.shape:
-                raise ValueError(
-                    f"The saved state has {slot.name!r} as {found}, this model as {slot.shape}. Go on with the "
-                    "model and the frozen layers of then, or begin anew from what `load_from_checkpoint` gives."
-                )
-        if extra := sorted(tensors.keys() - {slot.name for slot in self.layout.slots}):
-            raise ValueError(f"The saved state has tensors that this model does not train: {extra}.")
+        check_tensors(self.layout, tensors)
         for slot, view in zip(self.layout.slots, self.layout.views(self.flat), strict=True):
             view.copy_(tensors[slot.name])
         self._find_holes()
@@ -320,6 +316,23 @@ class GlobalState:
 
     def _own_copy(self, value: Any) -> Any:
         return value.to(self.flat.device, copy=True) if isinstance(value, Tensor) else deepcopy(value)
+
+
+def check_tensors(layout: Fragment, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse saved tensors of another model.
+
+    Raises:
+        ValueError: naming the difference.
+    """
+    for slot in layout.slots:
+        found = tuple(tensors[slot.name].shape) if slot.name in tensors else None
+        if found != slot.shape:
+            raise ValueError(
+                f"The saved state has {slot.name!r} as {found}, this model as {slot.shape}. Go on with the "
+                "model and the frozen layers of then, or begin anew from what `load_from_checkpoint` gives."
+            )
+    if extra := sorted(tensors.keys() - {slot.name for slot in layout.slots}):
+        raise ValueError(f"The saved state has tensors that this model does not train: {extra}.")
 
 
 def _hash_tensor(digest: hashlib.blake2b, tensor: Tensor) -> None:

@@ -10,8 +10,10 @@ __all__ = ["Candidate", "CodecChoice"]
 _FITS = 0.1
 """Rounds that an exchange may take. A longer one fits as well, but its delta arrives late, which costs far more than
 the rounding of a narrower codec: see docs/performance.md."""
-_FITS_EASILY = 0.07
-"""Rounds that an exchange may be expected to take with a wider codec than the current one."""
+_EASILY = 0.7
+"""Part of that time that an exchange may be expected to take with a wider codec than the current one."""
+_MOST_BUSY = 0.5
+"""Part of the time for which a link may be busy, where exchanges of fragments follow each other."""
 _SMALL = 1 << 18
 """Bytes: a delta that is no larger takes its time by latency, and no codec makes it shorter."""
 _LARGE = 1 << 22
@@ -31,10 +33,12 @@ class CodecChoice:
 
     Args:
         candidates: the codecs, the widest first. Of a single one there is no choice.
+        fragments: number of exchanges in a round.
     """
 
-    def __init__(self, candidates: Sequence[Candidate]) -> None:
+    def __init__(self, candidates: Sequence[Candidate], fragments: int = 1) -> None:
         self._candidates = candidates
+        self._fits = min(_FITS, _MOST_BUSY / fragments)
         self._bytes = dict(candidates)
 
     def first(self) -> str:
@@ -65,7 +69,7 @@ class CodecChoice:
             return current
         per_byte = slowest / self._bytes[current]
         for name, wire_bytes in self._candidates:
-            part = _FITS_EASILY if wire_bytes > self._bytes[current] else _FITS
+            part = self._fits * (_EASILY if wire_bytes > self._bytes[current] else 1)
             if per_byte * wire_bytes <= part * round_seconds:
                 return name
         return self.narrowest

@@ -12,13 +12,24 @@ from lightning_async_localsgd.protocol.messages import Message, message_from_jso
 
 __all__ = ["HEADER_BYTES", "MESSAGE_BYTES", "PROTOCOL", "Flag", "Header", "encode_message"]
 
-PROTOCOL = 6
+PROTOCOL = 7
 _MAGIC = b"ALSG"
 _PREFIX = struct.Struct("<4sHHI")  # magic, protocol, flags, bytes of message
-_FIELDS = struct.Struct("<10Qdddq")
+_FIELDS = struct.Struct("<11Qdddq")
 HEADER_BYTES = _PREFIX.size + _FIELDS.size
 MESSAGE_BYTES = 4096
-_COUNTS = ("worker", "turn", "version", "steps", "round", "round_steps", "round_samples", "shard", "start_version")
+_COUNTS = (
+    "worker",
+    "turn",
+    "version",
+    "steps",
+    "round",
+    "round_steps",
+    "round_samples",
+    "shard",
+    "fragment",
+    "start_version",
+)
 _LARGEST_COUNT = 1 << 53  # exact as a float too
 _LARGEST_SPEED = 1e9  # local steps per second; the speeds of all workers add up to something finite
 
@@ -44,11 +55,11 @@ _ALL_FLAGS = sum(Flag)
 class Header:
     """One worker's side of one turn. All counts are of this run.
 
-    ``round``, ``round_steps``, ``round_samples``, ``round_seconds``, ``shard`` and ``start_version`` are about the
-    delta, if there is one; ``steps`` and ``speed`` (local steps per second) are as of now. ``exchange_seconds`` is how
-    long a turn with a delta of this worker's takes from its headers to its end, ``exchange_cost`` for how much of that
-    its exchange thread keeps a processor busy; both 0 while unknown. ``checksum`` is that of the global state at
-    ``version``, before this turn.
+    ``round``, ``round_steps``, ``round_samples``, ``round_seconds``, ``shard``, ``fragment`` and its ``start_version``
+    are about the delta, if there is one; ``steps`` and ``speed`` (local steps per second) are as of
+    now. ``exchange_seconds`` is how long a turn with a delta of this worker's takes from its headers to its end,
+    ``exchange_cost`` for how much of that its exchange thread keeps a processor busy; both 0 while unknown.
+    ``checksum`` is that of the global state at ``version``, before this turn.
     """
 
     worker: int
@@ -65,6 +76,7 @@ class Header:
     round_samples: int = 0
     round_seconds: float = 0.0
     shard: int = 0
+    fragment: int = 0
     start_version: int = 0
     message: Message | None = None
 
@@ -87,6 +99,7 @@ class Header:
             self.round_samples,
             round(self.round_seconds * 1e6),
             self.shard,
+            self.fragment,
             self.start_version,
             self.speed,
             self.exchange_seconds,
@@ -137,11 +150,12 @@ class Header:
             round_samples=values[6],
             round_seconds=values[7] / 1e6,
             shard=values[8],
-            start_version=values[9],
-            speed=values[10],
-            exchange_seconds=values[11],
-            exchange_cost=values[12],
-            checksum=values[13],
+            fragment=values[9],
+            start_version=values[10],
+            speed=values[11],
+            exchange_seconds=values[12],
+            exchange_cost=values[13],
+            checksum=values[14],
             flags=Flag(flags),
             message=_message(text) if text else None,
         )

@@ -14,7 +14,7 @@ from lightning_async_localsgd.protocol.pace import make_pace
 from lightning_async_localsgd.protocol.progress import OuterUpdate, Progress, ReferenceTurn
 from lightning_async_localsgd.protocol.rules import Rules
 
-__all__ = ["Arrival", "DueDelta", "Ledger", "LedgerState"]
+__all__ = ["Arrival", "DueDelta", "FragmentState", "Group", "Ledger", "LedgerState"]
 
 
 class Arrival(NamedTuple):
@@ -34,8 +34,21 @@ class DueDelta(NamedTuple):
     """Whether it is applied. If not, it is not sent, and counts as a version."""
 
 
-class LedgerState(Protocol):
-    """The state that the ledger updates: a :class:`~lightning_async_localsgd.outer.GlobalState` or a stand-in."""
+class Group(NamedTuple):
+    """Deltas that make one outer update of a fragment together."""
+
+    fragment: int
+    deltas: list[DueDelta]
+    """In rank order."""
+
+    @property
+    def senders(self) -> list[int]:
+        """The workers whose deltas are applied."""
+        return [delta.header.worker for delta in self.deltas if delta.accepted]
+
+
+class FragmentState(Protocol):
+    """The state of a fragment: a :class:`~lightning_async_localsgd.outer.GlobalState` or a stand-in."""
 
     version: int
 
@@ -48,6 +61,18 @@ class LedgerState(Protocol):
     def apply(self, arrivals: Sequence[Arrival], refused: int = 0) -> None:
         """Make one outer update of the sum of these deltas, and count so many more that are not applied."""
 
+
+class LedgerState(Protocol):
+    """The state that the ledger updates: a :class:`~lightning_async_localsgd.outer.GlobalModel` or a stand-in."""
+
+    @property
+    def fragments(self) -> Sequence[FragmentState]:
+        """The state of each fragment."""
+
+    @property
+    def version(self) -> int:
+        """Number of outer updates of all fragments."""
+
     def set_round_length(self, local_steps: int) -> None:
         """Set H, local steps per round of the fastest worker, from now on."""
 
@@ -56,8 +81,8 @@ class Ledger:
     """Tracks the progress of a run, identically on every worker, because all read the same headers.
 
     In each turn, :meth:`due` returns the deltas to apply, in groups. The accepted deltas of each group are summed as
-    the state's pseudo-gradient, and :meth:`apply` makes an outer update of it. :meth:`close_turn` returns the shared
-    progress. The real exchange and the simulated one share this class.
+    the pseudo-gradient of the fragment's state, and :meth:`apply` makes an outer update of it. :meth:`close_turn`
+    returns the shared progress. The real exchange and the simulated one share this class.
 
     Args:
         state: the global state.
@@ -89,20 +114,30 @@ class Ledger:
         self._reference_turn = progress.reference_turn
         self._round_length = rules.round_length(budget.max_steps)
         self._local_steps = progress.local_steps
+        self._fragment = progress.fragment
         self._codec_choice = codec_choice
         self.codec = "" if codec_choice is None else codec_choice.first()
         """Name of the codec of the turn of now."""
         state.set_round_length(self._local_steps)
 
-    def due(self, headers: Sequence[Header]) -> list[list[DueDelta]]:
-        """The deltas to apply in this turn, in rank order: each group makes one outer update.
+    def due(self, headers: Sequence[Header]) -> list[Group]:
+        """The deltas to apply in this turn, in rank order: each group makes one outer update of a fragment.
 
-        With ``quorum=1`` the accepted deltas are split as the state tells. A refused delta is in the group of the next
-        accepted one, or in the last group. With a larger quorum all deltas of the turn are one group, as soon as there
-        are enough of them, or no other worker will send one.
+        With ``quorum=1`` the accepted deltas of a fragment are split as its state tells. A refused delta is in the
+        group of the next accepted one, or in the last group. With a larger quorum all its deltas are one group, as soon
+        as there are enough of them, or no other worker will send one.
         """
-        deltas = self._deltas(headers)
-        ends = list(accumulate(self._state.update_sizes(sum(delta.accepted for delta in deltas))))
+        sent = [header for header in headers if Flag.DELTA in header.flags]
+        return [
+            Group(fragment, deltas)
+            for fragment in sorted({header.fragment for header in sent})
+            for deltas in self._due_of(fragment, headers)
+        ]
+
+    def _due_of(self, fragment: int, headers: Sequence[Header]) -> list[list[DueDelta]]:
+        state = self._state.fragments[fragment]
+        deltas = self._deltas(fragment, headers)
+        ends = list(accumulate(state.update_sizes(sum(delta.accepted for delta in deltas))))
         groups: list[list[DueDelta]] = [[] for _ in ends or deltas[:1]]
         accepted = 0
         for delta in deltas:
@@ -110,14 +145,15 @@ class Ledger:
             accepted += delta.accepted
         return groups
 
-    def _deltas(self, headers: Sequence[Header]) -> list[DueDelta]:
-        """All deltas to apply in this turn, with the staleness that each will have."""
-        deltas = [h for h in headers if Flag.DELTA in h.flags]
+    def _deltas(self, fragment: int, headers: Sequence[Header]) -> list[DueDelta]:
+        """All deltas of a fragment to apply in this turn, with the staleness that each will have."""
+        state = self._state.fragments[fragment]
+        deltas = [h for h in headers if Flag.DELTA in h.flags and h.fragment == fragment]
         if self._rules.quorum > 1 and not self._meets_quorum(headers, len(deltas)):
             return []
-        versions = count(self._state.version, 1 if self._rules.quorum == 1 else 0)
+        versions = count(state.version, 1 if self._rules.quorum == 1 else 0)
         arrivals = [Arrival(h.worker, version - h.start_version) for h, version in zip(deltas, versions, strict=False)]
-        return [DueDelta(h, arrival, self._state.accepts(arrival)) for h, arrival in zip(deltas, arrivals, strict=True)]
+        return [DueDelta(h, arrival, state.accepts(arrival)) for h, arrival in zip(deltas, arrivals, strict=True)]
 
     def _meets_quorum(self, headers: Sequence[Header], deltas: int) -> bool:
         none_to_come = Flag.DELTA | Flag.FINAL
@@ -125,9 +161,7 @@ class Ledger:
             none_to_come |= Flag.IDLE  # these push their remaining steps at the end of the run
         return deltas >= self._rules.quorum or all(h.flags & none_to_come for h in headers)
 
-    def apply(
-        self, group: Sequence[DueDelta], norm: float | None = None, alignment: float | None = None
-    ) -> list[OuterUpdate]:
+    def apply(self, group: Group, norm: float | None = None, alignment: float | None = None) -> list[OuterUpdate]:
         """Make one outer update of a group's accepted deltas, whose sum is in the state's pseudo-gradient.
 
         Args:
@@ -135,13 +169,14 @@ class Ledger:
             norm: L2 norm of the mean of the accepted deltas, if measured.
             alignment: cosine between their mean and the outer momentum, if measured.
         """
-        arrivals = [arrival for _, arrival, accepted in group if accepted]
+        fragment, deltas = group
+        arrivals = [arrival for _, arrival, accepted in deltas if accepted]
         version = self._state.version
-        self._state.apply(arrivals, refused=len(group) - len(arrivals))
-        self._updates += len(group)
-        self._total_staleness += sum(arrival.staleness for _, arrival, _ in group)
-        self._max_staleness = max(self._max_staleness, *(arrival.staleness for _, arrival, _ in group))
-        for header, _, _ in group:
+        self._state.fragments[fragment].apply(arrivals, refused=len(deltas) - len(arrivals))
+        self._updates += len(deltas)
+        self._total_staleness += sum(arrival.staleness for _, arrival, _ in deltas)
+        self._max_staleness = max(self._max_staleness, *(arrival.staleness for _, arrival, _ in deltas))
+        for header, _, _ in deltas:
             self._shard_samples[header.shard] += header.round_samples
         return [
             OuterUpdate(
@@ -155,7 +190,7 @@ class Ledger:
                 norm=norm,
                 alignment=alignment,
             )
-            for i, (header, arrival, _) in enumerate(group, start=1)
+            for i, (header, arrival, _) in enumerate(deltas, start=1)
         ]
 
     def close_turn(
@@ -176,6 +211,8 @@ class Ledger:
         dropped = [header.worker for header in headers if Flag.DROPPED in header.flags]
         for worker in dropped:
             self._dropped[worker] += 1
+        if applied:
+            self._fragment = (applied[0].fragment + 1) % len(self._state.fragments)
         for header in applied:
             if header.worker == 0:
                 self._reference_turn = ReferenceTurn(header.round, tuple(h.worker for h in applied))
@@ -205,6 +242,7 @@ class Ledger:
             shard_samples=tuple(self._shard_samples),
             reference_turn=self._reference_turn,
             local_steps=self._local_steps,
+            fragment=self._fragment,
             exchange_seconds=max(h.exchange_seconds for h in headers),
             codec=self.codec,
             updates=self._updates,

@@ -113,6 +113,8 @@ class Machine:
         """After a push."""
         if self._reason is Reason.END:
             return self._wait_for_end(progress)
+        if self._reason is Reason.LAST_ADOPTION:
+            return Wait(Reason.LAST_ADOPTION)
         return self._go_on(progress) if self._overlap else self._wait(Reason.ADOPTION)
 
     def after_wait(self, progress: Progress, in_flight: bool) -> Action:
@@ -133,11 +135,16 @@ class Machine:
     def finish(self, in_flight: bool) -> Action:
         """End the worker's part: what it has not pushed is its last push, then it waits for the others.
 
+        With fragments it is as many pushes, one after the other.
+
         Args:
             in_flight: whether the adoption of the worker's last push is still to come.
         """
         if in_flight:
             return self._wait(Reason.LAST_ADOPTION)
+        if self._rounds.unsent_fragments > 1:
+            self._reason = Reason.LAST_ADOPTION
+            return Push()
         self._reason = Reason.END
         return Push(last=True)
 

@@ -67,6 +67,8 @@ class Progress:
     reference_turn: ReferenceTurn
     local_steps: int
     """H, local steps per round of the fastest worker."""
+    fragment: int = 0
+    """The fragment that is to be pushed next, unless another is overdue."""
     exchange_seconds: float = 0.0
     """Time of an exchange of the slowest worker; 0 while unknown."""
     codec: str = ""

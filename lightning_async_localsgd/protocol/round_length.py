@@ -19,7 +19,7 @@ _LONGER = 2  # maximum factor by which the overhead lengthens a round beyond the
 
 
 class RoundLength:
-    """The number of local steps per round of the fastest worker, identical on every worker.
+    """The number of local steps per round of the fastest worker, identical on every worker; at least one per fragment.
 
     Short rounds learn better, so rounds are as short as is cheap, and at most 50 steps long. A run of known length has
     40 rounds. A run of unknown length begins with short rounds, and each round has at most a twentieth of the steps
@@ -30,11 +30,13 @@ class RoundLength:
     Args:
         local_steps: H, or ``"auto"``.
         max_steps: local steps per worker of the run; None: unknown.
+        fragments: number of exchanges in a round, one for each fragment of the model.
     """
 
-    def __init__(self, local_steps: int | str, max_steps: int | None) -> None:
+    def __init__(self, local_steps: int | str, max_steps: int | None, fragments: int = 1) -> None:
         self._given = local_steps if isinstance(local_steps, int) else None
         self._max_steps = max_steps
+        self._fragments = fragments
 
     @property
     def longest(self) -> int:
@@ -70,8 +72,9 @@ class RoundLength:
         if self._given is not None:
             return self._given
         fastest = max(speeds, default=0.0)
-        fits = _EXCHANGES_PER_ROUND * max(exchange_seconds, default=0.0) * fastest
+        fits = _EXCHANGES_PER_ROUND * self._fragments * max(exchange_seconds, default=0.0) * fastest
         cheap = max((cost * speed for cost, speed in zip(exchange_costs, speeds, strict=True)), default=0.0)
+        cheap *= self._fragments
         wanted = self._wanted(steps_made)
         affordable = min(cheap / _MOST_OVERHEAD, wanted * _LONGER)
         wanted = max(wanted, min(math.ceil(max(fits, affordable)), _MOST))
@@ -81,5 +84,7 @@ class RoundLength:
     def _wanted(self, steps_made: int) -> int:
         """The best number of steps for learning."""
         if self._max_steps is not None:
-            return min(max(1, self._max_steps // _ROUNDS), _LONGEST)
-        return min(max(_FIRST, steps_made // _ROUNDS_SO_FAR), _LONGEST)
+            wanted = min(max(1, self._max_steps // _ROUNDS), _LONGEST)
+        else:
+            wanted = min(max(_FIRST, steps_made // _ROUNDS_SO_FAR), _LONGEST)
+        return max(wanted, self._fragments)

@@ -17,6 +17,7 @@ from lightning_async_localsgd.protocol.turn import PushedRound
 __all__ = ["Rounds", "whole_samples"]
 
 _MOST_SAMPLES = 1 << 32  # of one local step
+_OVERDUE = 1.5  # rounds since the last push of a fragment
 
 
 class Rounds:
@@ -35,12 +36,14 @@ class Rounds:
         self.local_steps = 0
         """Local steps of this worker in this run."""
         self.round = 0
-        """Number of rounds that this worker has pushed."""
+        """Number of pushes of this worker: without fragments of rounds."""
         self.shard = rank
         """The data shard of the current round: at first the worker's own, later drawn by progress (Eq. 2)."""
         self.round_steps = 0
-        """Local steps of the current round."""
+        """Local steps since the last push."""
         self.round_samples = 0
+        self.unsent = [0] * rules.fragments
+        """Local steps since the last push of each fragment."""
         self.reference_turn = NO_REFERENCE_TURN
         """The latest reference turn that this worker has compared its rounds with."""
         self.shard_generator = torch.Generator().manual_seed(rank)
@@ -67,7 +70,7 @@ class Rounds:
         """
         self._max_steps = max_steps
         self._open_end = open_end
-        self._planned_at_begin = progress.round_steps[self.rank]
+        self._planned_at_begin = self._plan(progress)
 
     def join(self, progress: Progress) -> None:
         """Join a run in progress."""
@@ -87,20 +90,52 @@ class Rounds:
         self.local_steps += 1
         self.round_steps += 1
         self.round_samples += samples
+        self.unsent = [steps + 1 for steps in self.unsent]
+
+    def due_fragment(self, progress: Progress) -> int:
+        """The fragment that the next push is of.
+
+        It is the same for all workers whose pushes meet in a turn, so that their deltas can be added up. A worker that
+        misses turns pushes what it has not pushed for one and a half rounds first.
+
+        Args:
+            progress: shared progress.
+        """
+        due = progress.fragment
+        if len(self.unsent) > 1:
+            late = max(range(len(self.unsent)), key=self.unsent.__getitem__)
+            if self.unsent[due] == 0 or self.unsent[late] > _OVERDUE * progress.round_steps[self.rank]:
+                return late
+        return due
+
+    @property
+    def unsent_fragments(self) -> int:
+        """Number of fragments with local steps since their last push."""
+        return sum(steps > 0 for steps in self.unsent)
 
     def end_round(
-        self, progress: Progress, seconds: float, start_version: int, shard: int | None = None
+        self, progress: Progress, seconds: float, fragment: int, start_version: int, shard: int | None = None
     ) -> PushedRound:
         """End the current round and begin the next one.
 
         Args:
             progress: shared progress.
             seconds: duration of the round from its first step to its last.
-            start_version: version of the global parameters at the start of the round.
+            fragment: what is pushed.
+            start_version: version of the fragment's global parameters that the delta is counted from.
             shard: the round's shard, if the next round's has already been drawn; None: the current one.
         """
-        own = self.shard if shard is None else shard
-        pushed = PushedRound(self.round, self.round_steps, self.round_samples, seconds, own, start_version)
+        pushed = PushedRound(
+            self.round,
+            self.round_steps,
+            self.round_samples,
+            seconds,
+            self.shard if shard is None else shard,
+            start_version,
+            fragment,
+            self.unsent[fragment],
+        )
+        self.unsent[fragment] = 0
         self._begin(progress, draw=shard is None)
         return pushed
 
@@ -109,20 +144,22 @@ class Rounds:
         self._pushed_steps = self.round_steps
         self.round_steps = self.round_samples = 0
         self._shift = 0
-        self._planned_at_begin = progress.round_steps[self.rank]
+        self._planned_at_begin = self._plan(progress)
         if draw:
             self.shard = draw_shard([1] * self._size, progress.shard_samples, self.shard_generator)
 
     def restart(self) -> None:
-        """Discard the previous round, which was dropped, and the steps since then."""
+        """Discard the previous round, which was dropped, and the steps since then, of all fragments."""
         self._ahead += self._pushed_steps + self.round_steps
         self.round_steps = self.round_samples = 0
+        self.unsent = [0] * len(self.unsent)
 
     def reopen(self, pushed: PushedRound) -> None:
         """Continue the previous round: the steps since its push are added to it."""
         self.round -= 1
         self.round_steps += pushed.steps
         self.round_samples += pushed.samples
+        self.unsent[pushed.fragment] += pushed.fragment_steps
 
     def push_is_due(self, progress: Progress, wanted: bool) -> bool:
         """Whether this step ends the round.
@@ -138,7 +175,16 @@ class Rounds:
 
     def _planned(self, progress: Progress) -> int:
         """Planned local steps of this round: the current plan, or in lockstep the plan at the round's beginning."""
-        return self._planned_at_begin if self._lockstep else progress.round_steps[self.rank]
+        return self._planned_at_begin if self._lockstep else self._plan(progress)
+
+    def _plan(self, progress: Progress) -> int:
+        """Local steps from the last push to the next by the current plan: with fragments a part of a round.
+
+        The parts of a round differ by a step at most, and add up to it.
+        """
+        steps, parts = progress.round_steps[self.rank], self._rules.fragments
+        part = self.round % parts
+        return max(1, (part + 1) * steps // parts - part * steps // parts)
 
     def most_to_extend(self, progress: Progress) -> int:
         """Maximum size, in local steps, of a pushed round that may still be extended.
@@ -164,7 +210,7 @@ class Rounds:
         if self._rules.overlap:  # no worker is blocked meanwhile, and a common turn brings this one in step
             window = max(window, max(2, self._pace.tolerance * planned) / speed)
             # The turn holds back the deltas of the fastest workers: no longer than one of their rounds.
-            window = min(window, progress.local_steps / max(speed, *progress.speeds))
+            window = min(window, progress.local_steps / self._rules.fragments / max(speed, *progress.speeds))
             window = min(window, self._rules.timeout.total_seconds() / 4)
         steps = max(1, self._enough(planned) - self.round_steps)
         if steps / speed > window or self._is_last(progress, self.local_steps + steps):

@@ -27,6 +27,10 @@ class Rules(Protocol):
         """Number of deltas in an outer update."""
 
     @property
+    def fragments(self) -> int:
+        """Number of parts of the model that are pushed in turn, each once in a round."""
+
+    @property
     def turns_per_round(self) -> float | str:
         """Maximum number of turns that pushes open in a round of the fastest worker; ``"auto"``: by their time."""
 

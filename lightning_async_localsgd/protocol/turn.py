@@ -25,7 +25,11 @@ class PushedRound(NamedTuple):
     """Duration from its first step to its last."""
     shard: int
     start_version: int
-    """Version of the global parameters that it began from."""
+    """Version of the fragment's global parameters that its delta is counted from."""
+    fragment: int = 0
+    """The fragment of the model that its delta is of."""
+    fragment_steps: int = 0
+    """Local steps that the delta holds: those since the fragment's last push."""
 
 
 def turn_interval(progress: Progress, rules: Rules) -> float:
@@ -34,7 +38,7 @@ def turn_interval(progress: Progress, rules: Rules) -> float:
     It bounds the traffic of a round, however many workers there are. A worker whose round ends sooner extends it. One
     that does not train while its delta is exchanged would be idle instead, so without overlap there is no minimum. By
     itself it is twice the time of an exchange, and at most half a round: where an exchange takes no time, fresh deltas
-    are worth more than the traffic.
+    are worth more than the traffic. With fragments, a turn trades one of them, and there are as many more turns.
 
     Args:
         progress: shared progress of now.
@@ -43,7 +47,7 @@ def turn_interval(progress: Progress, rules: Rules) -> float:
     fastest = max(progress.speeds)
     if not rules.overlap or fastest == 0:
         return 0.0
-    round_seconds = progress.local_steps / fastest
+    round_seconds = progress.local_steps / rules.fragments / fastest  # a push is due that often
     if isinstance(rules.turns_per_round, str):
         return min(round_seconds / 2, 2 * progress.exchange_seconds)
     return round_seconds / rules.turns_per_round
@@ -77,5 +81,6 @@ def add_round(header: Header, pushed: PushedRound | None, finite: bool) -> Heade
         round_samples=pushed.samples,
         round_seconds=pushed.seconds,
         shard=pushed.shard,
+        fragment=pushed.fragment,
         start_version=pushed.start_version,
     )

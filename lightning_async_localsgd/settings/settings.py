@@ -9,9 +9,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from lightning_async_localsgd.codecs import Codec, make_codec
-from lightning_async_localsgd.outer import Constraint, GlobalState, OuterOptimizerFactory, Transform
+from lightning_async_localsgd.outer import Constraint, GlobalModel, OuterOptimizerFactory, Transform
 from lightning_async_localsgd.outer.layout import Layout
 from lightning_async_localsgd.outer.transforms import check_transforms
 from lightning_async_localsgd.protocol.codec_choice import Candidate, CodecChoice
@@ -42,6 +43,7 @@ class Settings:
     budget: str = "shared"
     codec: str | Codec = AUTO
     exchange: str = "auto"
+    fragments: int = 1
     turns_per_round: float | str = AUTO
     outer_device: str | torch.device = "cpu"
     timeout: timedelta = field(default=timedelta(minutes=10))
@@ -58,6 +60,18 @@ class Settings:
             raise ValueError(f"`quorum` must be at least 1, got {self.quorum}.")
         if self.grace_period < 0:
             raise ValueError(f"`grace_period` must be at least 0 seconds, got {self.grace_period}.")
+        if not isinstance(self.fragments, int) or self.fragments < 1:
+            raise ValueError(f"`fragments` must be a whole number, at least 1, got {self.fragments!r}.")
+        if isinstance(self.local_steps, int) and self.local_steps < self.fragments:
+            raise ValueError(
+                f"`local_steps={self.local_steps}` are fewer than `fragments={self.fragments}`, of which one is pushed "
+                "after the other in a round. Make rounds longer, or pass fewer fragments."
+            )
+        if self.constraint is not None and self.fragments > 1:
+            raise ValueError(
+                "`constraint` sees all parameters at once, and with `fragments` above 1 these move one part after the "
+                "other. Pass `fragments=1`."
+            )
         if self.turns_per_round != AUTO and (isinstance(self.turns_per_round, str) or not self.turns_per_round >= 1):
             raise ValueError(
                 "`turns_per_round` must be at least 1 (turns in a round of the fastest worker), or 'auto', got "
@@ -78,7 +92,7 @@ class Settings:
                     "`outer_optimizer` must be a callable that makes an optimizer from parameters, for instance "
                     f"`functools.partial(torch.optim.SGD, lr=0.7)`, got {self.outer_optimizer!r}."
                 )
-            self.outer_optimizer([torch.nn.Parameter(torch.zeros(1))])  # runs its own checks now, not at the start
+            self.outer_optimizer([nn.Parameter(torch.zeros(1))])  # runs its own checks now, not at the start
         if isinstance(self.weight_copies, str):
             raise ValueError(f"`weight_copies` must be a list of names, got {self.weight_copies!r}.")
         if self.constraint is not None and not callable(self.constraint):
@@ -112,8 +126,16 @@ class Settings:
         """Whether the deltas of a turn are added up on their way; None: if the outer optimizer can take their sum."""
         return {"auto": None, "reduce": True, "gather": False}[self.exchange]
 
-    def global_state(self, layout: Layout, workers: int) -> GlobalState:
-        """A global state with these settings.
+    def layout(self, module: nn.Module) -> Layout:
+        """The layout of a module.
+
+        Raises:
+            ValueError: see :class:`~lightning_async_localsgd.outer.layout.Layout`.
+        """
+        return Layout(module, bool(self.exchange_frozen), self.local_buffers, self.fragments)
+
+    def global_model(self, layout: Layout, workers: int) -> GlobalModel:
+        """A global model with these settings.
 
         Args:
             layout: the layout of the module.
@@ -122,7 +144,7 @@ class Settings:
         Raises:
             ValueError: see :class:`~lightning_async_localsgd.outer.GlobalState`.
         """
-        return GlobalState(
+        return GlobalModel(
             layout,
             self.outer_optimizer,
             workers,
@@ -149,13 +171,14 @@ class Settings:
         """The policy that chooses among :meth:`codecs`.
 
         Args:
-            elements: of a delta.
+            elements: of a delta: of a fragment, the mean.
         """
-        return CodecChoice([Candidate(name, codec.wire_bytes(elements)) for name, codec in self.codecs().items()])
+        candidates = [Candidate(name, codec.wire_bytes(elements)) for name, codec in self.codecs().items()]
+        return CodecChoice(candidates, self.fragments)
 
     def round_length(self, max_steps: int | None) -> RoundLength:
         """The policy that sets H in a run of ``max_steps`` local steps per worker; None: unknown."""
-        return RoundLength(self.local_steps, max_steps)
+        return RoundLength(self.local_steps, max_steps, self.fragments)
 
     def lockstep(self, workers: int) -> bool:
         """Whether every worker's delta, of H steps each, is in every outer update: all make the same steps."""
@@ -188,6 +211,7 @@ class Settings:
             "budget": self.budget,
             "codec": _describe_codec(self.codec),
             "exchange": self.exchange,
+            "fragments": self.fragments,
             "turns_per_round": self.turns_per_round,
             "outer_device": torch.device(self.outer_device).type,  # kinds of devices may round differently
             "exchange_frozen": bool(self.exchange_frozen),

@@ -39,7 +39,7 @@ class Costs:
     """
 
     def __init__(self, parameters: int, settings: Settings, memory_bandwidth: float) -> None:
-        stream = 4 * parameters / memory_bandwidth
+        stream = 4 * parameters / memory_bandwidth  # of the whole model
         sums = (
             settings.sums
             if settings.sums is not None
@@ -56,15 +56,15 @@ class Costs:
         self.copies = (_PUSH_STREAMS + _ADOPT_STREAMS) * stream
         """Seconds per round for which the training thread copies."""
         self.delta = DeltaCosts(
-            elements=parameters,
+            elements=tuple(len(range(i, parameters, settings.fragments)) for i in range(settings.fragments)),
             sums=sums,
-            update_seconds=update * stream,
-            turn_seconds=(_OWN_STREAMS + own) * stream,
+            update_seconds=update * stream / settings.fragments,
+            turn_seconds=(_OWN_STREAMS + own) * stream / settings.fragments,
         )
         self._quorum = settings.quorum
 
     def exchange_seconds(self, network: Network, workers: int, codec: Codec) -> float:
-        """Seconds of a turn that brings the delta of each of so many workers."""
+        """Seconds of a turn that brings the delta of each of so many workers, of a fragment."""
         everyone = range(workers)
         told = network.trip(everyone) + network.header_seconds(everyone)
         updates = 1 if self.delta.sums else math.ceil(workers / self._quorum)
@@ -75,14 +75,14 @@ class Costs:
         """The part of :meth:`exchange_seconds` in which deltas are on their way."""
         everyone = range(workers)
         seconds = network.reduce_seconds if self.delta.sums else network.gather_seconds
-        return seconds(everyone, everyone, self.delta.elements, codec)
+        return seconds(everyone, everyone, self.delta.elements[0], codec)
 
 
 def memory_bytes(parameters: int, settings: Settings, workers: int, codec: Codec) -> int:
     """Host memory that a worker needs beside its module and inner optimizer.
 
-    Four vectors of fp32 (``base``, ``snapshot``, global parameters, pseudo-gradient), what the outer optimizer and the
-    transformations keep, the residual of a codec that rounds, and the messages on their way.
+    Two vectors of fp32 (``base``, global parameters), two more of a fragment (``snapshot``, pseudo-gradient), what the
+    outer optimizer and the transformations keep, the residual of a codec that rounds, and the messages on their way.
 
     Args:
         parameters: trainable parameters and float buffers.
@@ -90,11 +90,11 @@ def memory_bytes(parameters: int, settings: Settings, workers: int, codec: Codec
         workers: number of workers.
         codec: the codec of the deltas.
     """
-    copies = 4 + _optimizer_copies(settings, workers) + (not codec.lossless)
+    copies = 2 + 2 / settings.fragments + _optimizer_copies(settings, workers) + (not codec.lossless)
     for transform in settings.transforms:
         copies += sum(isinstance(value, Tensor) for value in transform.init(torch.zeros(2)).values())
     on_their_way = workers * codec.wire_bytes(min(4 * CHUNK, -(-parameters // workers)))
-    return 4 * parameters * copies + on_their_way
+    return round(4 * parameters * copies) + on_their_way
 
 
 def _make_optimizer(settings: Settings) -> torch.optim.Optimizer:

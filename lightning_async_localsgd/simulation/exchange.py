@@ -10,10 +10,11 @@ import math
 from bisect import insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from lightning_async_localsgd.codecs import Codec
 from lightning_async_localsgd.protocol.header import HEADER_BYTES, Flag, Header
-from lightning_async_localsgd.protocol.ledger import DueDelta, Ledger, LedgerState
+from lightning_async_localsgd.protocol.ledger import Group, Ledger, LedgerState
 from lightning_async_localsgd.protocol.progress import Progress
 from lightning_async_localsgd.protocol.turn import add_round, may_push, turn_interval
 from lightning_async_localsgd.settings import Settings
@@ -29,7 +30,8 @@ __all__ = ["DeltaCosts", "VirtualExchange"]
 class DeltaCosts:
     """What a delta takes of the network and of the exchange threads."""
 
-    elements: int
+    elements: tuple[int, ...]
+    """Of each fragment of the model."""
     sums: bool
     """Whether the deltas of a turn are added up on their way."""
     update_seconds: float = 0.0
@@ -98,11 +100,15 @@ class VirtualExchange:
 
     # ---- what training threads call ---------------------------------------------------------------------------------
 
-    def join(self, worker: int) -> int:
-        """A worker begins to take part; returns the version of the global parameters that it begins from."""
+    def join(self, worker: int) -> tuple[int, ...]:
+        """A worker begins to take part; returns the versions of the fragments that it begins from."""
         insort(self._present, worker)
         self._mailboxes[worker].flags = Flag.NONE
-        return self._state.version
+        return self._versions
+
+    @property
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(state.version for state in self._state.fragments)
 
     def leave(self, worker: int) -> None:
         """A worker takes part no longer. What it has pushed is lost, unless a header has told of it."""
@@ -209,37 +215,42 @@ class VirtualExchange:
     def _exchange_deltas(self) -> None:
         headers = [self._headers[worker] for worker in range(len(self._mailboxes))]
         groups = self._ledger.due(headers)
-        sums = [[delta.header.worker for delta in group if delta.accepted] for group in groups]
-        senders = [worker for group in sums for worker in group]
+        senders = [worker for group in groups for worker in group.senders]
         if senders:
             self._latest_deltas = self._clock.now
         present = sorted({*self._present, *senders})
         costs = self._costs
         cost = len(groups) * costs.update_seconds + (costs.turn_seconds if senders else 0.0)
         codec = self._codecs[self._ledger.codec]
-        if costs.sums:
-            sent = sum(self._network.reduce_seconds(s, present, costs.elements, codec) for s in sums)
-        else:
-            sent = self._network.gather_seconds(senders, present, costs.elements, codec)
-        self._count_bytes(sums, present, codec)
+        sent = 0.0
+        for fragment, of_fragment in groupby(groups, lambda group: group.fragment):
+            sums = [group.senders for group in of_fragment]
+            elements = costs.elements[fragment]
+            if costs.sums:
+                sent += sum(self._network.reduce_seconds(s, present, elements, codec) for s in sums)
+            else:
+                sent += self._network.gather_seconds([s for each in sums for s in each], present, elements, codec)
+        self._count_bytes(groups, present, codec)
         for sender in senders:
             self._latest[sender] = (cost + sent, cost)
         self._clock.after(cost + sent, Phase.EXCHANGE, self._publish, headers, groups, codec)
 
-    def _count_bytes(self, sums: Sequence[Sequence[int]], present: Sequence[int], codec: Codec) -> None:
+    def _count_bytes(self, groups: Sequence[Group], present: Sequence[int], codec: Codec) -> None:
         """Count the bytes of a turn.
 
         Args:
-            sums: the workers whose deltas make up each sum.
+            groups: the deltas that make up each sum.
             present: the workers that take part.
             codec: the codec of the turn.
         """
         told = HEADER_BYTES + (1 if self._settings.overlap else 0)
-        elements = self._costs.elements
         for worker in present:
             self.bytes_sent[worker] += (len(present) - 1) * told
             self.bytes_received[worker] += (len(present) - 1) * told
-            for senders in filter(None, sums):
+            for group in groups:
+                senders, elements = group.senders, self._costs.elements[group.fragment]
+                if not senders:
+                    continue
                 if self._costs.sums:
                     sent, received = Network.reduce_bytes(senders, present, worker, elements, codec)
                 else:
@@ -247,10 +258,10 @@ class VirtualExchange:
                 self.bytes_sent[worker] += round(sent)
                 self.bytes_received[worker] += round(received)
 
-    def _publish(self, headers: list[Header], groups: list[list[DueDelta]], codec: Codec) -> None:
+    def _publish(self, headers: list[Header], groups: list[Group], codec: Codec) -> None:
         for group in self._replicas.trade(groups, codec):
             self._observer.updated(self._clock.now, self._ledger.apply(group))
-        applied = [delta.header for group in groups for delta in group]
+        applied = [delta.header for group in groups for delta in group.deltas]
         dropped = [header for header in headers if Flag.DROPPED in header.flags]
         self.progress = self._ledger.close_turn(headers, applied)
         if self._codecs[self.progress.codec] is not codec:
@@ -262,8 +273,9 @@ class VirtualExchange:
             mailbox = self._mailboxes[worker]
             assert mailbox.pending is not None
             finished.append(self._finished(worker, mailbox.pending))
+            restart = Flag.DROPPED in headers[worker].flags
+            mailbox.adoption = Adoption(mailbox.pending.round.fragment, self._versions, restart)
             mailbox.pending = None
-            mailbox.adoption = Adoption(self._state.version, restart=Flag.DROPPED in headers[worker].flags)
         self._turn += 1
         self._turn_open = False
         self._headers = {}
@@ -284,5 +296,5 @@ class VirtualExchange:
             adopted=self._clock.now,
             local_steps=push.round.steps,
             all_steps=push.all_steps,
-            loss=push.loss / push.round.steps,
+            loss=push.loss / max(1, push.round.steps),
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from lightning_async_localsgd.codecs import Codec
-from lightning_async_localsgd.protocol.ledger import DueDelta
+from lightning_async_localsgd.protocol.ledger import Group
 from lightning_async_localsgd.protocol.progress import OuterUpdate, Progress
 from lightning_async_localsgd.protocol.rounds import Rounds
 
@@ -31,24 +31,27 @@ class Replicas(Protocol):
     def step(self, worker: int, rounds: Rounds, progress: Progress) -> None:
         """A worker begins a local step, knowing this; it will end before anything else is said of this worker."""
 
-    def push(self, worker: int) -> Learned:
-        """A worker's round ends. Said again before the delta has been traded, it ends here instead."""
+    def push(self, worker: int, fragment: int) -> Learned:
+        """A worker pushes a fragment. Said again before the delta has been traded, it does so here instead."""
 
     def finite(self, worker: int) -> bool:
         """Whether the delta of the round that a worker has pushed can be sent."""
 
-    def trade(self, groups: Sequence[Sequence[DueDelta]], codec: Codec) -> Iterator[Sequence[DueDelta]]:
-        """Bring the sum of one group's accepted deltas after the other into the state's pseudo-gradient.
+    def trade(self, groups: Sequence[Group], codec: Codec) -> Iterator[Group]:
+        """Bring the sum of one group's accepted deltas after the other into the pseudo-gradient of its fragment.
 
         Yields:
             Each group, once its sum is there.
         """
 
     def publish(self, workers: Sequence[int]) -> None:
-        """These workers are to adopt the global parameters of now, when they get to it."""
+        """These workers are to adopt the pushed fragment's global parameters of now, when they get to it."""
 
     def adopt(self, worker: int, restart: bool) -> None:
-        """A worker adopts what was published for it; what it has learned since its push stays, unless it restarts."""
+        """A worker adopts what was published for it; what it has learned since its push stays.
+
+        If it restarts, it adopts all fragments, and nothing stays.
+        """
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class Lane:
         self._all_steps = all_steps
         self._chance = random.Random(f"{seed} {rank}")
         self._speed_meter = SpeedMeter(settings.round_length(None).longest, lambda: clock.now)
-        self._version = 0  # of the global parameters that it has adopted
+        self._start_versions = [0] * settings.fragments  # of the global parameters that its progress is counted from
         self._round_began = 0.0
         self._step_ended = 0.0
         self._waits_since = 0.0
@@ -95,7 +95,7 @@ class Lane:
     def join(self) -> None:
         """Begin with the first step."""
         self.present = True
-        self._version = self._exchange.join(self.rank)
+        self._start_versions = list(self._exchange.join(self.rank))
         self.rounds.join(self._exchange.progress)
         self._round_began = self._clock.now
         self._replicas.join(self.rank)
@@ -182,19 +182,22 @@ class Lane:
 
     def _push_last(self) -> None:
         self._wait(Reason.END)
-        if self.rounds.round_steps > 0:
+        if self.rounds.unsent_fragments > 0:
             self._push(Flag.FINAL)
         else:
             self._mailbox.flags |= Flag.FINAL
             self._exchange.announce(self.rank)
 
     def _push(self, flags: Flag = Flag.NONE, extended: Push | None = None) -> None:
-        learned = self._replicas.push(self.rank)
+        progress = self._exchange.progress
+        fragment = self.rounds.due_fragment(progress)
+        learned = self._replicas.push(self.rank, fragment)
         self.rounds.round_samples += learned.samples
         begin = self._round_began if extended is None else extended.begin
         shard = None if extended is None else extended.round.shard
+        seconds = self._step_ended - begin if self.rounds.round_steps > 0 else 0.0
         self._mailbox.push = Push(
-            round=self.rounds.end_round(self._exchange.progress, self._step_ended - begin, self._version, shard),
+            round=self.rounds.end_round(progress, seconds, fragment, self._start_versions[fragment], shard),
             loss=learned.loss + (extended.loss if extended is not None else 0.0),
             begin=begin,
             end=self._step_ended,
@@ -222,4 +225,5 @@ class Lane:
         self._replicas.adopt(self.rank, adoption.restart)
         if adoption.restart:
             self.rounds.restart()
-        self._version = adoption.version
+            self._start_versions = list(adoption.versions)
+        self._start_versions[adoption.fragment] = adoption.versions[adoption.fragment]

@@ -27,7 +27,9 @@ class Push:
 class Adoption:
     """New global parameters for a worker."""
 
-    version: int
+    fragment: int
+    versions: tuple[int, ...]
+    """Version of each fragment."""
     restart: bool
     """Whether its delta was dropped, so that it begins again from them."""
 

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from lightning_async_localsgd.codecs import Codec
-from lightning_async_localsgd.outer import GlobalState
+from lightning_async_localsgd.outer import GlobalModel
 from lightning_async_localsgd.outer.layout import Layout
-from lightning_async_localsgd.protocol.ledger import DueDelta
+from lightning_async_localsgd.protocol.ledger import Group
 from lightning_async_localsgd.protocol.progress import OuterUpdate, Progress
 from lightning_async_localsgd.protocol.rounds import Rounds
 from lightning_async_localsgd.settings import Settings
@@ -33,7 +34,7 @@ class Moment(NamedTuple):
     """How far all workers are, each at the same time."""
 
     time: float
-    rounds: list[int]
+    pushes: list[int]
     waited: list[float]
     sent: list[int]
     received: list[int]
@@ -56,8 +57,9 @@ class MeasuredRun:
         self.stalenesses: list[int] = []
         """Of the outer updates between the two moments."""
         self.finished_rounds: list[FinishedRound] = []
-        """Rounds that ended between the two moments."""
-        self._rounds = [0] * len(workers)
+        """Rounds, or with fragments parts of them, that ended between the two moments."""
+        self._pushes = [0] * len(workers)
+        self._fragments = settings.fragments
         self._first: Moment | None = None
         self._last: Moment | None = None
         self._timeline = Timeline(
@@ -93,10 +95,10 @@ class MeasuredRun:
     def finished(self, rounds: Sequence[FinishedRound]) -> None:
         """See :meth:`Observer.finished`."""
         for round_ in rounds:
-            self._rounds[round_.worker] += 1
+            self._pushes[round_.worker] += 1
         if self._first is not None:
             self.finished_rounds += rounds
-        fewest = min(self._rounds)
+        fewest = min(self._pushes) // self._fragments
         if self._first is None and fewest >= _WARM_UP_ROUNDS:
             self._first = self._moment()
         if self._last is None and fewest >= ROUNDS:
@@ -106,7 +108,7 @@ class MeasuredRun:
         now, lanes = self._timeline.now, self._timeline.lanes
         return Moment(
             now,
-            list(self._rounds),
+            list(self._pushes),
             [lane.waited_until(now) for lane in lanes],
             list(self._timeline.exchange.bytes_sent),
             list(self._timeline.exchange.bytes_received),
@@ -120,13 +122,13 @@ class _Nothing:
 
     def step(self, worker: int, rounds: Rounds, progress: Progress) -> None: ...
 
-    def push(self, worker: int) -> Learned:
+    def push(self, worker: int, fragment: int) -> Learned:
         return Learned(samples=0, loss=0.0)
 
     def finite(self, worker: int) -> bool:
         return True
 
-    def trade(self, groups: Sequence[Sequence[DueDelta]], codec: Codec) -> Iterator[Sequence[DueDelta]]:
+    def trade(self, groups: Sequence[Group], codec: Codec) -> Iterator[Group]:
         yield from groups
 
     def publish(self, workers: Sequence[int]) -> None: ...
@@ -134,7 +136,8 @@ class _Nothing:
     def adopt(self, worker: int, restart: bool) -> None: ...
 
 
-def _small_state(settings: Settings, workers: int) -> GlobalState:
-    """A global state of two parameters: it takes the deltas of a turn as that of any model does."""
+def _small_state(settings: Settings, workers: int) -> GlobalModel:
+    """A global model of one parameter per fragment: it takes the deltas of a turn as any other does."""
     plain = replace(settings, constraint=None, outer_device="cpu")  # a constraint knows the model's names
-    return plain.global_state(Layout(nn.Linear(1, 1)), workers)
+    small = nn.ParameterList(torch.zeros(1) for _ in range(settings.fragments))
+    return plain.global_model(Layout(small, fragments=settings.fragments), workers)

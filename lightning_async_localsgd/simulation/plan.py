@@ -138,7 +138,7 @@ def plan(
     at_once = _steps_at_once(workers, chosen, costs.exchange_seconds(network, len(workers), _widest(chosen)))
     run = MeasuredRun(
         [_make_worker(speed / at_once, noise / math.sqrt(at_once)) for speed in workers],
-        replace(chosen, local_steps=max(1, round(local_steps / at_once))),
+        replace(chosen, local_steps=max(chosen.fragments, round(local_steps / at_once))),
         network,
         costs,
         seed,
@@ -161,12 +161,14 @@ def _steps_at_once(speeds: Sequence[float], settings: Settings, exchange: float)
     slowest = min(speeds) if isinstance(make_pace(settings.pace), FixedPace) else max(speeds)
     seconds = _number(settings) / slowest
     if settings.overlap:  # training goes on meanwhile
-        seconds = max(seconds, exchange)
+        seconds = max(seconds, settings.fragments * exchange)
     steps = ROUNDS * sum(speeds) * seconds
     most = max(_MOST_STEPS, _MOST_STEPS_PER_WORKER * len(speeds))
     if steps <= most:
         return 1.0
     at_once = steps / most
+    if settings.fragments > 1:  # each is pushed in a step of its own
+        at_once = min(at_once, _number(settings) / settings.fragments)
     simulated = max(1, math.floor(_number(settings) / at_once))
     return max(at_once, _number(settings) / simulated)
 
@@ -176,7 +178,8 @@ def _evaluate(
 ) -> Plan:
     first, last = run.run()
     seconds = last.time - first.time
-    rounds = [after - before for before, after in zip(first.rounds, last.rounds, strict=True)]
+    parts = settings.fragments
+    rounds = [(after - before) / parts for before, after in zip(first.pushes, last.pushes, strict=True)]
     waited = [after - before for before, after in zip(first.waited, last.waited, strict=True)]
     # Copies come on top: the timeline's workers make none.
     trained = [(seconds - w) / (seconds + n * costs.copies) for w, n in zip(waited, rounds, strict=True)]
@@ -190,7 +193,7 @@ def _evaluate(
     in_flight = [r.adopted - r.end for r in run.finished_rounds]
     exchange = sum(in_flight) / len(in_flight)
     return Plan(
-        parameters=costs.delta.elements,
+        parameters=sum(costs.delta.elements),
         workers=len(speeds),
         local_steps=_number(settings),
         codec=run.codec,
@@ -198,7 +201,7 @@ def _evaluate(
         utilization=per_second / sum(speeds),
         steps_per_second=per_second,
         round_seconds=seconds * len(speeds) / sum(rounds) + costs.copies,
-        round_steps=at_once * sum(of_fastest) / len(of_fastest),
+        round_steps=parts * at_once * sum(of_fastest) / len(of_fastest),
         exposed_seconds=tuple(w / n + costs.copies for w, n in zip(waited, rounds, strict=True)),
         exchange_seconds=exchange,
         steps_in_flight=exchange * speeds[fastest] if settings.overlap else 0.0,
@@ -206,10 +209,10 @@ def _evaluate(
         received_per_round=tuple(received),
         link_load=max(n * max(s, r) for n, s, r in zip(rounds, sent, received, strict=True)) / seconds,
         link_need=_link_need(speeds, settings, network, costs),
-        memory=memory_bytes(costs.delta.elements, settings, len(speeds), settings.codecs()[run.codec]),
+        memory=memory_bytes(sum(costs.delta.elements), settings, len(speeds), settings.codecs()[run.codec]),
         mean_staleness=sum(run.stalenesses) / len(run.stalenesses),
         max_staleness=max(run.stalenesses),
-        rounds=sum(rounds),
+        rounds=round(sum(rounds)),
     )
 
 
@@ -222,10 +225,11 @@ def _link_need(speeds: Sequence[float], settings: Settings, network: Network, co
         seconds = _number(settings) / max(speeds)
     allowed = seconds if settings.overlap else (1 - TARGET) * seconds
     codec = list(settings.codecs().values())[-1]
-    rest = allowed - costs.exchange_seconds(replace(network, bandwidth=math.inf), len(speeds), codec)
+    parts = settings.fragments
+    rest = allowed - parts * costs.exchange_seconds(replace(network, bandwidth=math.inf), len(speeds), codec)
     links = Network(bandwidth=1.0)
     load = costs.sent_seconds(links, len(speeds), codec) + links.header_seconds(range(len(speeds)))
-    return load / rest if rest > 0 else math.inf
+    return parts * load / rest if rest > 0 else math.inf
 
 
 def _widest(settings: Settings) -> Codec:

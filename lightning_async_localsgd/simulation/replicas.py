@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lightning_async_localsgd.codecs import Codec, ErrorFeedback
 from lightning_async_localsgd.exchange.trade import WireVector
-from lightning_async_localsgd.outer import Adopter, GlobalState, Unsendable, write_delta
-from lightning_async_localsgd.protocol.ledger import DueDelta
+from lightning_async_localsgd.outer import Adopter, GlobalModel, GlobalState, Unsendable, write_delta
+from lightning_async_localsgd.protocol.ledger import Group
 from lightning_async_localsgd.protocol.progress import Progress
 from lightning_async_localsgd.protocol.rounds import Rounds
 from lightning_async_localsgd.protocol.slices import Span, owned_slices
@@ -36,7 +36,7 @@ class _Owed(NamedTuple):
 
 
 class _Flat:
-    """The global parameters and buffers of one version, shared by all workers that adopt it."""
+    """The global parameters and buffers of one version of a fragment, shared by all workers that adopt it."""
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
@@ -45,18 +45,19 @@ class _Flat:
 class _Replica:
     """The state of one worker."""
 
-    def __init__(self, steps: LocalSteps, drops: Drops, wire: WireVector) -> None:
+    def __init__(self, steps: LocalSteps, drops: Drops, wires: Sequence[WireVector]) -> None:
         self.own = Own()
-        self.wire = wire
+        self.wires = wires  # of each fragment, as the bases
         self.drops = drops
         self.steps = steps
         self.owed: list[_Owed] = []
         self.samples = 0  # since its push, as the loss
         self.loss = 0.0
-        self.base: _Flat | None = None  # at the start of its round
-        self.snapshot: Tensor | None = None  # at its push; kept until the adoption
-        self.unsendable = Unsendable()  # of its latest push
-        self.adoption: _Flat | None = None
+        self.bases: list[_Flat] = []  # at the start of its progress
+        self.fragment = 0  # of its latest push, as what follows
+        self.snapshot: Tensor | None = None  # kept until the adoption
+        self.unsendable = Unsendable()
+        self.adoption: list[_Flat] = []  # of the pushed fragment, or of all
         self.learned_since_push = False
 
 
@@ -85,7 +86,7 @@ class TrainingReplicas:
         self,
         trainer: pl.Trainer,
         module: pl.LightningModule,
-        state: GlobalState,
+        state: GlobalModel,
         settings: Settings,
         batches: Sequence[MakeBatches],
     ) -> None:
@@ -95,16 +96,19 @@ class TrainingReplicas:
         self._largest = settings.largest
         self._device = next(module.parameters()).device
         self._live = LiveModule(module, state.layout)
-        self._bases: WeakValueDictionary[int, _Flat] = WeakValueDictionary()
-        self._adopter = Adopter(self._layout)
+        self._bases: WeakValueDictionary[tuple[int, int], _Flat] = WeakValueDictionary()
+        self._adopters = [Adopter(part) for part in self._layout.fragments]
         self._replicas = [
-            _Replica(LocalSteps(trainer, make), Drops(f"Worker {worker}", self._layout), self._wire())
+            _Replica(LocalSteps(trainer, make), Drops(f"Worker {worker}", self._layout), self._wires())
             for worker, make in enumerate(batches)
         ]
 
-    def _wire(self) -> WireVector:
-        feedback = ErrorFeedback(self._layout.numel, self._state.flat.device)
-        return WireVector(self._state.pseudo_gradient, self._layout.parameter_numel, feedback)
+    def _wires(self) -> list[WireVector]:
+        device = self._state.flat.device
+        return [
+            WireVector(state.pseudo_gradient, part.parameter_numel, ErrorFeedback(part.numel, device))
+            for state, part in zip(self._state.fragments, self._layout.fragments, strict=True)
+        ]
 
     # ---- see `Replicas` ---------------------------------------------------------------------------------------------
 
@@ -113,21 +117,22 @@ class TrainingReplicas:
         """See :meth:`Replicas.join`."""
         replica = self._replicas[worker]
         self._live.adopt(replica.own, like=self._replicas[0].own)
-        replica.base = self._own_copy(self._of_now())
-        self._adopter.replace(self._live.exchanged(replica.own), replica.base.values)
+        self._replace(replica, [self._of_now(fragment) for fragment in range(len(self._adopters))])
 
     def step(self, worker: int, rounds: Rounds, progress: Progress) -> None:
         """See :meth:`Replicas.step`."""
         self._replicas[worker].owed.append(_Owed(rounds.shard, rounds.job_steps(progress)))
 
     @torch.no_grad()
-    def push(self, worker: int) -> Learned:
+    def push(self, worker: int, fragment: int) -> Learned:
         """See :meth:`Replicas.push`."""
         replica = self._replicas[worker]
         self._catch_up(replica)
-        if replica.snapshot is None:
-            replica.snapshot = self._layout.empty(self._state.flat.device)
-        torch._foreach_copy_(self._layout.views(replica.snapshot), self._live.exchanged(replica.own))
+        part = self._layout.fragments[fragment]
+        if replica.snapshot is None or replica.fragment != fragment:
+            replica.snapshot = part.empty(self._state.flat.device)
+        replica.fragment = fragment
+        torch._foreach_copy_(part.views(replica.snapshot), self._live.exchanged(replica.own)[part.members])
         learned = Learned(replica.samples, replica.loss)
         replica.samples, replica.loss, replica.learned_since_push = 0, 0.0, False
         return learned
@@ -135,65 +140,97 @@ class TrainingReplicas:
     def finite(self, worker: int) -> bool:
         """See :meth:`Replicas.finite`."""
         replica = self._replicas[worker]
-        self._write_delta(replica, self._global_buffers, self._state.pseudo_gradient)
+        state = self._state.fragments[replica.fragment]
+        self._write_delta(replica, _buffers(state), state.pseudo_gradient)
         return not replica.unsendable.parameters
 
     @torch.no_grad()
-    def trade(self, groups: Sequence[Sequence[DueDelta]], codec: Codec) -> Iterator[Sequence[DueDelta]]:
+    def trade(self, groups: Sequence[Group], codec: Codec) -> Iterator[Group]:
         """See :meth:`Replicas.trade`."""
-        target = self._state.pseudo_gradient
-        buffers = self._global_buffers.clone()
-        before_turn = self._of_now().values if self._state.needs_start else None
+        before_turn = [
+            (_buffers(state).clone(), self._of_now(fragment).values if state.needs_start else None)
+            for fragment, state in enumerate(self._state.fragments)
+        ]
         for group in groups:
-            arrivals = [due.arrival for due in group if due.accepted]
-            for i, arrival in enumerate(arrivals):
-                replica = self._replicas[arrival.worker]
-                delta = target if i == 0 and codec.lossless else torch.empty_like(target)
-                self._write_delta(replica, buffers, delta)
-                assert replica.snapshot is not None
-                self._state.transform_delta(delta, arrival, replica.snapshot, before_turn)
-                for piece in replica.wire.pieces(Span(0, target.numel()), codec):
-                    replica.wire.decode(replica.wire.encode(delta, piece), piece, add=i > 0)
-            if len(arrivals) > 1 and self._state.sums and not codec.lossless:
-                self._write_sum(codec, len(arrivals))
+            self._add_up(group, codec, *before_turn[group.fragment])
             yield group
 
-    def _write_sum(self, codec: Codec, count: int) -> None:
+    def _add_up(self, group: Group, codec: Codec, buffers: Tensor, before_turn: Tensor | None) -> None:
+        """Write the sum of a group's accepted deltas into the pseudo-gradient, in the form that the codec gives it.
+
+        Args:
+            group: the group.
+            codec: the codec.
+            buffers: the global buffers before this turn.
+            before_turn: the global parameters and buffers before this turn, if transformations look at them.
+        """
+        state = self._state.fragments[group.fragment]
+        target = state.pseudo_gradient
+        arrivals = [due.arrival for due in group.deltas if due.accepted]
+        for i, arrival in enumerate(arrivals):
+            replica = self._replicas[arrival.worker]
+            wire = replica.wires[group.fragment]
+            delta = target if i == 0 and codec.lossless else torch.empty_like(target)
+            self._write_delta(replica, buffers, delta)
+            assert replica.snapshot is not None
+            state.transform_delta(delta, arrival, replica.snapshot, before_turn)
+            for piece in wire.pieces(Span(0, target.numel()), codec):
+                wire.decode(wire.encode(delta, piece), piece, add=i > 0)
+        if len(arrivals) > 1 and self._state.sums and not codec.lossless:
+            self._write_sum(group.fragment, codec, len(arrivals))
+
+    def _write_sum(self, fragment: int, codec: Codec, count: int) -> None:
         """Put the sum of so many deltas in the target through the codec, as the owners of its slices do."""
         size = len(self._replicas)
-        for replica, span in zip(self._replicas, owned_slices(self._layout.numel, [1 / size] * size), strict=True):
-            for piece in replica.wire.pieces(span, codec):
-                replica.wire.encode_sum(piece.of_sum(count))
+        spans = owned_slices(self._layout.fragments[fragment].numel, [1 / size] * size)
+        for replica, span in zip(self._replicas, spans, strict=True):
+            wire = replica.wires[fragment]
+            for piece in wire.pieces(span, codec):
+                wire.encode_sum(piece.of_sum(count))
 
     def publish(self, workers: Sequence[int]) -> None:
         """See :meth:`Replicas.publish`."""
         for worker in workers:
-            self._replicas[worker].adoption = self._of_now()
+            replica = self._replicas[worker]
+            restarts = bool(replica.unsendable.parameters)
+            of = range(len(self._adopters)) if restarts else [replica.fragment]
+            replica.adoption = [self._of_now(fragment) for fragment in of]
 
     @torch.no_grad()
     def adopt(self, worker: int, restart: bool) -> None:
         """See :meth:`Replicas.adopt`."""
         replica = self._replicas[worker]
         self._catch_up(replica)
-        assert replica.adoption is not None and replica.snapshot is not None
-        base = self._own_copy(replica.adoption)
-        correction = torch.sub(base.values, replica.snapshot, out=replica.snapshot)
-        self._state.clear_holes(correction)
-        tensors = self._live.exchanged(replica.own)
-        replica.drops.look(replica.unsendable)
+        replica.drops.look(replica.fragment, replica.unsendable)
         if restart:
-            self._adopter.replace(tensors, base.values)
+            self._replace(replica, replica.adoption)
             forget_non_finite_state(replica.steps.optimizers)
             replica.samples, replica.loss = 0, 0.0
-        elif not replica.learned_since_push:
-            self._adopter.replace(tensors, base.values, correction)
         else:
-            left_out = replica.unsendable.buffers
-            self._adopter.advance(tensors, base.values, correction.to(self._device), left_out)
+            self._adopt_fragment(replica, *replica.adoption)
         if self._constraint is not None:
             own = zip(self._layout.parameter_slots, self._live.exchanged(replica.own), strict=False)
             self._constraint({slot.name: tensor for slot, tensor in own})
-        replica.base, replica.adoption, replica.snapshot = base, None, None
+        replica.adoption, replica.snapshot = [], None
+
+    def _replace(self, replica: _Replica, bases: Sequence[_Flat]) -> None:
+        """Have a replica begin from these global parameters, of all fragments."""
+        replica.bases = [self._own_copy(base) for base in bases]
+        tensors = self._live.exchanged(replica.own)
+        for part, adopter, base in zip(self._layout.fragments, self._adopters, replica.bases, strict=True):
+            adopter.replace(tensors[part.members], base.values)
+
+    def _adopt_fragment(self, replica: _Replica, adoption: _Flat) -> None:
+        assert replica.snapshot is not None
+        part, adopter = self._layout.fragments[replica.fragment], self._adopters[replica.fragment]
+        base = replica.bases[replica.fragment] = self._own_copy(adoption)
+        correction = torch.sub(base.values, replica.snapshot, out=replica.snapshot)
+        self._state.fragments[replica.fragment].clear_holes(correction)
+        tensors = self._live.exchanged(replica.own)[part.members]
+        if not replica.learned_since_push:
+            adopter.replace(tensors, base.values, correction)
+        else:
+            adopter.advance(tensors, base.values, correction.to(self._device), replica.unsendable.buffers)
 
     # ---- around the run ---------------------------------------------------------------------------------------------
 
@@ -210,33 +247,29 @@ class TrainingReplicas:
 
     # ---- deltas and steps -------------------------------------------------------------------------------------------
 
-    @property
-    def _global_buffers(self) -> Tensor:
-        return self._state.flat[self._layout.parameter_numel :]
-
     def _write_delta(self, replica: _Replica, buffers: Tensor, delta: Tensor) -> None:
         """Write the delta of a replica's push, as the exchange thread of a real worker does.
 
         Args:
             replica: the replica.
-            buffers: the global buffers before this turn.
+            buffers: the fragment's global buffers before this turn.
             delta: the output.
         """
-        assert replica.base is not None and replica.snapshot is not None
-        replica.unsendable = write_delta(
-            self._state, replica.base.values, replica.snapshot, buffers, delta, self._largest
-        )
+        assert replica.snapshot is not None
+        state, base = self._state.fragments[replica.fragment], replica.bases[replica.fragment]
+        replica.unsendable = write_delta(state, base.values, replica.snapshot, buffers, delta, self._largest)
 
-    def _of_now(self) -> _Flat:
-        """The current global parameters and buffers."""
-        flat = self._bases.get(self._state.version)
+    def _of_now(self, fragment: int) -> _Flat:
+        """The current global parameters and buffers of a fragment."""
+        state = self._state.fragments[fragment]
+        flat = self._bases.get((fragment, state.version))
         if flat is None:
-            flat = self._bases[self._state.version] = _Flat(self._state.flat.clone())
+            flat = self._bases[fragment, state.version] = _Flat(state.flat.clone())
         return flat
 
     def _own_copy(self, flat: _Flat) -> _Flat:
         """A copy that a replica may write to, if the module cannot hold ``flat`` exactly."""
-        return _Flat(flat.values.clone()) if self._adopter.rounds else flat
+        return _Flat(flat.values.clone()) if any(adopter.rounds for adopter in self._adopters) else flat
 
     def _catch_up(self, replica: _Replica) -> None:
         """Compute the outstanding local steps of a replica."""
@@ -252,3 +285,8 @@ class TrainingReplicas:
         self._live.check_unshared()
         replica.owed.clear()
         replica.learned_since_push = True
+
+
+def _buffers(state: GlobalState) -> Tensor:
+    """The global buffers of a fragment."""
+    return state.flat[state.layout.parameter_numel :]

@@ -21,8 +21,7 @@ from lightning_async_localsgd.internals import (
     call_lightning_module_hook,
     request_dataloader,
 )
-from lightning_async_localsgd.outer import GlobalState
-from lightning_async_localsgd.outer.layout import Layout
+from lightning_async_localsgd.outer import GlobalModel
 from lightning_async_localsgd.protocol.progress import OuterUpdate
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.settings.advice import warn_of_useless_settings
@@ -137,7 +136,7 @@ class Simulation:
         self._on_round = on_round
         self._on_evaluation = on_evaluation
         self._timeline: Timeline | None = None
-        self._state: GlobalState | None = None
+        self._state: GlobalModel | None = None
         self._evaluator: Evaluator | None = None
         self._trainer: pl.Trainer
         self._evaluations_due = 0
@@ -192,8 +191,8 @@ class Simulation:
             )
         size = len(self._workers)
         settings = self.settings
-        layout = Layout(self._module, bool(settings.exchange_frozen), settings.local_buffers)
-        state = self._state = settings.global_state(layout, size)
+        layout = settings.layout(self._module)
+        state = self._state = settings.global_model(layout, size)
         state.begin(layout.tensors(self._module))
         loaders = VirtualLoaders(data, size, self._seed)
         batches = [partial(loaders.passes, worker) for worker in range(size)]
@@ -207,7 +206,7 @@ class Simulation:
             replicas,
             self,
             self._network,
-            DeltaCosts(layout.numel, state.sums, self._update_seconds),
+            DeltaCosts(tuple(part.numel for part in layout.fragments), state.sums, self._update_seconds),
             seed=self._seed,
         )
         try:

@@ -67,7 +67,7 @@ class Timeline:
             mailboxes,
             settings,
             state,
-            Ledger(state, settings, budget, start, settings.codec_choice(costs.elements)),
+            Ledger(state, settings, budget, start, settings.codec_choice(sum(costs.elements) // len(costs.elements))),
             start,
             replicas,
             observer,

@@ -78,13 +78,15 @@ class AsyncLocalSGDStrategy(ProcessWorldStrategy):
             codec object. ``"auto"``: the widest of the first four with which an exchange takes a tenth of a round.
         exchange: ``"reduce"``: deltas are added up on their way, so that traffic does not grow with the number of
             workers. ``"gather"``: each goes to every worker. ``"auto"``: ``"reduce"``, unless single deltas are needed.
-        turns_per_round: maximum number of exchanges that pushes open in a round of the fastest; "auto": by their time.
+        fragments: parts of the model that are exchanged one after the other in a round (Streaming DiLoCo): each is on
+            its way for a part of the time.
+        turns_per_round: maximum number of exchanges of a fragment in a round of the fastest; "auto": by their time.
         outer_device: where the global state lives: ``"cpu"`` or a device of the worker.
         timeout: how long a worker may take to answer before the others give up with an error that names it.
         validate_global: in ``fit`` worker 0 alone validates, the global parameters on the whole validation set, while
             the others train on; they are told the metrics. False: each worker validates its own parameters.
-        exchange_frozen: exchange frozen parameters too, at the cost of trainable ones, so that they can be unfrozen
-            during ``fit``. None: if the trainer has a callback that does so, a Lightning ``BaseFinetuning``.
+        exchange_frozen: exchange frozen parameters too, so that they can be unfrozen during ``fit``. None: if the
+            trainer has a callback that does so, a Lightning ``BaseFinetuning``.
         transforms: what every pseudo-gradient goes through, in this order, before the outer optimizer: objects of
             ``lightning_async_localsgd.outer``, such as ``Poly()``, or your own (see its ``Transform``).
         weight_copies: names of the entries in the inner optimizers' state that hold copies of the weights (fp32
@@ -120,6 +122,7 @@ class AsyncLocalSGDStrategy(ProcessWorldStrategy):
         worker_size: int = 1,
         codec: str | Codec = "auto",
         exchange: str = "auto",
+        fragments: int = 1,
         turns_per_round: float | str = "auto",
         outer_device: str | torch.device = "cpu",
         timeout: timedelta = timedelta(minutes=10),
@@ -144,6 +147,7 @@ class AsyncLocalSGDStrategy(ProcessWorldStrategy):
             budget=budget,
             codec=codec,
             exchange=exchange,
+            fragments=fragments,
             turns_per_round=turns_per_round,
             outer_device=outer_device,
             timeout=timeout,

@@ -27,6 +27,7 @@ class AdoptionCheck:
         self._checks_left = _CHECKED
         self._undone = 0
         self._correction: list[Tensor] | None = None
+        self._parameters = slice(0)
         self._before = self._square = 0.0
         self._steps = 0
 
@@ -35,17 +36,18 @@ class AdoptionCheck:
         self._steps = steps
 
     @torch.no_grad()
-    def adopted(self, parameters: Sequence[Tensor], correction: Sequence[Tensor]) -> None:
-        """Record an adoption: the correction has just been added to the parameters.
+    def adopted(self, parameters: slice, tensors: Sequence[Tensor], correction: Sequence[Tensor]) -> None:
+        """Record an adoption: the correction has just been added to some parameters.
 
         Args:
-            parameters: the worker's own parameters.
+            parameters: these parameters among the tensors.
+            tensors: the worker's own tensors.
             correction: the tensor added to each; it must not change until :meth:`stepped`.
         """
         if self._checks_left > 0 and self._steps >= _STEPS:
-            self._correction = list(correction)
+            self._correction, self._parameters = list(correction), parameters
             self._square = _dot(correction, correction)
-            self._before = _dot(parameters, correction)
+            self._before = _dot(tensors[parameters], correction)
 
     @property
     def pending(self) -> bool:
@@ -53,16 +55,16 @@ class AdoptionCheck:
         return self._correction is not None
 
     @torch.no_grad()
-    def stepped(self, parameters: Sequence[Tensor], optimizers: Iterable[Optimizer]) -> None:
+    def stepped(self, tensors: Sequence[Tensor], optimizers: Iterable[Optimizer]) -> None:
         """Check the next step of an optimizer.
 
         Args:
-            parameters: the worker's own parameters; further tensors after them are ignored.
+            tensors: the worker's own tensors.
             optimizers: the inner optimizers.
         """
         assert self._correction is not None
         names = " or ".join(type(optimizer).__name__ for optimizer in optimizers)
-        back = self._before - _dot(parameters, self._correction)
+        back = self._before - _dot(tensors[self._parameters], self._correction)
         self._correction = None
         self._checks_left -= 1
         if self._square > 0 and _UNDONE[0] < back / self._square < _UNDONE[1]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from lightning_async_localsgd.exchange.causes import Causes
 from lightning_async_localsgd.exchange.links import measure_links
 from lightning_async_localsgd.exchange.trade import Gather, Reduce, Trade
 from lightning_async_localsgd.membership import Roster
-from lightning_async_localsgd.outer import GlobalState
+from lightning_async_localsgd.outer import GlobalModel
 from lightning_async_localsgd.outer.layout import Layout
 from lightning_async_localsgd.protocol.header import PROTOCOL
 from lightning_async_localsgd.protocol.slices import slice_shares
@@ -70,24 +70,25 @@ class Connections:
         with self._naming_the_lost():
             broadcast(self.transport, tensors, self._rank, self._size)
 
-    def make_trade(self, state: GlobalState, feedback: ErrorFeedback) -> Trade:
-        """Make what brings the workers' deltas together; for that all measure their links at the same time.
+    def make_trades(self, state: GlobalModel, feedbacks: Sequence[ErrorFeedback]) -> list[Trade]:
+        """Make what brings the workers' deltas of each fragment together; for that all measure their links.
 
         Args:
             state: the global state.
-            feedback: takes up the errors of the codec.
+            feedbacks: take up the errors of the codec, for each fragment.
 
         Raises:
             PeerLostError: see :meth:`broadcast`.
         """
-        target, parameters = state.pseudo_gradient, state.layout.parameter_numel
+        targets = [(part.pseudo_gradient, part.layout.parameter_numel) for part in state.fragments]
         if not state.sums:
-            return Gather(self.transport, self._rank, target, parameters, feedback)
+            return [Gather(self.transport, self._rank, *t, f) for t, f in zip(targets, feedbacks, strict=True)]
         with self._naming_the_lost():
-            links = measure_links(self.transport, self._rank, self._size, 4 * target.numel())
-        trade = Reduce(self.transport, self._rank, target, parameters, feedback, slice_shares(links))
-        self.transport.let_trail(trade.trailing)
-        return trade
+            links = measure_links(self.transport, self._rank, self._size, 4 * state.flat.numel())
+        shares = slice_shares(links)
+        trades = [Reduce(self.transport, self._rank, *t, f, shares) for t, f in zip(targets, feedbacks, strict=True)]
+        self.transport.let_trail(trades[0].trailing)
+        return list(trades)
 
     @contextmanager
     def _naming_the_lost(self) -> Iterator[None]:

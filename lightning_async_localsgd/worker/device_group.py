@@ -22,7 +22,6 @@ from torch.optim import Optimizer
 from lightning_async_localsgd.errors import PeerAbortedError, PeerLostError, error_by_name
 from lightning_async_localsgd.exchange import Adoption
 from lightning_async_localsgd.membership.address import make_gloo_group
-from lightning_async_localsgd.outer.layout import Layout
 from lightning_async_localsgd.protocol.messages import Cut, Message, message_from_json
 from lightning_async_localsgd.protocol.progress import OuterUpdate
 from lightning_async_localsgd.settings import Settings
@@ -273,8 +272,7 @@ class OtherRank:
         self.on_gather: Callable[[], bytes] = bytes
         """Returns this process's own state for a checkpoint."""
         self._device_group = device_group
-        layout = Layout(module, bool(settings.exchange_frozen), settings.local_buffers)
-        self._replica = Replica(module, optimizers, layout)
+        self._replica = Replica(module, optimizers, settings.layout(module))
         self._optimizers = list(optimizers)
         self._summary: RunSummary | None = None
         self._updates: list[OuterUpdate] = []

@@ -27,10 +27,10 @@ class Drops:
         self._worker = worker
         self._layout = layout
         self._in_a_row = 0
-        self._named_buffers: set[int] = set()
+        self._named_buffers: set[str] = set()
 
-    def look(self, unsendable: Unsendable) -> None:
-        """Warn of a dropped delta, and once of each buffer that was left out of a delta.
+    def look(self, fragment: int, unsendable: Unsendable) -> None:
+        """Warn of a dropped delta of a fragment, and once of each buffer that was left out of a delta.
 
         Raises:
             NotFiniteError: at the fifth dropped delta in a row.
@@ -39,11 +39,13 @@ class Drops:
             self._dropped(unsendable.parameters)
             return
         self._in_a_row = 0
-        new = [index for index in unsendable.buffers if index not in self._named_buffers]
+        slots = self._layout.fragments[fragment].slots
+        names = [slots[index].name for index in unsendable.buffers]
+        new = [name for name in names if name not in self._named_buffers]
         if new:
             self._named_buffers.update(new)
             warnings.warn(
-                f"{self._worker} leaves {_list([self._layout.slots[index].name for index in new])} out of its deltas "
+                f"{self._worker} leaves {_list(new)} out of its deltas "
                 "while it is not finite, or not of the shape it had when training started, and takes the global values "
                 "over. If it is no statistic to be averaged, name it in `local_buffers`.",
                 stacklevel=4,

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from lightning_async_localsgd.exchange import Mailbox
-from lightning_async_localsgd.outer import GlobalState
+from lightning_async_localsgd.outer import GlobalModel
 from lightning_async_localsgd.protocol.messages import Cut
 from lightning_async_localsgd.worker.replica import Replica
 from lightning_async_localsgd.worker.round_trip import RoundTrip
@@ -26,7 +26,7 @@ class GlobalView:
         trip: adopts new global parameters.
     """
 
-    def __init__(self, state: GlobalState, replica: Replica, mailbox: Mailbox, trip: RoundTrip) -> None:
+    def __init__(self, state: GlobalModel, replica: Replica, mailbox: Mailbox, trip: RoundTrip) -> None:
         self._state = state
         self._replica = replica
         self._mailbox = mailbox

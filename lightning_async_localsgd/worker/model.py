@@ -9,7 +9,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_async_localsgd.codecs import ErrorFeedback
-from lightning_async_localsgd.outer.layout import Layout
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.worker.connections import Connections
 from lightning_async_localsgd.worker.replica import Replica
@@ -31,14 +30,14 @@ class WorkerModel:
     """
 
     def __init__(self, module: nn.Module, optimizers: Sequence[Optimizer], size: int, settings: Settings) -> None:
-        self.layout = Layout(module, bool(settings.exchange_frozen), settings.local_buffers)
+        self.layout = settings.layout(module)
         """The layout of the exchanged tensors in a flat vector."""
         self.replica = Replica(module, optimizers, self.layout, settings.weight_copies, settings.constraint)
         """This worker's own tensors, in the module."""
-        self.state = settings.global_state(self.layout, size)
+        self.state = settings.global_model(self.layout, size)
         """The global parameters and the outer optimizer."""
-        self.feedback = ErrorFeedback(self.layout.numel, self.state.flat.device)
-        """Errors of the codec, which the next delta of this worker makes up for."""
+        self.feedbacks = [ErrorFeedback(part.numel, self.state.flat.device) for part in self.layout.fragments]
+        """Errors of the codec, of each fragment, which its next delta of this worker makes up for."""
 
     def take_from_leader(self, connections: Connections) -> None:
         """Take worker 0's tensors before the run, and begin from them."""

@@ -24,9 +24,9 @@ class WrittenRound(NamedTuple):
     """The vectors of a finished round, flat and fp32, on the outer device. The replica has given them up."""
 
     base: Tensor
-    """The parameters at the start of the round."""
+    """The parameters at the start of the worker's progress."""
     snapshot: Tensor
-    """The parameters at the end of the round."""
+    """The parameters of the pushed fragment at the end of the round."""
     ready: Callable[[], object]
     """A function that waits until ``snapshot`` is filled (a copy from an accelerator may still run)."""
 
@@ -35,7 +35,7 @@ class Replica:
     """The module of a worker during a run.
 
     Between two pushes it holds two flat vectors: the base (the parameters at the start of the worker's progress), and
-    memory for a snapshot. :meth:`write` gives both away, :meth:`adopt` or :meth:`take_back` returns both.
+    memory for a snapshot of a fragment. :meth:`write` gives both away, :meth:`adopt` or :meth:`take_back` returns both.
 
     Args:
         module: the module, on its device.
@@ -58,9 +58,10 @@ class Replica:
         self.copies = WeightCopies(module, optimizers, weight_copies)
         self.base: Tensor | None = None
         """The parameters at the start of the worker's progress; None while a delta is in flight."""
-        self._snapshot: Tensor | None = None
+        self._snapshot: Tensor | None = None  # as long as the longest fragment
         self._optimizers = list(optimizers)
         self._adopter = Adopter(layout)
+        self._adopters = [Adopter(part) for part in layout.fragments]
         self._check = AdoptionCheck()
         self._constraint = constraint
         self._outer_device = torch.device("cpu")
@@ -126,13 +127,14 @@ class Replica:
         self.base = self.layout.empty(flat.device, pinned)
         self.base.copy_(flat)
         self._adopter.hold(self.in_module, self.base)
-        self._snapshot = self.layout.empty(flat.device, pinned)
+        longest = max(part.numel for part in self.layout.fragments)
+        self._snapshot = torch.zeros(longest, device=flat.device, pin_memory=pinned)
         self.copies.find()
 
     @property
     def in_flight(self) -> bool:
         """Whether the vectors are given away: the adoption of the last push is outstanding."""
-        return self._snapshot is None
+        return self.base is None
 
     def stepped(self, first: bool) -> None:
         """Handle the end of a local step.
@@ -146,25 +148,29 @@ class Replica:
             self._check.stepped(self.own, self._optimizers)
 
     @torch.no_grad()
-    def write(self, steps: int) -> WrittenRound:
-        """Take a snapshot of the current parameters and give both vectors away.
+    def write(self, fragment: int, steps: int) -> WrittenRound:
+        """Take a snapshot of the current parameters of a fragment and give both vectors away.
 
         Args:
-            steps: local steps of the round.
+            fragment: the fragment.
+            steps: local steps since its last push.
         """
         assert self.base is not None and self._snapshot is not None
-        tensors = self.in_module
+        part = self.layout.fragments[fragment]
         self.layout.check_trainable(self.module)
         self._adopted()  # the user's code may have moved to another stream
-        torch._foreach_copy_(self.layout.views(self._snapshot), tensors, True)
+        snapshot = self._snapshot[: part.numel]
+        torch._foreach_copy_(part.views(snapshot), self.in_module[part.members], True)
+        if len(self.layout.fragments) > 1:
+            part.clear_gaps(snapshot)
         self._check.pushed(steps)
-        written = WrittenRound(self.base, self._snapshot, self.transfers())
-        self.base = self._snapshot = None
+        written = WrittenRound(self.base, snapshot, self.transfers())
+        self.base = None
         return written
 
-    def take_back(self, base: Tensor, snapshot: Tensor) -> None:
+    def take_back(self, base: Tensor) -> None:
         """Return the vectors of a push to the replica."""
-        self.base, self._snapshot = base, snapshot
+        self.base = base
 
     @torch.no_grad()
     def adopt(self, adoption: Adoption, steps: int) -> None:
@@ -179,35 +185,44 @@ class Replica:
                 self._adopter.replace(self.own, adoption.base)
                 forget_non_finite_state(self._optimizers)
                 self.copies.reset(self.layout.by_name(adoption.base))
-            elif steps == 0:
-                self._adopter.replace(self.own, adoption.base, adoption.correction)
-                self.copies.move(self.layout.by_name(adoption.correction))
             else:
-                correction = adoption.correction.to(self.device, non_blocking=True)
-                self._adopter.advance(self.own, adoption.base, correction, adoption.unsendable.buffers)
-                self.copies.move(self.layout.by_name(correction))
+                self._adopt_fragment(adoption, steps)
             self._adopted = self.transfers()
             if self._constraint is not None:
                 own = zip(self.layout.parameter_slots, self.own, strict=False)
                 self._constraint({slot.name: tensor for slot, tensor in own})
             if not adoption.restart:
-                count = self.layout.parameter_count
-                self._check.adopted(self.own[:count], self.layout.views(adoption.correction)[:count])
-            self.base, self._snapshot = adoption.base, adoption.correction
+                part = self.layout.fragments[adoption.fragment]
+                parameters = slice(part.members.start, part.members.start + part.parameter_count)
+                self._check.adopted(parameters, self.own, part.views(adoption.correction)[: part.parameter_count])
+            self.base = adoption.base
+
+    def _adopt_fragment(self, adoption: Adoption, steps: int) -> None:
+        part, adopter = self.layout.fragments[adoption.fragment], self._adopters[adoption.fragment]
+        own, base = self.own[part.members], adoption.base[part.span]
+        if steps == 0:
+            adopter.replace(own, base, adoption.correction)
+            self.copies.move(part.by_name(adoption.correction))
+        else:
+            correction = adoption.correction.to(self.device, non_blocking=True)
+            adopter.advance(own, base, correction, adoption.unsendable.buffers)
+            self.copies.move(part.by_name(correction))
 
     @torch.no_grad()
-    def rebase(self, base: Tensor, correction: Tensor) -> None:
-        """Move the current round to newer global parameters, as in an adoption.
+    def rebase(self, fragment: int, base: Tensor, correction: Tensor) -> None:
+        """Move the current progress of a fragment to newer global parameters, as in an adoption.
 
         Args:
-            base: the current global parameters.
-            correction: their difference from the global parameters at the start of the round.
+            fragment: the fragment.
+            base: its current global parameters.
+            correction: their difference from those at the start of the progress.
         """
         assert self.base is not None
-        self.base.copy_(base)
+        part = self.layout.fragments[fragment]
+        self.base[part.span].copy_(base)
         correction = correction.to(self.device)
-        self._adopter.advance(self.in_module, self.base, correction, ())
-        self.copies.move(self.layout.by_name(correction))
+        self._adopters[fragment].advance(self.in_module[part.members], self.base[part.span], correction, ())
+        self.copies.move(part.by_name(correction))
 
     # ---- swapping in the global parameters ---------------------------------------------------------------------------
 

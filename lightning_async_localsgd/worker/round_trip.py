@@ -43,8 +43,8 @@ class RoundTrip:
     ) -> None:
         self.version = 0
         """Version of the global parameters that the worker has adopted."""
-        self.start_version = 0
-        """Version of the global parameters that its round has begun from."""
+        self.start_versions = [0] * settings.fragments
+        """Version of each fragment's global parameters that its progress is counted from."""
         self.speed_meter = SpeedMeter(settings.round_length(None).longest)
         """Measures the worker's speed."""
         self._rank = rank
@@ -79,15 +79,17 @@ class RoundTrip:
             shard: the round's shard, if that of the next one has been drawn already; None: the current one.
         """
         with record_function("async_localsgd::push"):
-            written = self._replica.write(self._rounds.round_steps)
-            seconds = self._step_ended - self._round_began
-            ended = self._rounds.end_round(self._mailbox.progress, seconds, self.start_version, shard)
+            progress, rounds = self._mailbox.progress, self._rounds
+            fragment = rounds.due_fragment(progress)
+            written = self._replica.write(fragment, rounds.unsent[fragment])
+            seconds = self._step_ended - self._round_began if rounds.round_steps > 0 else 0.0
+            ended = rounds.end_round(progress, seconds, fragment, self.start_versions[fragment], shard)
             self.report()
             self._mailbox.push(Push(*written, ended), flags)
 
     def push_last(self) -> None:
         """Push what has not been pushed, and tell that no other push will come."""
-        if self._rounds.round_steps > 0:
+        if self._rounds.unsent_fragments > 0:
             self.push(Flag.FINAL)
         else:
             self._mailbox.flag(Flag.FINAL)
@@ -102,7 +104,7 @@ class RoundTrip:
         push = self._mailbox.take_back(most)
         if push is None:
             return
-        self._replica.take_back(push.base, push.snapshot)
+        self._replica.take_back(push.base)
         self._rounds.reopen(push.round)
         self._round_began -= push.round.seconds
         self.push(shard=push.round.shard)  # samples of the next one may be on their way already
@@ -123,9 +125,11 @@ class RoundTrip:
 
     def _adopt(self, adoption: Adoption) -> None:
         """Take over new global parameters, keeping what was learned since the push."""
-        self._drops.look(adoption.unsendable)
+        self._drops.look(adoption.fragment, adoption.unsendable)
         self._replica.adopt(adoption, self._rounds.round_steps)
         if adoption.restart:
             self._rounds.restart()
-        self.version = self.start_version = adoption.version
+            self.start_versions = list(adoption.versions)
+        self.version = adoption.version
+        self.start_versions[adoption.fragment] = adoption.versions[adoption.fragment]
         self._adopted(adoption)

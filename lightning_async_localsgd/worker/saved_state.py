@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_async_localsgd.codecs import ErrorFeedback
 from lightning_async_localsgd.exchange import ExchangeThread, Mailbox
-from lightning_async_localsgd.outer import GlobalState
+from lightning_async_localsgd.outer import GlobalModel
 from lightning_async_localsgd.protocol.budget import Budget
 from lightning_async_localsgd.protocol.progress import Progress, ReferenceTurn
 from lightning_async_localsgd.protocol.round_length import AUTO
@@ -27,6 +27,7 @@ _SAVED_PROGRESS = (
     "steps",
     "round_steps",
     "local_steps",
+    "fragment",
     "shard_samples",
     "updates",
     "total_staleness",
@@ -45,7 +46,7 @@ class SavedState:
         rounds: its rounds.
         replica: its replica.
         state: the global state.
-        feedback: errors of the codec that are not made up for yet.
+        feedbacks: errors of the codec that are not made up for yet, of each fragment.
     """
 
     def __init__(
@@ -55,8 +56,8 @@ class SavedState:
         settings: Settings,
         rounds: Rounds,
         replica: Replica,
-        state: GlobalState,
-        feedback: ErrorFeedback,
+        state: GlobalModel,
+        feedbacks: Sequence[ErrorFeedback],
     ) -> None:
         self.progress = Progress.at_start(size, settings.round_length(None).first())
         """Shared progress that the run starts from."""
@@ -68,7 +69,7 @@ class SavedState:
         self._rounds = rounds
         self._replica = replica
         self._state = state
-        self._feedback = feedback
+        self._feedbacks = feedbacks
         self._has_progress = False  # of a run of as many workers
         self._has_others_copies = False  # inner optimizers were loaded from another worker's
         self._round: Mapping[str, Any] | None = None  # to go on with
@@ -119,7 +120,9 @@ class SavedState:
         self._rounds.local_steps = state_dict["local_steps"]
         self._rounds.shard_generator.set_state(state_dict["shard_generator"])
         if "feedback" in state_dict:  # not in one of an earlier version
-            self._feedback.load_state_dict(state_dict["feedback"])
+            saved = state_dict["feedback"]
+            for feedback, state in zip(self._feedbacks, saved if isinstance(saved, list) else [saved], strict=True):
+                feedback.load_state_dict(state)
         self._round = state_dict
 
     def start(self, budget: Budget) -> Progress:
@@ -140,7 +143,7 @@ class SavedState:
             trip: pushes the worker's rounds.
         """
         self._mailbox, self._exchange, self._trip = mailbox, exchange, trip
-        trip.version = trip.start_version = self.version
+        trip.version, trip.start_versions = self.version, list(self._state.versions)
         if self._has_others_copies:
             self._replica.copies.reset(self._replica.layout.by_name(self._state.flat))
         saved, self._round = self._round, None
@@ -149,23 +152,32 @@ class SavedState:
 
     @torch.no_grad()
     def _resume_round(self, saved: Mapping[str, Any]) -> None:
-        self._rounds.round_steps = saved["round_steps"]
-        self._rounds.round_samples = saved["round_samples"]
+        rounds, versions = self._rounds, self._state.versions
+        rounds.round_steps, rounds.round_samples = saved["round_steps"], saved["round_samples"]
+        rounds.unsent = list(saved.get("unsent", [rounds.round_steps]))  # an earlier version knew one fragment
         torch._foreach_copy_(self._replica.in_module, saved["tensors"])
-        self._trip.start_version = saved.get("start_version", self.version)  # the round stays as stale as it was
-        assert self._replica.base is not None
+        start = saved.get("start_versions") or [saved.get("start_version", self._state.version)]
+        self._trip.start_versions = list(start)  # progress stays as stale as it was
         if saved["base"] is not None:
-            if self._trip.start_version == self._state.version:
-                self._replica.base.copy_(saved["base"])
-            else:  # learned on top of older global parameters
-                correction = self._state.flat - saved["base"].to(self._state.flat.device)
-                self._state.clear_holes(correction)
-                self._replica.rebase(self._state.flat, correction)
+            for fragment in range(len(versions)):
+                self._resume_fragment(fragment, saved["base"])
         next_shard = saved.get("next_shard")
         if next_shard is not None or self._rounds.push_is_due(self._mailbox.progress, wanted=False):
             self._trip.push(shard=None if next_shard is None else saved["shard"])
         if next_shard is not None:
             self._rounds.shard = next_shard
+
+    def _resume_fragment(self, fragment: int, saved_base: Tensor) -> None:
+        """Go on with the progress of a fragment, whose global parameters may have moved since it began."""
+        state = self._state.fragments[fragment]
+        base = saved_base[state.layout.span]
+        assert self._replica.base is not None
+        if self._trip.start_versions[fragment] == state.version:
+            self._replica.base[state.layout.span].copy_(base)
+        else:
+            correction = state.flat - base.to(state.flat.device)
+            state.clear_holes(correction)
+            self._replica.rebase(fragment, state.flat, correction)
 
     # ---- saving -----------------------------------------------------------------------------------------------------
 
@@ -190,28 +202,34 @@ class SavedState:
         are the module's own, and what this worker holds between two pushes is not copied either: it is to be saved or
         copied before the next step.
         """
-        steps, samples, shard = self._rounds.round_steps, self._rounds.round_samples, self._rounds.shard
-        base, version = self._replica.base, self._trip.start_version
+        rounds = self._rounds
+        steps, samples, shard, unsent = rounds.round_steps, rounds.round_samples, rounds.shard, list(rounds.unsent)
+        base = self._replica.base
         push = self._mailbox.untaken_push() or self._exchange.pending
         if push is not None:
             pushed = push.round
             steps, samples, shard = steps + pushed.steps, samples + pushed.samples, pushed.shard
-            base, version = push.base, pushed.start_version
-        same = version == self._state.version and not self._replica.rounds_base
-        if push is not None and not same:  # the exchange thread makes it the delta, or has done so
-            base = push.base + push.snapshot if push is self._exchange.pending else push.base.to("cpu", copy=True)
+            unsent[pushed.fragment] += pushed.fragment_steps
+            base = push.base
+        versions = tuple(self._trip.start_versions)
+        same = versions == self._state.versions and not self._replica.rounds_base
+        if push is not None and not same:  # the exchange thread makes a part of it the delta, or has done so
+            base = push.base.clone()
+            if push is self._exchange.pending:
+                base[self._replica.layout.fragments[push.round.fragment].span].add_(push.snapshot)
         assert base is not None
         return {
             "tensors": [t.detach() for t in self._replica.own],
             # Without updates since the round began, the base is the global state itself (if the module can hold it).
             "base": None if same else base,
             "round": self._rounds.round - (push is not None),
-            "start_version": version,
+            "start_versions": versions,
+            "unsent": unsent,
             "round_steps": steps,
             "round_samples": samples,
             "shard": shard,
             "next_shard": None if push is None else self._rounds.shard,  # it has been drawn already
             "local_steps": self._rounds.local_steps,
             "shard_generator": self._rounds.shard_generator.get_state(),
-            "feedback": self._feedback.state_dict(),
+            "feedback": [feedback.state_dict() for feedback in self._feedbacks],
         }

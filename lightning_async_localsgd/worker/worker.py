@@ -83,9 +83,9 @@ class Worker:
         self._replica, self._state = model.replica, model.state
         self._connections = Connections(store, rank, size, model.layout, settings, fingerprint or {})
         model.take_from_leader(self._connections)
-        self._trade = self._connections.make_trade(self._state, model.feedback)
+        self._trades = self._connections.make_trades(self._state, model.feedbacks)
         self._rounds = Rounds(rank, size, settings)
-        self.saved_state = SavedState(rank, size, settings, self._rounds, self._replica, self._state, model.feedback)
+        self.saved_state = SavedState(rank, size, settings, self._rounds, self._replica, self._state, model.feedbacks)
         """What checkpoints hold of this worker, and what it goes on from."""
         self._measure_updates = False
         self._exchange: ExchangeThread | None = None  # until the start
@@ -108,7 +108,7 @@ class Worker:
         self._replica.begin(self._state.flat)
         links = self._connections
         exchange = self._exchange = ExchangeThread(
-            mailbox, self._state, self._trade, links.transport, links.store, links.roster, self._settings, budget
+            mailbox, self._state, self._trades, links.transport, links.store, links.roster, self._settings, budget
         )
         drops = Drops(links.roster.name(self.rank), self._model.layout)
         trip = RoundTrip(self.rank, self._settings, self._rounds, self._replica, mailbox, drops, self._adopted)
@@ -214,7 +214,7 @@ class Worker:
 
     @property
     def round(self) -> int:
-        """Rounds this worker has pushed."""
+        """Number of pushes of this worker: without fragments, of rounds."""
         return self._rounds.round
 
     @property

@@ -20,7 +20,7 @@ from lightning_async_localsgd.protocol.turn import PushedRound, add_round, may_p
 
 @dataclass
 class State:
-    """Stands in for the global state."""
+    """Stands in for the state of a fragment."""
 
     quorum: int
     version: int = 0
@@ -34,6 +34,21 @@ class State:
     def apply(self, arrivals: Sequence[Arrival], refused: int = 0) -> None:
         self.version += 1
 
+
+@dataclass
+class Model:
+    """Stands in for the global model."""
+
+    fragments: list[State]
+
+    @property
+    def version(self) -> int:
+        return sum(self.versions)
+
+    @property
+    def versions(self) -> list[int]:
+        return [state.version for state in self.fragments]
+
     def set_round_length(self, local_steps: int) -> None: ...
 
 
@@ -45,14 +60,15 @@ class Peer:
     rounds: Rounds
     machine: Machine
     ledger: Ledger
-    state: State
+    state: Model
     progress: Progress
     speed: float
     flags: Flag = Flag.NONE
     push: PushedRound | None = None
     pending: PushedRound | None = None
-    adoption: bool = False
-    version: int = 0
+    adoption: int | None = None
+    versions: list[int] = field(default_factory=list)
+    pushed: list[PushedRound] = field(default_factory=list)
     wait: Reason | None = None
     done: bool = False
     training: bool = False
@@ -60,27 +76,32 @@ class Peer:
 
     @property
     def in_flight(self) -> bool:
-        return self.push is not None or self.pending is not None or self.adoption
+        return self.push is not None or self.pending is not None or self.adoption is not None
 
     def adopt(self) -> None:
-        if self.adoption:
-            self.adoption, self.version = False, self.state.version
+        if self.adoption is not None:
+            self.versions[self.adoption] = self.state.versions[self.adoption]
+            self.adoption = None
+
+    def end_round(self, shard: int | None = None) -> None:
+        fragment = self.rounds.due_fragment(self.progress)
+        self.push = self.rounds.end_round(self.progress, 1.0, fragment, self.versions[fragment], shard)
 
     def execute(self, action: Action) -> None:
         self.wait, self.training = None, False
         while True:
             match action:
                 case Push(last):
-                    if self.rounds.round_steps > 0:
+                    if self.rounds.unsent_fragments > 0:
                         assert not self.in_flight
-                        self.push = self.rounds.end_round(self.progress, 1.0, self.version)
+                        self.end_round()
                     if last:
                         self.flags |= Flag.FINAL
                     action = self.machine.after_push(self.progress)
                 case Extend(most):
                     if self.push is not None and self.push.steps <= most:
                         self.rounds.reopen(pushed := self.push)
-                        self.push = self.rounds.end_round(self.progress, 1.0, self.version, pushed.shard)
+                        self.end_round(pushed.shard)
                     action = self.machine.after_extension(self.progress)
                 case Finish():
                     action = self.machine.finish(self.in_flight)
@@ -105,6 +126,7 @@ class Peer:
     def header(self, turn: int) -> Header:
         if self.push is not None:
             self.pending, self.push = self.push, None
+            self.pushed.append(self.pending)
         flags = self.flags | (Flag.STEPPING if self.training else Flag.NONE)
         header = Header(self.rank, turn, self.state.version, flags=flags, steps=self.rounds.local_steps)
         return add_round(Header(**{**vars(header), "speed": self.speed}), self.pending, finite=True)
@@ -113,10 +135,11 @@ class Peer:
         groups = self.ledger.due(headers)
         for group in groups:
             self.updates += self.ledger.apply(group)
-        applied = [delta.header for group in groups for delta in group]
+        applied = [delta.header for group in groups for delta in group.deltas]
         self.progress = self.ledger.close_turn(headers, applied)
         if any(header.worker == self.rank for header in applied):
-            self.pending, self.adoption = None, True
+            assert self.pending is not None
+            self.pending, self.adoption = None, self.pending.fragment
         if self.wait is not None:
             self.adopt()
             self.execute(self.machine.after_wait(self.progress, self.in_flight))
@@ -127,11 +150,12 @@ def make_peer(rank: int, speeds: Sequence[float], rules: Settings, max_steps: in
     budget = Budget(max_steps, size, rules.shares_budget(size))
     start = Progress.at_start(size, rules.round_length(max_steps).first())
     start = Progress(**{**vars(start), "caps": budget.caps(start.steps, start.round_steps)})
-    rounds, state = Rounds(rank, size, rules), State(rules.quorum)
+    rounds, state = Rounds(rank, size, rules), Model([State(rules.quorum) for _ in range(rules.fragments)])
     rounds.start(start, max_steps)
     peer = Peer(
         rank, rounds, Machine(rounds, rules.overlap), Ledger(state, rules, budget, start), state, start, speeds[rank]
     )
+    peer.versions = [0] * rules.fragments
     peer.execute(peer.machine.begin(start))
     return peer
 
@@ -141,8 +165,10 @@ def make_peer(rank: int, speeds: Sequence[float], rules: Settings, max_steps: in
 def test_any_order_of_events_spends_the_budget_and_counts_every_step_once(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 4))
     speeds = data.draw(st.lists(st.floats(0.5, 4), min_size=size, max_size=size))
+    local_steps = data.draw(st.integers(1, 7))
     rules = Settings(
-        local_steps=data.draw(st.integers(1, 7)),
+        local_steps=local_steps,
+        fragments=data.draw(st.integers(1, min(3, local_steps))),
         pace=data.draw(st.sampled_from(["dylu", "fixed"])),
         quorum=data.draw(st.integers(1, size)),
         overlap=data.draw(st.booleans()),
@@ -176,6 +202,9 @@ def test_any_order_of_events_spends_the_budget_and_counts_every_step_once(data: 
         own = [update for update in peer.updates if update.worker == peer.rank]
         assert [update.round for update in own] == list(range(len(own)))
         assert sum(update.local_steps for update in own) == sum(update.samples for update in own) == steps[peer.rank]
+        for fragment in range(rules.fragments):
+            of_fragment = [push.fragment_steps for push in peer.pushed if push.fragment == fragment]
+            assert sum(of_fragment) == steps[peer.rank]
 
 
 def test_a_worker_that_waits_trains_on_once_others_leave_it_some_of_the_budget() -> None:

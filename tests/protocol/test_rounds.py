@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -69,19 +70,19 @@ def test_who_was_in_worker_0s_turn_keeps_step() -> None:
 def test_a_round_that_is_taken_up_again_holds_all_steps_and_is_numbered_as_before(before: int, after: int) -> None:
     rounds, progress = begin()
     count(rounds, before)
-    pushed = rounds.end_round(progress, 1.5, start_version=7)
-    assert pushed == (0, before, 4 * before, 1.5, 0, 7)
+    pushed = rounds.end_round(progress, 1.5, 0, start_version=7)
+    assert pushed == (0, before, 4 * before, 1.5, 0, 7, 0, before)
     count(rounds, after, samples=3)
     rounds.reopen(pushed)
-    again = rounds.end_round(progress, 2.5, start_version=7, shard=pushed.shard)
-    assert again == (0, before + after, 4 * before + 3 * after, 2.5, 0, 7)
+    again = rounds.end_round(progress, 2.5, 0, start_version=7, shard=pushed.shard)
+    assert again == (0, before + after, 4 * before + 3 * after, 2.5, 0, 7, 0, before + after)
     assert (rounds.round, rounds.round_steps, rounds.local_steps) == (1, 0, before + after)
 
 
 def test_a_push_is_extended_up_to_a_tenth_beyond_its_round_and_not_near_the_end() -> None:
     rounds, progress = begin()
     count(rounds, H)
-    rounds.end_round(progress, 1.0, 0)
+    rounds.end_round(progress, 1.0, 0, 0)
     count(rounds, 1)
     assert rounds.most_to_extend(progress) == 22 - 1
     assert rounds.most_to_extend(replace(progress, caps=(H + 10, H))) == 0
@@ -90,11 +91,11 @@ def test_a_push_is_extended_up_to_a_tenth_beyond_its_round_and_not_near_the_end(
 def test_a_draw_for_a_round_that_is_given_its_shard_is_not_made_again() -> None:
     rounds, progress = begin(size=5)
     count(rounds, 1)
-    rounds.end_round(progress, 1.0, 0)
+    rounds.end_round(progress, 1.0, 0, 0)
     drawn, state = rounds.shard, rounds.shard_generator.get_state()
-    rounds.end_round(progress, 1.0, 0, shard=3)
+    rounds.end_round(progress, 1.0, 0, 0, shard=3)
     assert rounds.shard == drawn and torch.equal(rounds.shard_generator.get_state(), state)
-    rounds.end_round(progress, 1.0, 0)
+    rounds.end_round(progress, 1.0, 0, 0)
     assert not torch.equal(rounds.shard_generator.get_state(), state)
 
 
@@ -133,12 +134,12 @@ def test_steps_of_the_job_never_go_back_nor_beyond_the_budget(turns: list[tuple[
 def test_in_lockstep_steps_that_were_dropped_count_for_nobody() -> None:
     rounds, progress = begin(quorum=2, pace="fixed")
     count(rounds, H)
-    rounds.end_round(progress, 1.0, 0)
+    rounds.end_round(progress, 1.0, 0, 0)
     count(rounds, 3)
     assert rounds.job_steps(progress) == H + 3
     rounds, progress = begin(quorum=2, pace="fixed")
     count(rounds, H)
-    rounds.end_round(progress, 1.0, 0)
+    rounds.end_round(progress, 1.0, 0, 0)
     count(rounds, 3)
     rounds.restart()
     count(rounds, 1)
@@ -185,3 +186,54 @@ def test_whole_samples_are_counted_in_whatever_type(samples: Any) -> None:
 def test_other_numbers_of_samples_are_refused(samples: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="samples"):
         whole_samples(samples)
+
+
+@pytest.mark.parametrize(("steps", "fragments"), [(H, 4), (7, 3), (5, 5), (2, 5)])
+def test_fragments_are_pushed_in_equal_parts_of_a_round(steps: int, fragments: int) -> None:
+    rules = Settings(local_steps=max(steps, fragments), fragments=fragments)
+    progress = replace(Progress.at_start(2, max(steps, fragments)), round_steps=(steps, steps))
+    rounds = Rounds(0, 2, rules)
+    rounds.start(progress, None)
+    made, ends = 0, []
+    for turn in range(3 * fragments):
+        progress = replace(progress, fragment=turn % fragments)
+        while True:
+            rounds.count(1)
+            made += 1
+            if rounds.push_is_due(progress, wanted=False):
+                break
+        pushed = rounds.end_round(progress, 1.0, rounds.due_fragment(progress), 0)
+        assert pushed.fragment == turn % fragments
+        ends.append(made)
+        if turn >= fragments:
+            assert pushed.fragment_steps == ends[turn] - ends[turn - fragments]
+    if steps >= fragments:
+        assert ends[fragments - 1 :: fragments] == [steps, 2 * steps, 3 * steps]
+        parts = [b - a for a, b in pairwise([0, *ends])]
+        assert max(parts) - min(parts) <= 1
+    else:
+        assert ends == list(range(1, len(ends) + 1))
+
+
+def test_a_worker_that_misses_turns_pushes_what_is_overdue_first() -> None:
+    # It takes part in every second turn of two fragments: by the turns alone, one of them would never be pushed.
+    rules = Settings(local_steps=10, fragments=2)
+    progress = replace(Progress.at_start(2, 10), round_steps=(10, 10), fragment=0)
+    rounds = Rounds(0, 2, rules)
+    rounds.start(progress, None)
+    pushed = []
+    for _ in range(8):
+        count(rounds, 10)
+        pushed.append(rounds.end_round(progress, 1.0, rounds.due_fragment(progress), 0))
+    assert [push.fragment for push in pushed] == [0, 1, 0, 1, 0, 1, 0, 1]
+    assert [push.fragment_steps for push in pushed] == [10, 20, 20, 20, 20, 20, 20, 20]
+
+
+def test_what_has_just_been_pushed_is_not_pushed_again() -> None:
+    rounds = Rounds(0, 2, Settings(local_steps=10, fragments=3))
+    progress = Progress.at_start(2, 10)
+    rounds.start(progress, None)
+    count(rounds, 4)
+    for left, fragment in ((2, 0), (1, 1), (0, 2)):  # the last pushes of a run: no turn of others comes between
+        assert rounds.end_round(progress, 1.0, rounds.due_fragment(progress), 0).fragment == fragment
+        assert rounds.unsent_fragments == left

@@ -12,7 +12,7 @@ from lightning_async_localsgd.protocol.header import Flag, Header
 from lightning_async_localsgd.protocol.progress import Progress
 from lightning_async_localsgd.protocol.turn import PushedRound, add_round, may_push, turn_interval
 
-PUSHED = PushedRound(round=3, steps=5, samples=20, seconds=1.5, shard=1, start_version=7)
+PUSHED = PushedRound(round=3, steps=5, samples=20, seconds=1.5, shard=1, start_version=7, fragment=2, fragment_steps=9)
 
 
 @pytest.mark.parametrize("flags", [Flag.NONE, Flag.STEPPING, Flag.STOP])
@@ -31,7 +31,7 @@ def test_a_header_tells_of_the_round_and_whether_its_delta_is_dropped(finite: bo
     header = add_round(Header(worker=1, turn=2, flags=Flag.STEPPING), PUSHED, finite)
     assert header.flags == Flag.STEPPING | flag
     told = header.round, header.round_steps, header.round_samples, header.round_seconds, header.shard
-    assert (*told, header.start_version) == PUSHED
+    assert (*told, header.start_version, header.fragment) == PUSHED[:-1]
 
 
 def test_without_a_round_the_header_stays_as_it_is() -> None:

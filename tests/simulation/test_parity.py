@@ -22,7 +22,7 @@ from lightning_async_localsgd.data.division import Shards
 from lightning_async_localsgd.data.loader import WorkerLoader
 from lightning_async_localsgd.outer import Arrival, DelayCompensation, Poly
 from lightning_async_localsgd.protocol.header import Flag, Header
-from lightning_async_localsgd.protocol.ledger import DueDelta
+from lightning_async_localsgd.protocol.ledger import DueDelta, Group
 from lightning_async_localsgd.protocol.progress import Progress
 from lightning_async_localsgd.simulation import Simulation, simulate
 from tests.modules import FEATURES, make_trainer, regression_data
@@ -87,10 +87,11 @@ class RecordedWorker(Worker):
         push = trip.push
 
         def recorded(*args: Any, **kwargs: Any) -> None:
-            pushed = ("push", self.round)
-            if pushed in self.events:  # the round was extended: it ends here instead
-                self.events.remove(pushed)
-            self.events.append(pushed)
+            fragment = self._rounds.due_fragment(self._progress)
+            extended = [event for event in self.events if event[:2] == ("push", self.round)]
+            if extended:  # the round was extended: it ends here instead
+                self.events.remove(extended[0])
+            self.events.append(("push", self.round, fragment))
             push(*args, **kwargs)
 
         trip.push = recorded  # type: ignore[method-assign]
@@ -154,21 +155,27 @@ class Replay:
             self._replicas.join(worker)
         for _, turn in groupby(self.recordings[0].updates, key=lambda u: adopted[u.worker, u.round]):
             updates = list(turn)
-            for update in updates:
-                self._advance(update.worker, scripts[update.worker], until=("push", update.round))
-            arrivals = [Arrival(u.worker, u.staleness) for u in updates]
-            deltas = [DueDelta(Header(a.worker, 0, flags=Flag.DELTA), a, self._state.accepts(a)) for a in arrivals]
-            for group in self._replicas.trade(self._groups(deltas), self._codec):
-                accepted = [delta.arrival for delta in group if delta.accepted]
-                self._state.apply(accepted, refused=len(group) - len(accepted))
+            fragments = [
+                self._advance(update.worker, scripts[update.worker], until=("push", update.round)) for update in updates
+            ]
+            groups = []
+            for fragment, of_fragment in groupby(zip(fragments, updates, strict=True), key=lambda pair: pair[0]):
+                groups += self._groups(fragment, [Arrival(u.worker, u.staleness) for _, u in of_fragment])
+            for group in self._replicas.trade(groups, self._codec):
+                accepted = [delta.arrival for delta in group.deltas if delta.accepted]
+                state = self._state.fragments[group.fragment]
+                state.apply(accepted, refused=len(group.deltas) - len(accepted))
             self._replicas.publish([u.worker for u in updates])
         self.over = True
 
-    def _groups(self, deltas: list[DueDelta]) -> list[list[DueDelta]]:
+    def _groups(self, fragment: int, arrivals: list[Arrival]) -> list[Group]:
         """The deltas of a turn by update: the refused ones, of which nothing moves, each for itself."""
+        state = self._state.fragments[fragment]
+        deltas = [DueDelta(Header(a.worker, 0, flags=Flag.DELTA), a, state.accepts(a)) for a in arrivals]
         accepted = iter([delta for delta in deltas if delta.accepted])
-        sizes = self._state.update_sizes(sum(delta.accepted for delta in deltas))
-        return [[delta] for delta in deltas if not delta.accepted] + [list(islice(accepted, size)) for size in sizes]
+        sizes = state.update_sizes(sum(delta.accepted for delta in deltas))
+        refused = [[delta] for delta in deltas if not delta.accepted]
+        return [Group(fragment, group) for group in refused + [list(islice(accepted, size)) for size in sizes]]
 
     def _adopted_versions(self) -> dict[tuple[int, int], int]:
         """The version that each worker adopted after each of its rounds: alike for all deltas of a turn."""
@@ -179,7 +186,8 @@ class Replay:
             versions.update({(worker, r): v for r, v in zip(pushes, adoptions, strict=True)})
         return versions
 
-    def _advance(self, worker: int, script: Iterator[tuple[Any, ...]], until: tuple[str, int]) -> None:
+    def _advance(self, worker: int, script: Iterator[tuple[Any, ...]], until: tuple[str, int]) -> int:
+        """Let a worker do what it did until then; returns the fragment that it pushed."""
         for event in script:
             if event[0] == "step":
                 rounds = SimpleNamespace(shard=event[1], job_steps=lambda _, steps=event[2]: steps)
@@ -187,9 +195,10 @@ class Replay:
             elif event[0] == "adopt":
                 self._replicas.adopt(worker, restart=False)
             else:
-                self._replicas.push(worker)
-            if event == until:
-                return
+                self._replicas.push(worker, event[2])
+            if event[:2] == until:
+                return int(event[2])
+        raise AssertionError(until)
 
 
 @pytest.mark.parametrize(
@@ -207,6 +216,10 @@ class Replay:
         {"overlap": True} | make_method("polythres", SIZE, threshold=1),
         {"overlap": False} | make_method("async-buffer", SIZE),
         {"overlap": True} | make_method("sparseloco", SIZE, density=0.01),
+        {"overlap": True, "fragments": 3},
+        {"overlap": False, "fragments": 2, "codec": "int4"},
+        {"overlap": True, "fragments": 2, "exchange": "gather"},
+        {"overlap": True, "fragments": 3, "quorum": 2, "transforms": (DelayCompensation(10.0), Poly())},
     ],
     ids=[
         "overlap",
@@ -221,6 +234,10 @@ class Replay:
         "refused",
         "async buffer",
         "sparseloco",
+        "fragments",
+        "fragments in int4",
+        "fragments gathered",
+        "fragments and quorum",
     ],
 )
 def test_a_schedule_of_real_workers_gives_the_same_bits(
@@ -243,18 +260,18 @@ def test_a_schedule_of_real_workers_gives_the_same_bits(
 SYNC: dict[str, Any] = {"local_steps": 6, **make_method("sync", SIZE)}
 
 
-def train(rank: int) -> str:
+def train(rank: int, fragments: int) -> str:
     L.seed_everything(0, verbose=False)
-    strategy = AsyncLocalSGDStrategy(timeout=timedelta(seconds=30), **SYNC)
+    strategy = AsyncLocalSGDStrategy(timeout=timedelta(seconds=30), fragments=fragments, **SYNC)
     trainer = make_trainer(SIZE, strategy, max_steps=STEPS, max_epochs=-1, gradient_clip_val=0.5)
     trainer.fit(Net(), make_loader())
     assert strategy.summary is not None
     return strategy.summary.digest
 
 
-def test_in_lockstep_a_simulation_and_four_processes_under_lightning_give_the_same_bits() -> None:
-    digests = results(run_processes(train, SIZE))
-    result = simulate(
-        Net(), make_loader(), [1.0, 2.0, 0.5, 0.7], STEPS, trainer_options={"gradient_clip_val": 0.5}, **SYNC
-    )
+@pytest.mark.parametrize("fragments", [1, 4])
+def test_in_lockstep_a_simulation_and_four_processes_under_lightning_give_the_same_bits(fragments: int) -> None:
+    digests = results(run_processes(train, SIZE, fragments))
+    speeds, options = [1.0, 2.0, 0.5, 0.7], {"gradient_clip_val": 0.5}
+    result = simulate(Net(), make_loader(), speeds, STEPS, trainer_options=options, fragments=fragments, **SYNC)
     assert set(digests) == {result.digest}

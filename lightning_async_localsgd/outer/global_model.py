@@ -1,0 +1,155 @@
+"""The global model: the global state of every fragment, which move independently of each other."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_async_localsgd.outer.layout import Layout
+from lightning_async_localsgd.outer.state import Constraint, GlobalState, OuterOptimizerFactory, check_tensors
+from lightning_async_localsgd.outer.transforms import Transform
+
+__all__ = ["GlobalModel"]
+
+_BITS = 64
+
+
+class GlobalModel:
+    """Global parameters and float buffers of a whole model: a :class:`GlobalState` for each fragment of its layout.
+
+    Each fragment has an outer optimizer and a version of its own, and an outer update moves one of them. They share one
+    flat vector, and memory for the pseudo-gradient of one of them.
+
+    Args:
+        layout: where each tensor lies in the flat vector, and the fragments.
+        outer_optimizer: see :class:`GlobalState`, as all that follow. It is called once for each fragment.
+        workers: number of workers.
+        quorum: deltas that one outer update takes the mean of.
+        device: where the state lives.
+        transforms: what the pseudo-gradient goes through before the outer optimizer.
+        constraint: what the parameters are to keep.
+        sums: whether the deltas of a turn are added up on their way.
+
+    Raises:
+        ValueError: see :class:`GlobalState`.
+
+    References:
+        Douillard et al. 2025, Streaming DiLoCo (arXiv 2501.18512), Algorithm 2.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        outer_optimizer: OuterOptimizerFactory | None = None,
+        workers: int = 1,
+        quorum: int = 1,
+        device: torch.device | str = "cpu",
+        transforms: Sequence[Transform] = (),
+        constraint: Constraint | None = None,
+        sums: bool | None = False,
+    ) -> None:
+        self.layout = layout
+        self.flat = layout.empty(device)
+        """Global parameters, then global buffers: fp32, shape ``(layout.numel,)``."""
+        pseudo_gradient = torch.zeros(max(part.numel for part in layout.fragments), device=device)
+        self.fragments = [
+            GlobalState(
+                part,
+                outer_optimizer,
+                workers,
+                quorum,
+                device,
+                transforms,
+                constraint,
+                sums,
+                self.flat[part.span],
+                pseudo_gradient[: part.numel],
+            )
+            for part in layout.fragments
+        ]
+        """The state of each fragment. Only one at a time can have a pseudo-gradient."""
+        self._checksums = [(-1, 0)] * len(self.fragments)  # of each fragment: a version, and the checksum at it
+
+    @property
+    def version(self) -> int:
+        """Number of outer updates so far, of all fragments."""
+        return sum(self.versions)
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """Number of outer updates so far, of each fragment."""
+        return tuple(state.version for state in self.fragments)
+
+    @property
+    def sums(self) -> bool:
+        """Whether deltas are added up on their way."""
+        return self.fragments[0].sums
+
+    def begin(self, tensors: Sequence[Tensor]) -> list[str]:
+        """Begin from these tensors, in the order of the layout's slots; see :meth:`GlobalState.begin`."""
+        return [name for state in self.fragments for name in state.begin(tensors[state.layout.members])]
+
+    def set_round_length(self, local_steps: int) -> None:
+        """Tell H, local steps per round of the fastest worker, from here on."""
+        for state in self.fragments:
+            state.set_round_length(local_steps)
+
+    def checksum(self) -> int:
+        """Checksum of all fragments, as a signed 64-bit integer; those that have not moved are not read again."""
+        for i, state in enumerate(self.fragments):
+            if self._checksums[i][0] != state.version:
+                self._checksums[i] = state.version, state.checksum()
+        total = sum(checksum for _, checksum in self._checksums) % (1 << _BITS)
+        return total - (1 << _BITS) if total >> (_BITS - 1) else total
+
+    def digest(self) -> str:
+        """Hash (hex) of all fragments; see :meth:`GlobalState.digest`."""
+        digests = [state.digest() for state in self.fragments]
+        if len(digests) == 1:
+            return digests[0]
+        return hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies of the global parameters and buffers, by name, on the CPU."""
+        flat = self.flat.to("cpu", copy=True)
+        return {slot.name: view for slot, view in zip(self.layout.slots, self.layout.views(flat), strict=True)}
+
+    @torch.no_grad()
+    def state_dict(self, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        """Version, global parameters and buffers by name, state of outer optimizers and transformations; all copies.
+
+        Args:
+            tensors: where to copy parameters and buffers, as :meth:`tensors` gave them; None: new tensors.
+        """
+        copies = dict(tensors) if tensors else {}
+        own = [{slot.name: copies[slot.name] for slot in state.layout.slots if copies} for state in self.fragments]
+        parts = [state.state_dict(into) for state, into in zip(self.fragments, own, strict=True)]
+        if len(parts) == 1:
+            return parts[0]
+        merged = {name: tensor for part in parts for name, tensor in part.pop("tensors").items()}
+        return {"version": self.version, "tensors": merged, "fragments": parts}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> list[str]:
+        """Take over a state saved by :meth:`state_dict`; see :meth:`GlobalState.load_state_dict`.
+
+        Raises:
+            ValueError: if it belongs to another model, to another number of fragments, or to an outer optimizer with
+                other parameter groups. In the first two cases nothing is changed.
+        """
+        tensors, parts = state_dict["tensors"], state_dict.get("fragments", [state_dict])
+        check_tensors(self.layout, tensors)
+        if len(parts) != len(self.fragments):
+            raise ValueError(
+                f"The saved state has {len(parts)} fragments, each with an outer optimizer of its own. Go on with "
+                f"`fragments={len(parts)}`, or begin anew from what `load_from_checkpoint` gives."
+            )
+        differences: list[str] = []
+        for state, part in zip(self.fragments, parts, strict=True):
+            own = {slot.name: tensors[slot.name] for slot in state.layout.slots}
+            differences += state.load_state_dict({**part, "tensors": own})
+        return list(dict.fromkeys(differences))
