@@ -77,8 +77,8 @@ class Standing:
 
     def __init__(self) -> None:
         self._now = (0, 0.0, 0.0, False)
-        self._uncounted = False  # the latest header tells of no step that is being made
-        self._under_way = 0  # turns whose header is taken, and whose outcome is to come; two where an answer is early
+        self._counted: tuple[int, ...] = ()
+        """Local steps that the header of each turn under way counts; an early answer belongs to a second turn."""
 
     def report(self, steps: int, speed: float, hold_open_seconds: float) -> None:
         """Tell how far the worker is, which rides on the next header.
@@ -90,14 +90,15 @@ class Standing:
         """
         self._now = (steps, speed, hold_open_seconds, False)
 
-    def begin_step(self) -> bool:
+    def begin_step(self) -> int:
         """Tell that another step will be made for certain, whatever the next turn says.
 
         Returns:
-            False if the turn under way counts on no such step: its header was taken before this call.
+            Local steps, with the one that begins, that some turn under way does not count.
         """
+        steps = self._now[0]
         self._now = (*self._now[:3], True)
-        return not (self._uncounted and self._under_way)
+        return max((steps + 1 - counted for counted in self._counted), default=0)
 
     @property
     def hold_open_seconds(self) -> float:
@@ -109,15 +110,15 @@ class Standing:
 
         As :meth:`turn_is_over`, with the condition of the mailbox held.
         """
-        self._under_way += 1
-        self._uncounted = True  # before it is read, so that `begin_step` misses no header
+        before = self._counted
+        self._counted = (*before, self._now[0])  # at least; before it is read, so that `begin_step` misses no header
         steps, speed, _, stepping = self._now
-        self._uncounted = not stepping
+        self._counted = (*before, steps + stepping)
         return steps, speed, stepping
 
     def turn_is_over(self) -> None:
         """The turn's outcome is published."""
-        self._under_way -= 1
+        self._counted = self._counted[1:]
 
 
 class Mailbox:

@@ -256,16 +256,22 @@ class Rounds:
         """Whether a step is left for this worker in its share of the budget."""
         return self._open_end or progress.caps is None or self.local_steps < progress.caps[self.rank]
 
-    def may_be_spent(self, progress: Progress) -> bool:
-        """Whether another turn may leave this worker without a step, if it does not count one that is being made.
+    def may_begin(self, progress: Progress, uncounted: int) -> bool:
+        """Whether this worker may begin a step, whatever comes of a turn under way.
+
+        That turn divides what is left of the budget by pace. So this worker's share of what was left to it when it told
+        of its steps is safe, even if its pace falls to a half meanwhile.
 
         Args:
             progress: shared progress before that turn.
+            uncounted: steps that it does not count, with the one to begin.
         """
-        if progress.caps is None or self._open_end or not self._shared_budget:
+        if self.over(progress) or not self.has_step(progress):
             return False
-        left = progress.caps[self.rank] - self.local_steps
-        return left < 2 * sum(progress.round_steps)  # its share of them may be nothing, if its pace falls
+        if progress.caps is None or self._open_end or not self._shared_budget:
+            return True
+        left = progress.caps[self.rank] - (self.local_steps + 1 - uncounted)
+        return 2 * uncounted * sum(progress.round_steps) <= left * progress.round_steps[self.rank]
 
     @property
     def may_get_more(self) -> bool:

@@ -97,11 +97,12 @@ class LocalSteps:
     def _begin_step(self) -> bool:
         """Tell that another step is being made; returns whether there is one.
 
-        A turn may have taken this worker's header since the step was decided on. It does not count the step, and may
-        give the last of the budget to others. Where that is possible, its outcome is waited for.
+        A turn under way may not count the step, and may give the last of the budget to others. Where that is possible,
+        its outcome is waited for.
         """
-        counted = self._mailbox.standing.begin_step() and self._mailbox.progress is self._decided_on  # in this order
-        if counted or not self._rounds.may_be_spent(self._decided_on):
+        uncounted = self._mailbox.standing.begin_step()
+        progress = self._mailbox.progress  # in this order
+        if self._rounds.may_begin(progress, uncounted):
             return True
         self.trip.report()
         self._wait(Reason.BUDGET, self._decided_on)

@@ -112,16 +112,18 @@ def test_a_header_without_the_last_push_does_not_say_that_it_was_the_last() -> N
     assert push is PUSH and Flag.FINAL in live.flags
 
 
-def test_a_step_counts_as_begun_unless_a_header_that_does_not_tell_of_it_is_under_way() -> None:
+def test_a_step_that_begins_knows_how_many_a_turn_under_way_does_not_count() -> None:
     mailbox = Mailbox(PROGRESS)
     mailbox.standing.report(1, 1.0, 0.0)
-    assert mailbox.standing.begin_step()
+    assert mailbox.standing.begin_step() == 0
     mailbox.take()
-    assert mailbox.standing.begin_step()  # the header tells of it
+    assert mailbox.standing.begin_step() == 0  # the header tells of it
     mailbox.standing.report(2, 1.0, 0.0)
+    assert mailbox.standing.begin_step() == 1  # the header told of the step before
+    mailbox.standing.report(3, 1.0, 0.0)
     mailbox.take_live()  # an early answer to the next turn, which outlives the end of this one
-    assert not mailbox.standing.begin_step()
+    assert mailbox.standing.begin_step() == 2
     publish(mailbox)
-    assert not mailbox.standing.begin_step()
+    assert mailbox.standing.begin_step() == 1
     publish(mailbox)
-    assert mailbox.standing.begin_step()
+    assert mailbox.standing.begin_step() == 0

@@ -127,3 +127,68 @@ def test_a_tensor_that_has_gone_since_is_named() -> None:
     prune.identity(module[0], "weight")
     with pytest.raises(RuntimeError, match=r"'0\.weight' was a parameter .* before `fit`"):
         layout.tensors(module)
+
+
+class Blocks(nn.Module):
+    """An embedding, blocks of a list, a head, and a statistic."""
+
+    def __init__(self, blocks: int = 6, vocabulary: int = 1) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, 8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(blocks))
+        self.head = nn.Linear(8, 1)
+        self.norm = nn.BatchNorm1d(8, affine=False)
+
+
+def blocks_of(layout: Layout) -> list[set[str]]:
+    return [{".".join(slot.name.split(".")[:2]) for slot in part.parameter_slots} for part in layout.fragments]
+
+
+def test_fragments_are_blocks_strided() -> None:
+    layout = Layout(Blocks(), fragments=3)
+    assert [sorted(name for name in names if name.startswith("blocks")) for names in blocks_of(layout)] == [
+        ["blocks.2", "blocks.5"],
+        ["blocks.0", "blocks.3"],
+        ["blocks.1", "blocks.4"],
+    ]
+    assert {name for names in blocks_of(layout) for name in names} >= {"embedding.weight", "head.weight", "head.bias"}
+
+
+def test_a_fragment_with_a_large_block_takes_fewer_of_the_others() -> None:
+    layout = Layout(Blocks(vocabulary=40), fragments=2)
+    first, second = layout.fragments
+    assert first.parameter_slots[0].name == "embedding.weight"
+    assert abs(first.parameter_numel - second.parameter_numel) <= 2 * (2 * 64 + 2 * 16)
+
+
+@pytest.mark.parametrize("fragments", [1, 2, 5])
+def test_fragments_are_the_vector_cut_at_tensors(fragments: int) -> None:
+    torch.manual_seed(0)
+    module = Blocks(blocks=3)
+    layout = Layout(module, fragments=fragments)
+    flat = layout.empty()
+    torch._foreach_copy_(layout.views(flat), layout.tensors(module))
+    assert len(layout.fragments) == fragments
+    ends = [part.span.stop for part in layout.fragments]
+    assert [part.span.start for part in layout.fragments] == [0, *ends[:-1]] and ends[-1] == layout.numel
+    assert [slot.name for part in layout.fragments for slot in part.slots] == [slot.name for slot in layout.slots]
+    tensors, named = layout.tensors(module), dict(module.named_parameters()) | dict(module.named_buffers())
+    for part in layout.fragments:
+        for slot, view, tensor in zip(part.slots, part.views(flat[part.span]), tensors[part.members], strict=True):
+            assert torch.equal(view, named[slot.name]) and tensor.data_ptr() == named[slot.name].data_ptr()
+    *before, last = layout.fragments
+    assert all(part.numel == part.parameter_numel for part in before)
+    assert [slot.name for slot in last.slots[last.parameter_count :]] == ["norm.running_mean", "norm.running_var"]
+
+
+def test_gaps_are_cleared_and_nothing_else() -> None:
+    layout = Layout(Tied())
+    flat = torch.ones(layout.numel)
+    layout.clear_gaps(flat)
+    assert flat.sum() == sum(slot.numel for slot in layout.slots)
+    assert all((view == 1).all() for view in layout.views(flat))
+
+
+def test_more_fragments_than_parameters_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"`fragments=3` are more than the 2 trainable parameters.* Pass at most 2"):
+        Layout(nn.Linear(2, 2), fragments=3)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_async_localsgd import Settings
+from lightning_async_localsgd.protocol.budget import allocate
 from lightning_async_localsgd.protocol.progress import Progress, ReferenceTurn
 from lightning_async_localsgd.protocol.rounds import Rounds, whole_samples
 
@@ -237,3 +238,18 @@ def test_what_has_just_been_pushed_is_not_pushed_again() -> None:
     for left, fragment in ((2, 0), (1, 1), (0, 2)):  # the last pushes of a run: no turn of others comes between
         assert rounds.end_round(progress, 1.0, rounds.due_fragment(progress), 0).fragment == fragment
         assert rounds.unsent_fragments == left
+
+
+@given(st.integers(0, 60), st.lists(st.integers(1, 20), min_size=2, max_size=5), st.integers(1, 40))
+def test_a_step_begins_only_if_no_turn_can_give_it_to_others(made: int, paces: list[int], left: int) -> None:
+    size, rules = len(paces), Settings(local_steps=max(paces))
+    progress = replace(Progress.at_start(size, max(paces)), round_steps=tuple(paces), caps=(made + left,) * size)
+    rounds = Rounds(0, size, rules)
+    rounds.start(progress, 1000)
+    count(rounds, made)
+    uncounted = 0
+    while rounds.may_begin(progress, uncounted + 1):
+        count(rounds, 1)
+        uncounted += 1
+    # A turn that counts none of these steps, and divides what is left by pace, its own fallen to a half.
+    assert uncounted <= allocate(left, [(paces[0] + 1) // 2, *paces[1:]])[0]
