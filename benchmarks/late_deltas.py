@@ -3,7 +3,8 @@
     python benchmarks/late_deltas.py
 
 Simulated: four equal workers, rounds of H steps, from scratch, the default method, fp32. No step is lost and no round
-gets longer. All that changes is the bandwidth, so that a delta comes to the others later.
+gets longer. All that changes is the bandwidth, so that a delta comes to the others later; and the number of fragments,
+each of which is on its way for a part of that time.
 """
 
 import argparse
@@ -26,12 +27,13 @@ from paper import CACHE, REPOSITORY
 
 WORKERS = 4
 SHARES = (0.0, 0.1, 0.2, 0.45, 0.9)
-"""Rounds that an exchange takes."""
+"""Rounds that an exchange of the whole model takes."""
+FRAGMENTS = (1, 2, 4)
 
 
-def perplexity(cache: Path, steps: int, local_steps: int, run: tuple[int, float]) -> float:
-    """Held-out perplexity of one run, of a seed and a share of :data:`SHARES`."""
-    seed, share = run
+def perplexity(cache: Path, steps: int, local_steps: int, run: tuple[int, int, float]) -> float:
+    """Held-out perplexity of one run, of a seed, a number of fragments and a share of :data:`SHARES`."""
+    seed, fragments, share = run
     task = Task(pretrain_steps=0)
     training, held_out = load_tokens(cache, task)
     module = LanguageModel(task, steps)
@@ -45,6 +47,7 @@ def perplexity(cache: Path, steps: int, local_steps: int, run: tuple[int, float]
         steps,
         seed=seed,
         local_steps=local_steps,
+        fragments=fragments,
         codec="fp32",
         network=Network(bandwidth=traffic / (share * local_steps)) if share else None,
         trainer_options={"gradient_clip_val": 1.0, "accelerator": "cpu"},
@@ -60,6 +63,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=600, help="local steps per worker")
     parser.add_argument("--local-steps", type=int, default=15, help="H")
+    parser.add_argument("--fragments", nargs="+", type=int, default=list(FRAGMENTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks/results/late_deltas.json")
@@ -68,18 +72,22 @@ def main() -> None:
     load_tokens(args.cache, Task())
     for seed in args.seeds:
         load_pretrained(args.cache, Task(pretrain_steps=0), seed)
-    runs = list(product(args.seeds, SHARES))
+    runs = list(product(args.seeds, args.fragments, SHARES))
     with multiprocessing.get_context("spawn").Pool(args.jobs, torch.set_num_threads, (1,)) as pool:
         found = dict(
             zip(runs, pool.map(partial(perplexity, args.cache, args.steps, args.local_steps), runs, 1), strict=True)
         )
-    print("| exchange, in rounds | perplexity | over none, by seed | mean |\n|---|---|---|---|")
-    for share in SHARES:
-        ratios = [found[seed, share] / found[seed, 0.0] for seed in args.seeds]
+    print("| fragments | exchange of all, in rounds | perplexity | over one fragment and no time, by seed | mean |")
+    print("|---|---|---|---|---|")
+    for fragments, share in product(args.fragments, SHARES):
+        ratios = [found[seed, fragments, share] / found[seed, args.fragments[0], 0.0] for seed in args.seeds]
         by_seed = ", ".join(f"{ratio:.3f}" for ratio in ratios)
-        mean = fmean(found[seed, share] for seed in args.seeds)
-        print(f"| {share:g} | {mean:.1f} | {by_seed} | {fmean(ratios):.3f} |")
-    rows = [{"seed": seed, "share": share, "perplexity": value} for (seed, share), value in found.items()]
+        mean = fmean(found[seed, fragments, share] for seed in args.seeds)
+        print(f"| {fragments} | {share:g} | {mean:.1f} | {by_seed} | {fmean(ratios):.3f} |")
+    rows = [
+        {"seed": seed, "fragments": fragments, "share": share, "perplexity": value}
+        for (seed, fragments, share), value in found.items()
+    ]
     report = {"steps": args.steps, "local_steps": args.local_steps, "workers": WORKERS, "runs": rows}
     args.output.write_text(json.dumps(report, indent=2) + "\n")
 

@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_async_localsgd import AsyncLocalSGD
-from lightning_async_localsgd.outer import AsyncBuffer, DelayCompensation, GlobalState
-from lightning_async_localsgd.outer.layout import Layout
+from lightning_async_localsgd import AsyncLocalSGD, Settings
+from lightning_async_localsgd.outer import AsyncBuffer, DelayCompensation
 from tests.modules import Batches, make_net
 from tests.processes import job_store, results, run_processes
 
@@ -162,7 +161,7 @@ def test_the_module_can_hold_the_global_parameters_for_a_while() -> None:
     assert of_all == flat(make_net(seed=0)) != own == own_again
 
 
-SETTINGS: list[dict[str, Any]] = [{}, {"transforms": (DelayCompensation(10.0), AsyncBuffer(3))}]
+SETTINGS: list[dict[str, Any]] = [{}, {"transforms": (DelayCompensation(10.0), AsyncBuffer(3))}, {"fragments": 3}]
 
 
 def save(folder: str, rank: int, name: str, state: dict[str, Any]) -> None:
@@ -215,7 +214,8 @@ def test_a_checkpoint_is_one_moment_of_all_workers_and_the_run_goes_on_from_it(
     assert states[0]["worker"]["local_steps"] == 20
     digests = set()
     for state in (first, second):
-        replica = GlobalState(Layout(make_net()), workers=2, **settings)
+        plan = Settings(**settings)
+        replica = plan.global_model(plan.layout(make_net()), workers=2)
         replica.load_state_dict(state["global"])
         digests.add(replica.digest())
     assert len(digests) == 1
@@ -231,7 +231,7 @@ def test_a_round_that_a_checkpoint_cuts_stays_as_stale_as_it_was(tmp_path: Path)
     settings = {"pace": "fixed", "grace_period": 0.0}
     results(run_processes(interrupted, 2, str(tmp_path), 30, settings, 1))  # worker 1 is in its first round
     states = [torch.load(tmp_path / f"middle-{rank}.pt", weights_only=True) for rank in range(2)]
-    stale = states[1]["global"]["global"]["version"] - states[1]["worker"]["start_version"]
+    stale = states[1]["global"]["global"]["version"] - states[1]["worker"]["start_versions"][0]
     assert stale > 0 and states[1]["global"]["progress"]["max_staleness"] < stale
     ends = results(run_processes(resumed, 2, str(tmp_path), -1, 40, settings))
     assert ends[0][3].max_staleness >= stale

@@ -71,6 +71,7 @@ def add_method(parser: argparse.ArgumentParser, local_steps: int | str) -> None:
     method.add_argument("--quorum", type=whole(1), metavar="N", help="deltas per outer update")
     method.add_argument("--overlap", action=argparse.BooleanOptionalAction, help="train during an exchange")
     method.add_argument("--codec", metavar="NAME", help="how deltas are sent: fp32, bf16, ...")
+    method.add_argument("--fragments", type=whole(1), metavar="P", help="of the model, exchanged one after the other")
 
 
 class _ListMethods(argparse.Action):
@@ -139,7 +140,7 @@ def read_settings(args: argparse.Namespace, workers: int) -> dict[str, Any]:
     from lightning_async_localsgd.settings import Settings
 
     fields = make_method(args.method, workers, args.outer_lr, args.outer_momentum, args.pace)
-    names = ("local_steps", "grace_period", "quorum", "overlap", "codec")
+    names = ("local_steps", "grace_period", "quorum", "overlap", "codec", "fragments")
     fields |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     Settings(**fields).check_workers(workers)
     return fields

@@ -106,12 +106,14 @@ def _describe(plan: Plan) -> str:
     need = (
         f"{_mbit(plan.link_need)} if exchanges are to keep up" if plan.link_need < float("inf") else "no rate keeps up"
     )
+    parts = f", {plan.fragments} fragments" if plan.fragments > 1 else ""
+    model = f"{plan.workers} workers, {plan.parameters:,} parameters"
     rows = (
-        ("setting", f"{plan.workers} workers, {plan.parameters:,} parameters, H = {plan.local_steps}, {plan.codec}"),
+        ("setting", f"{model}, H = {plan.local_steps}, {plan.codec}{parts}"),
         ("utilization", f"{plan.utilization:.1%}, {plan.steps_per_second:.4g} local steps per second together"),
         ("round", f"{_seconds(plan.round_seconds)}, {plan.round_steps:.1f} steps of the fastest worker{longer}"),
         ("exposed", f"{_seconds(exposed)} per round on average, {_seconds(max(plan.exposed_seconds))} at most"),
-        ("exchange", f"{_seconds(plan.exchange_seconds)} from the end of a round{flight}"),
+        ("exchange", f"{_seconds(plan.exchange_seconds)} from {'a push' if parts else 'the end of a round'}{flight}"),
         ("traffic", f"{_bytes(plan.bytes_per_round)} sent per worker and round, as much received"),
         ("", f"{_bytes(plan.bytes_per_1000_steps)} per 1,000 local steps of each worker"),
         ("link", f"{_mbit(plan.link_load)} on average, {need}"),

@@ -35,6 +35,8 @@ class Plan:
     local_steps: int
     """H, as asked for."""
     codec: str
+    fragments: int
+    """Parts of the model that are exchanged one after the other in a round."""
     overlap: bool
     utilization: float
     """Local steps made over those that the devices could make, between 0 and 1."""
@@ -47,7 +49,7 @@ class Plan:
     exposed_seconds: tuple[float, ...]
     """Per round, of each worker: how long its training thread makes no step but waits or copies."""
     exchange_seconds: float
-    """Mean time from the end of a round until its worker can go on from the new global parameters."""
+    """Mean time from a push until its worker can go on from the new global parameters."""
     steps_in_flight: float
     """Local steps that the fastest worker makes meanwhile; 0 without overlap."""
     sent_per_round: tuple[float, ...]
@@ -197,6 +199,7 @@ def _evaluate(
         workers=len(speeds),
         local_steps=_number(settings),
         codec=run.codec,
+        fragments=parts,
         overlap=settings.overlap,
         utilization=per_second / sum(speeds),
         steps_per_second=per_second,

@@ -49,7 +49,8 @@ def recommend(
     """
     network = network or Network()
     predict = partial(plan, parameters, workers, **options)
-    plans = tuple(predict(network=network, local_steps=steps, codec=codec) for codec in CODECS for steps in LOCAL_STEPS)
+    tried = [steps for steps in LOCAL_STEPS if steps >= options.get("fragments", 1)]
+    plans = tuple(predict(network=network, local_steps=steps, codec=codec) for codec in CODECS for steps in tried)
     best = min((p for p in plans if p.reaches_target), key=lambda p: p.local_steps, default=None)
     if best is not None:
         return Recommendation(

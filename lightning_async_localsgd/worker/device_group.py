@@ -126,7 +126,8 @@ class FirstRank(Worker):
     def __init__(self, device_group: DeviceGroup, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._device_group = device_group
-        self._changed = self._restarted = False
+        self._restarted = False
+        self._changed: set[int] = set()  # fragments
         self._updates: list[OuterUpdate] = []
         self._messages: list[tuple[int, Message]] = []
         self._untold: dict[str, list[Any]] = {"updates": [], "messages": []}  # not sent to the others yet
@@ -135,7 +136,7 @@ class FirstRank(Worker):
         """See :meth:`Worker.start`."""
         with self._mirrored():
             super().start(max_steps, open_end)
-            self._changed = True
+            self._changed = self._all_fragments
         self._device_group.broadcast(list(self._replica.others.values()))
 
     def step(self, samples: int = 0) -> bool:
@@ -149,7 +150,7 @@ class FirstRank(Worker):
         with self._mirrored() as word:
             summary = super().finish(stop)
             word["digest"] = summary.digest
-            self._changed = True
+            self._changed = self._all_fragments
         self._device_group.broadcast(list(self._replica.others.values()))
         return summary
 
@@ -201,8 +202,12 @@ class FirstRank(Worker):
         self._untold["updates"] += updates
         self._untold["messages"] += [(sender, message.to_json()) for sender, message in messages]
 
+    @property
+    def _all_fragments(self) -> set[int]:
+        return set(range(self._settings.fragments))
+
     def _adopted(self, adoption: Adoption) -> None:
-        self._changed = True
+        self._changed |= self._all_fragments if adoption.restart else {adoption.fragment}
         self._restarted |= adoption.restart
 
     @contextmanager
@@ -220,7 +225,7 @@ class FirstRank(Worker):
             word
             | self._untold
             | {
-                "changed": self._changed,
+                "changed": sorted(self._changed),
                 "restarted": self._restarted,
                 "weight_copies": sorted(self._replica.copies.names),
                 "job_steps": self.job_steps,
@@ -235,8 +240,9 @@ class FirstRank(Worker):
         )
         self._untold = {"updates": [], "messages": []}
         if self._changed:
-            self._device_group.broadcast([*self._replica.own, *self._replica.copies.tensors()])
-        self._changed = self._restarted = False
+            self._device_group.broadcast(self._replica.exchanged(self._changed))
+        self._restarted = False
+        self._changed = set()
 
 
 class OtherRank:
@@ -315,7 +321,7 @@ class OtherRank:
             forget_non_finite_state(self._optimizers)
         if word["changed"]:
             self._replica.copies.names = set(word["weight_copies"])
-            self._device_group.broadcast([*self._replica.own, *self._replica.copies.tensors()])
+            self._device_group.broadcast(self._replica.exchanged(word["changed"]))
         return word
 
     def watch(self, optimizers: Sequence[Optimizer]) -> None:

@@ -80,6 +80,11 @@ class Replica:
         """This worker's own exchanged tensors: the module's, or their copies while the module holds the global ones."""
         return self.in_module if self._stashed is None else self._stashed
 
+    def exchanged(self, fragments: Iterable[int]) -> list[Tensor]:
+        """The worker's own tensors of some fragments, and all copies of weights in the optimizers."""
+        own, parts = self.own, self.layout.fragments
+        return [tensor for i in sorted(fragments) for tensor in own[parts[i].members]] + self.copies.tensors()
+
     @property
     def others(self) -> dict[str, Tensor]:
         """The module's tensors that are not exchanged, by name."""

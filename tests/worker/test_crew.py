@@ -63,7 +63,7 @@ def strategy(**kwargs: Any) -> AsyncLocalSGDStrategy:
 
 
 def fit(rank: int, size: int, folder: str) -> Any:
-    module, plan, compare = Normalized(PAUSES), strategy(find_unused_parameters=True), Compare()
+    module, plan, compare = Normalized(PAUSES), strategy(find_unused_parameters=True, fragments=2), Compare()
     trainer = make_trainer(
         size,
         plan,
