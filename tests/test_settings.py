@@ -43,6 +43,12 @@ NET = torch.nn.Linear(1, 1)
         ({"transforms": [Poly]}, r"Poly\(\)"),
         ({"turns_per_round": 0.5}, "turns_per_round"),
         ({"exchange": "ring"}, "exchange"),
+        ({"fragments": 0}, "fragments"),
+        ({"fragments": 1.5}, "fragments"),
+        ({"fragments": 8, "local_steps": 5}, "`local_steps=5` are fewer than `fragments=8`"),
+        ({"fragments": 2, "constraint": lambda parameters: None}, "Pass `fragments=1`"),
+        ({"merge": "mean"}, "merge"),
+        ({"merge": 1.5}, "merge"),
         ({"codec": "int5"}, "int4"),
     ],
 )

@@ -108,6 +108,27 @@ class Adopter:
         self.hold(tensors, base)
 
     @torch.no_grad()
+    def share(self, tensors: Sequence[Tensor], base: Tensor, correction: Tensor, local: float) -> None:
+        r"""Change the correction so that it moves the module to its mean with the global parameters.
+
+        With :math:`\theta` what the module holds, :math:`\theta_g` the global parameters, and :math:`\alpha` the share
+        of the former, the correction becomes :math:`(1 - \alpha)(\theta_g - \theta)`.
+
+        Args:
+            tensors: of the module, in the order of the slots.
+            base: the global parameters and buffers, flat.
+            correction: flat, on the module's device; it is overwritten.
+            local: from 0 to 1.
+
+        References:
+            Douillard et al. 2025, Streaming DiLoCo (arXiv 2501.18512), Equation 3.
+        """
+        correction.copy_(base)
+        views = self._layout.views(correction)
+        torch._foreach_sub_(views, [tensor.to(torch.float32) for tensor in tensors])
+        correction.mul_(1 - local)
+
+    @torch.no_grad()
     def advance(self, tensors: Sequence[Tensor], base: Tensor, correction: Tensor, left_out: Sequence[int]) -> None:
         """Add the correction to what the module holds, keeping what was learned meanwhile: the next delta counts it.
 

@@ -19,10 +19,11 @@ from lightning_async_localsgd.protocol.codec_choice import Candidate, CodecChoic
 from lightning_async_localsgd.protocol.pace import FixedPace, Pace, make_pace
 from lightning_async_localsgd.protocol.round_length import AUTO, RoundLength
 
-__all__ = ["Settings"]
+__all__ = ["REBASE", "Settings"]
 
 _CHOSEN_CODECS = ("fp32", "bf16", "int8", "int4")
 _EXCHANGES = ("auto", "reduce", "gather")
+REBASE = "rebase"
 _PLAIN = (str, int, float, list, tuple, dict)
 
 
@@ -44,6 +45,7 @@ class Settings:
     codec: str | Codec = AUTO
     exchange: str = "auto"
     fragments: int = 1
+    merge: str | float = REBASE
     turns_per_round: float | str = AUTO
     outer_device: str | torch.device = "cpu"
     timeout: timedelta = field(default=timedelta(minutes=10))
@@ -71,6 +73,11 @@ class Settings:
             raise ValueError(
                 "`constraint` sees all parameters at once, and with `fragments` above 1 these move one part after the "
                 "other. Pass `fragments=1`."
+            )
+        if self.merge != REBASE and (isinstance(self.merge, str) or not 0 <= self.merge <= 1):
+            raise ValueError(
+                "`merge` must be 'rebase', or a number from 0 (the global parameters alone) to 1 (the worker's own "
+                f"alone), got {self.merge!r}."
             )
         if self.turns_per_round != AUTO and (isinstance(self.turns_per_round, str) or not self.turns_per_round >= 1):
             raise ValueError(
@@ -125,6 +132,11 @@ class Settings:
     def sums(self) -> bool | None:
         """Whether the deltas of a turn are added up on their way; None: if the outer optimizer can take their sum."""
         return {"auto": None, "reduce": True, "gather": False}[self.exchange]
+
+    @property
+    def local_share(self) -> float | None:
+        """Share of the local parameters in their mean with the global ones at an adoption; None: steps are kept."""
+        return None if isinstance(self.merge, str) else self.merge
 
     def layout(self, module: nn.Module) -> Layout:
         """The layout of a module.
@@ -212,6 +224,7 @@ class Settings:
             "codec": _describe_codec(self.codec),
             "exchange": self.exchange,
             "fragments": self.fragments,
+            "merge": self.merge,
             "turns_per_round": self.turns_per_round,
             "outer_device": torch.device(self.outer_device).type,  # kinds of devices may round differently
             "exchange_frozen": bool(self.exchange_frozen),

@@ -94,6 +94,7 @@ class TrainingReplicas:
         self._layout = state.layout
         self._constraint = settings.constraint
         self._largest = settings.largest
+        self._local_share = settings.local_share
         self._device = next(module.parameters()).device
         self._live = LiveModule(module, state.layout)
         self._bases: WeakValueDictionary[tuple[int, int], _Flat] = WeakValueDictionary()
@@ -230,7 +231,10 @@ class TrainingReplicas:
         if not replica.learned_since_push:
             adopter.replace(tensors, base.values, correction)
         else:
-            adopter.advance(tensors, base.values, correction.to(self._device), replica.unsendable.buffers)
+            correction = correction.to(self._device)
+            if self._local_share is not None:
+                adopter.share(tensors, base.values, correction, self._local_share)
+            adopter.advance(tensors, base.values, correction, replica.unsendable.buffers)
 
     # ---- around the run ---------------------------------------------------------------------------------------------
 

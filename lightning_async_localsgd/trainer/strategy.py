@@ -47,10 +47,9 @@ __all__ = ["AsyncLocalSGDStrategy"]
 class AsyncLocalSGDStrategy(ProcessWorldStrategy):
     """Trains any LightningModule with asynchronous Local-SGD: one worker per device, each at its own pace.
 
-    Workers train on their own copies of the model. A background thread per worker exchanges pseudo-gradients, and every
-    worker applies the same outer updates in the same order to its copy of the global parameters, so that all copies
-    stay bit-identical. After ``fit`` the module of every process holds the final global parameters, and ``summary``
-    tells how the run went.
+    A background thread per worker exchanges pseudo-gradients, and every worker applies the same outer updates in the
+    same order to its copy of the global parameters, so that all copies stay bit-identical. After ``fit`` the module of
+    every process holds the final global parameters, and ``summary`` tells how the run went.
 
     Example::
 
@@ -70,33 +69,31 @@ class AsyncLocalSGDStrategy(ProcessWorldStrategy):
             ``overlap`` at least two of their steps or a tenth of their round.
         quorum: deltas to wait for before their mean moves the outer state. All workers': synchronous DiLoCo.
         overlap: keep training while a delta is in flight. False: wait for the exchange, as in the paper.
-        budget: ``"shared"``: all workers together make ``max_steps`` times workers local steps, the fast ones more of
-            them. ``"per_worker"``: each worker makes ``max_steps``.
-        worker_size: n consecutive ranks form one worker, which trains as under DDP (with the further arguments of this
-            strategy): its batch is n times as large. Its first rank takes part in the exchange.
+        budget: ``"shared"``: fast workers make more of the ``max_steps`` times workers. ``"per_worker"``: equally many.
+        worker_size: n consecutive ranks form one worker, which trains as under DDP, with batches n times as large.
         codec: form of deltas on the wire: ``"fp32"``, ``"bf16"``, ``"int8"``, ``"int4"``, ``"e3m0"``, ``"topk"`` or a
             codec object. ``"auto"``: the widest of the first four with which an exchange takes a tenth of a round.
         exchange: ``"reduce"``: deltas are added up on their way, so that traffic does not grow with the number of
             workers. ``"gather"``: each goes to every worker. ``"auto"``: ``"reduce"``, unless single deltas are needed.
         fragments: parts of the model that are exchanged one after the other in a round (Streaming DiLoCo): each is on
             its way for a part of the time.
+        merge: what becomes of steps that a worker makes during an exchange: ``"rebase"``: all are kept. A number α from
+            0 to 1: the local parameters become α times themselves plus 1 - α times the global ones (Streaming DiLoCo).
         turns_per_round: maximum number of exchanges of a fragment in a round of the fastest; "auto": by their time.
         outer_device: where the global state lives: ``"cpu"`` or a device of the worker.
         timeout: how long a worker may take to answer before the others give up with an error that names it.
-        validate_global: in ``fit`` worker 0 alone validates, the global parameters on the whole validation set, while
-            the others train on; they are told the metrics. False: each worker validates its own parameters.
-        exchange_frozen: exchange frozen parameters too, so that they can be unfrozen during ``fit``. None: if the
-            trainer has a callback that does so, a Lightning ``BaseFinetuning``.
+        validate_global: worker 0 alone validates, the global parameters on the whole validation set, while the others
+            train on; they are told the metrics. False: each worker validates its own parameters.
+        exchange_frozen: exchange frozen parameters too, to unfreeze them later. None: with a callback that does so.
         transforms: what every pseudo-gradient goes through, in this order, before the outer optimizer: objects of
             ``lightning_async_localsgd.outer``, such as ``Poly()``, or your own (see its ``Transform``).
         weight_copies: names of the entries in the inner optimizers' state that hold copies of the weights (fp32
-            masters, slow weights). They move with the weights. None: those found by their values, with a warning.
-        local_buffers: names of buffers, or patterns of them, that each worker keeps for itself during ``fit`` and that
-            are worker 0's after it: ``["queue", "*.cache"]``. A pattern means the full name or the last part of it.
+            masters). They move with the weights. None: those found by their values, with a warning.
+        local_buffers: names or patterns of buffers, full or their last part, that each worker keeps for itself during
+            ``fit`` and that are worker 0's after it: ``["queue", "*.cache"]``.
         same_data: workers are meant to train on the same batches. False: a warning says so if they do.
-        constraint: a function that imposes a constraint on parameters in place (weight clipping, a projection), alike
-            on every worker. It is called with a mapping from names to parameters: with the global ones after each outer
-            update, on the exchange thread, and with this worker's own after each adoption.
+        constraint: a function that imposes a constraint on parameters in place, given by name (weight clipping): on the
+            global ones after each outer update, on the exchange thread, and on this worker's after each adoption.
         **kwargs: further arguments of Lightning's ``DDPStrategy``, such as ``cluster_environment``, ``checkpoint_io``
             or ``start_method``; and of torch's ``DistributedDataParallel``, for workers of several devices.
 
@@ -123,6 +120,7 @@ class AsyncLocalSGDStrategy(ProcessWorldStrategy):
         codec: str | Codec = "auto",
         exchange: str = "auto",
         fragments: int = 1,
+        merge: str | float = "rebase",
         turns_per_round: float | str = "auto",
         outer_device: str | torch.device = "cpu",
         timeout: timedelta = timedelta(minutes=10),
@@ -148,6 +146,7 @@ class AsyncLocalSGDStrategy(ProcessWorldStrategy):
             codec=codec,
             exchange=exchange,
             fragments=fragments,
+            merge=merge,
             turns_per_round=turns_per_round,
             outer_device=outer_device,
             timeout=timeout,
@@ -159,16 +158,13 @@ class AsyncLocalSGDStrategy(ProcessWorldStrategy):
         )
         self.same_data = same_data
         self._session: Session | None = None  # of a `fit`
-        # Of the last one that is over.
-        self._summary: RunSummary | None = None
+        self._summary: RunSummary | None = None  # of the last one that is over
         self._steps_made: int | None = None  # by the job
 
-    def __repr__(self) -> str:
-        """The `Trainer` of another Lightning refuses this object with its `repr` alone, which then tells the way."""
+    def __repr__(self) -> str:  # with it alone the `Trainer` of another Lightning refuses this object
         return f"<{type(self).__name__}{hint_of_other_lightning()}>"
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy, or a pickle, takes no part in the job."""
+    def __getstate__(self) -> dict[str, Any]:  # a copy, or a pickle, takes no part in the job
         return super().__getstate__() | {"_session": None}
 
     @property

@@ -32,7 +32,9 @@ class WorkerModel:
     def __init__(self, module: nn.Module, optimizers: Sequence[Optimizer], size: int, settings: Settings) -> None:
         self.layout = settings.layout(module)
         """The layout of the exchanged tensors in a flat vector."""
-        self.replica = Replica(module, optimizers, self.layout, settings.weight_copies, settings.constraint)
+        self.replica = Replica(
+            module, optimizers, self.layout, settings.weight_copies, settings.constraint, settings.local_share
+        )
         """This worker's own tensors, in the module."""
         self.state = settings.global_model(self.layout, size)
         """The global parameters and the outer optimizer."""

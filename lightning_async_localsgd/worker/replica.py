@@ -43,6 +43,8 @@ class Replica:
         layout: the layout of its exchanged tensors in a flat vector.
         weight_copies: names of copies of the weights in the optimizers' states; None: they are found automatically.
         constraint: applied to the parameters after each adoption.
+        local_share: share of the local parameters in their mean with the global ones, where steps were made during the
+            exchange; None: these steps are kept.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Replica:
         layout: Layout,
         weight_copies: Sequence[str] | None = None,
         constraint: Constraint | None = None,
+        local_share: float | None = None,
     ) -> None:
         self.module = module
         self.layout = layout
@@ -64,6 +67,7 @@ class Replica:
         self._adopters = [Adopter(part) for part in layout.fragments]
         self._check = AdoptionCheck()
         self._constraint = constraint
+        self._local_share = local_share
         self._outer_device = torch.device("cpu")
         self._stashed: list[Tensor] | None = None  # set while the module holds the global tensors
         self._adopted: Callable[[], object] = lambda: None
@@ -210,6 +214,8 @@ class Replica:
             self.copies.move(part.by_name(adoption.correction))
         else:
             correction = adoption.correction.to(self.device, non_blocking=True)
+            if self._local_share is not None:
+                adopter.share(own, base, correction, self._local_share)
             adopter.advance(own, base, correction, adoption.unsendable.buffers)
             self.copies.move(part.by_name(correction))
 

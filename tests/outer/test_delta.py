@@ -50,6 +50,24 @@ def test_the_next_delta_is_what_was_learned_and_no_rounding(dtype: torch.dtype, 
         assert torch.allclose(found, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("local", [0.0, 0.25, 1.0])
+def test_a_shared_correction_moves_to_the_mean_of_local_and_global_parameters(dtype: torch.dtype, local: float) -> None:
+    torch.manual_seed(0)
+    module, layout = make(dtype)
+    tensors, adopter = layout.tensors(module), Adopter(layout)
+    before = flatten(layout, tensors)
+    base = flatten(layout, [torch.randn(slot.shape) for slot in layout.slots])
+    given, correction = base.clone(), torch.full_like(base, math.nan)
+    adopter.share(tensors, base, correction, local)
+    adopter.advance(tensors, base, correction, ())
+    expected = local * before + (1 - local) * given
+    assert torch.allclose(flatten(layout, tensors), expected, rtol=0, atol=1e-6 if dtype == torch.float32 else 0.02)
+    # The next delta is what is left of the local progress, without what the dtype has rounded.
+    left, count = flatten(layout, tensors) - base, layout.parameter_numel
+    assert torch.allclose(left[:count], (local * (before - given))[:count], rtol=0, atol=1e-6)
+
+
 def test_float64_keeps_the_bits_that_fp32_cannot_carry() -> None:
     module, layout = make(torch.float64)
     tensors, adopter = layout.tensors(module), Adopter(layout)

@@ -218,7 +218,7 @@ class Replay:
         {"overlap": True} | make_method("sparseloco", SIZE, density=0.01),
         {"overlap": True, "fragments": 3},
         {"overlap": False, "fragments": 2, "codec": "int4"},
-        {"overlap": True, "fragments": 2, "exchange": "gather"},
+        {"overlap": True, "fragments": 2, "exchange": "gather", "merge": 0.5},
         {"overlap": True, "fragments": 3, "quorum": 2, "transforms": (DelayCompensation(10.0), Poly())},
     ],
     ids=[
@@ -236,7 +236,7 @@ class Replay:
         "sparseloco",
         "fragments",
         "fragments in int4",
-        "fragments gathered",
+        "fragments gathered and merged",
         "fragments and quorum",
     ],
 )
