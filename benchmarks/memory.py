@@ -3,7 +3,7 @@
 Two real workers train a module of 25M parameters. Compared are the peaks of resident memory of training without and
 with the exchange, over two runs of different length, so that growth with the length would show.
 
-    python benchmarks/memory.py [--parameters 25] [--codec fp32] [--quorum 1]
+    python benchmarks/memory.py [--parameters 25] [--codec fp32] [--quorum 1] [--fragments 1 4]
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _status(field: str) -> int:
     raise RuntimeError(f"no {field} in /proc/self/status")
 
 
-def worker(rank: int, port: int, steps: int, args: argparse.Namespace, result: Connection) -> None:
+def worker(rank: int, port: int, steps: int, fragments: int, args: argparse.Namespace, result: Connection) -> None:
     """Measure one worker; sends what the exchange adds to the peak, in copies of the parameters."""
     torch.set_num_threads(1)
     width = int((args.parameters * 1e6 / 8) ** 0.5)
@@ -62,10 +62,10 @@ def worker(rank: int, port: int, steps: int, args: argparse.Namespace, result: C
     run = Worker(
         module,
         [optimizer],
-        PrefixStore(f"run{steps}", store),
+        PrefixStore(f"run{fragments}-{steps}", store),
         rank,
         2,
-        Settings(local_steps=4, codec=args.codec, quorum=args.quorum),
+        Settings(local_steps=4, codec=args.codec, quorum=args.quorum, fragments=fragments),
     )
     reset_peak()
     run.start(max_steps=steps)
@@ -77,11 +77,11 @@ def worker(rank: int, port: int, steps: int, args: argparse.Namespace, result: C
     result.send((peak() - alone) / (4 * sum(p.numel() for p in module.parameters())))
 
 
-def measure(steps: int, port: int, args: argparse.Namespace) -> float:
+def measure(steps: int, fragments: int, port: int, args: argparse.Namespace) -> float:
     """Run two workers for ``steps`` local steps each; the larger of their two figures."""
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe(duplex=False) for _ in range(2)]
-    processes = [context.Process(target=worker, args=(r, port, steps, args, pipes[r][1])) for r in range(2)]
+    processes = [context.Process(target=worker, args=(r, port, steps, fragments, args, pipes[r][1])) for r in range(2)]
     for process, (_, sender) in zip(processes, pipes, strict=True):
         process.start()
         sender.close()
@@ -100,12 +100,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="local steps per worker in the short run")
     parser.add_argument("--codec", default="fp32")
     parser.add_argument("--quorum", type=int, default=1)
+    parser.add_argument("--fragments", type=int, nargs="+", default=[1, 4])
     args = parser.parse_args()
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    short, long = (measure(steps, store.port, args) for steps in (args.steps, 5 * args.steps))
-    print(f"{args.parameters:g}M parameters: {short:.2f} copies; in a run 5 times as long {long:.2f} copies")
+    rows = []
+    for fragments in args.fragments:
+        short, long = (measure(steps, fragments, store.port, args) for steps in (args.steps, 5 * args.steps))
+        rows.append({"fragments": fragments, "copies_short": short, "copies_long": long})
+        print(
+            f"{args.parameters:g}M parameters, {fragments} fragments: {short:.2f} copies; in a run 5 times as long "
+            f"{long:.2f} copies",
+            flush=True,
+        )
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps({"settings": vars(args), "copies_short": short, "copies_long": long}, indent=2) + "\n")
+    RESULT.write_text(json.dumps({"settings": vars(args), "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
