@@ -22,14 +22,18 @@ from torch.profiler import record_function
 
 from lightning_async_localsgd.codecs import BF16, Codec, ErrorFeedback
 from lightning_async_localsgd.exchange.transport import Channel, Transport, Wait
-from lightning_async_localsgd.protocol.slices import Span, owned_slices
+from lightning_async_localsgd.protocol.slices import UNIT, Span, owned_slices
 
-__all__ = ["CHUNK", "Gather", "Reduce", "Trade", "WireVector"]
+__all__ = ["CHUNK", "Gather", "Reduce", "Trade", "WireVector", "message_elements"]
 
 CHUNK = 1 << 18
 """Maximum number of elements of a message: the timeout applies to each one."""
 
 _UNDER_WAY = 3  # chunks of a slice on their way before the first of them is waited for
+_MESSAGES = 16
+"""Messages of a slice, where it is short: sums go out while deltas still come in, so that a link is rarely idle."""
+_SMALLEST = 1 << 15
+"""Bytes of a message, about, below which its latency counts more than that."""
 
 
 class Trade(Protocol):
@@ -85,14 +89,14 @@ class WireVector:
         self.feedback = feedback
         self._parameters = parameters
 
-    def pieces(self, span: Span, codec: Codec) -> list[Piece]:
-        """A slice of the vector in messages."""
+    def pieces(self, span: Span, codec: Codec, chunk: int = CHUNK) -> list[Piece]:
+        """A slice of the vector in messages of at most so many elements, a multiple of :data:`UNIT`."""
         bounds = sorted({span.start, min(max(self._parameters, span.start), span.stop), span.stop})
         of_buffers = codec if codec.lossless else BF16()
         return [
-            Piece(Span(start, min(start + CHUNK, stop)), codec if start < self._parameters else of_buffers)
+            Piece(Span(start, min(start + chunk, stop)), codec if start < self._parameters else of_buffers)
             for begin, stop in pairwise(bounds)
-            for start in range(begin, stop, CHUNK)
+            for start in range(begin, stop, chunk)
         ]
 
     def part(self, piece: Piece) -> Tensor:
@@ -158,7 +162,7 @@ class Reduce:
 
     def sums(self, groups: Sequence[Sequence[int]], own: Tensor | None, codec: Codec) -> Iterator[None]:
         """See :meth:`Trade.sums`."""
-        pieces = [self._vector.pieces(span, codec) for span in self._slices]
+        pieces = [self._vector.pieces(span, codec, message_elements(span, codec)) for span in self._slices]
         for group in groups:
             with record_function("async_localsgd::exchange"):
                 if group:  # else all its deltas are refused
@@ -314,6 +318,13 @@ class Gather:
         wire, wait = transfer
         wait()
         self._vector.decode(wire, piece, add)
+
+
+def message_elements(span: Span, codec: Codec) -> int:
+    """Elements of a message of this slice, alike on all workers."""
+    shortest = UNIT * -(-_SMALLEST // codec.wire_bytes(UNIT))
+    wanted = UNIT * -(-(span.stop - span.start) // (_MESSAGES * UNIT))
+    return min(CHUNK, max(shortest, wanted))
 
 
 def _empty(piece: Piece) -> Tensor:

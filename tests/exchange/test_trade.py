@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lightning_async_localsgd.codecs import Codec, ErrorFeedback, TopK, make_codec
 from lightning_async_localsgd.exchange import trade
-from lightning_async_localsgd.exchange.trade import Gather, Reduce, Trade
-from lightning_async_localsgd.protocol.slices import UNIT
+from lightning_async_localsgd.exchange.trade import Gather, Reduce, Trade, WireVector
+from lightning_async_localsgd.protocol.slices import UNIT, Span
 from tests.exchange.local_transport import LocalTransport, run_threads
 
 BUFFERS = 100
@@ -125,3 +125,22 @@ def test_with_two_workers_a_reduce_moves_no_more_than_a_gather() -> None:
         gathered = sum(sent for *_, sent, _ in exchange(Gather, "fp32", [group], deltas, 2, numel))
         reduced = sum(sent for *_, sent, _ in exchange(Reduce, "fp32", [group], deltas, 2, numel))
         assert reduced <= gathered
+
+
+@pytest.mark.parametrize(
+    ("numel", "codec", "messages"),
+    [
+        (64 * UNIT, "fp32", 16),
+        (64 * UNIT, "int4", 4),
+        (5 * UNIT, "fp32", 3),
+        (100, "int4", 1),
+        (1024 * UNIT, "int8", 16),
+    ],
+)
+def test_a_short_slice_travels_in_messages_that_are_worth_their_latency(numel: int, codec: str, messages: int) -> None:
+    vector = WireVector(torch.zeros(numel), numel, ErrorFeedback(numel))
+    span, chosen = Span(0, numel), make_codec(codec)
+    pieces = vector.pieces(span, chosen, trade.message_elements(span, chosen))
+    assert len(pieces) == messages
+    assert [piece.span.start for piece in pieces[1:]] == [piece.span.stop for piece in pieces[:-1]]
+    assert all(piece.span.stop - piece.span.start <= trade.CHUNK for piece in pieces)
