@@ -43,9 +43,10 @@ WORKERS = 4
 ALONE, DDP, TORCHFT = "alone", "Lightning DDP", "torchft DiLoCo"
 GATHER = "gather fp32"
 CODECS = ("fp32", "bf16", "int8", "int4", "e3m0", "topk", "auto")
-MODES = (GATHER, *CODECS, DDP, TORCHFT)
 RATES = (250.0, 25.0, 5.0)
-HIDDEN = 6000  # 3.1M parameters: 12.4 MB in fp32, 4 s at 25 Mbit/s
+WIDTH, BLOCKS = 512, 12  # 3.2M parameters: 12.6 MB in fp32, 4 s at 25 Mbit/s
+FRAGMENTED = "auto, 4 fragments"
+MODES = (GATHER, *CODECS, FRAGMENTED, DDP, TORCHFT)
 TENTH = 0.1
 
 
@@ -108,26 +109,29 @@ class SmallBatches(IterableDataset[tuple[Tensor, Tensor]]):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         while True:
-            yield torch.randn(4, 512), torch.randint(4, (4,))
+            yield torch.randn(4, WIDTH), torch.randint(4, (4,))
 
 
-class WideClassifier(L.LightningModule):
-    """The paper's toy model, with a hidden layer of ``HIDDEN`` units."""
+class DeepClassifier(L.LightningModule):
+    """``BLOCKS`` residual layers of ``WIDTH`` units."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(512, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 4))
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(BLOCKS))
+        self.head = nn.Linear(WIDTH, 4)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
-        return F.cross_entropy(self.net(x), y)
+        for block in self.blocks:
+            x = x + F.relu(block(x)) / BLOCKS
+        return F.cross_entropy(self.head(x), y)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.01)  # computes little: two cores have to do for four workers
 
 
 def parameters() -> int:
-    return sum(p.numel() for p in WideClassifier().parameters())
+    return sum(p.numel() for p in DeepClassifier().parameters())
 
 
 def make_strategy(config: Config) -> Any:
@@ -135,9 +139,12 @@ def make_strategy(config: Config) -> Any:
         return DDPStrategy(process_group_backend="gloo")
     if config.mode in (ALONE, TORCHFT):
         return "auto"
-    codec = "fp32" if config.mode == GATHER else config.mode
-    exchange = "gather" if config.mode == GATHER else "auto"
-    return AsyncLocalSGDStrategy(local_steps=config.local_steps, codec=codec, exchange=exchange)
+    settings: dict[str, Any] = {"codec": config.mode}
+    if config.mode == GATHER:
+        settings = {"codec": "fp32", "exchange": "gather"}
+    elif config.mode == FRAGMENTED:
+        settings = {"codec": "auto", "fragments": 4}
+    return AsyncLocalSGDStrategy(local_steps=config.local_steps, **settings)
 
 
 def train(rank: int, config: Config) -> WorkerFigures:
@@ -155,14 +162,14 @@ def train(rank: int, config: Config) -> WorkerFigures:
         callbacks.append(TorchftDiLoCo(rank, WORKERS, config.local_steps, config.hosts[rank].address))
     strategy = make_strategy(config)
     trainer = make_trainer(strategy, config.steps, callbacks)
-    trainer.fit(WideClassifier(), DataLoader(SmallBatches(), batch_size=None))
+    trainer.fit(DeepClassifier(), DataLoader(SmallBatches(), batch_size=None))
     figures = WorkerFigures(device.begin, device.end, device.steps, tuple(device.times))
     summary = getattr(strategy, "summary", None)
     if summary is None:
         return figures
     return replace(
         figures,
-        rounds=summary.version / WORKERS,
+        rounds=summary.version / WORKERS / (4 if config.mode == FRAGMENTED else 1),
         blocked_seconds=summary.blocked_seconds,
         bytes_sent=summary.bytes_sent,
         codec=summary.codec,
@@ -211,7 +218,7 @@ def describe(row: dict[str, Any]) -> str:
     text = f"{row['mbit']:6g} Mbit/s  {row['mode']:16} throughput {row['throughput']:.3f}"
     if "stretch" in row:
         text += f"  stretch {row['stretch']:.2f}  blocked {row['blocked']:.2%}  sent {row['sent']:.3f} of fp32"
-        text += f"  ({row['codec']})" if row["mode"] == "auto" else ""
+        text += f"  ({row['codec']})" if row["mode"] in ("auto", FRAGMENTED) else ""
     if row["slow_worker"]:
         text += "  per worker " + ", ".join(f"{value:.3f}" for value in row["throughput_per_worker"])
     return text

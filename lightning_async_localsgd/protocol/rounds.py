@@ -18,6 +18,7 @@ __all__ = ["Rounds", "whole_samples"]
 
 _MOST_SAMPLES = 1 << 32  # of one local step
 _OVERDUE = 1.5  # rounds since the last push of a fragment
+_VARIATION = 0.25  # of a pace from one turn to the next
 
 
 class Rounds:
@@ -257,10 +258,11 @@ class Rounds:
         return self._open_end or progress.caps is None or self.local_steps < progress.caps[self.rank]
 
     def may_begin(self, progress: Progress, uncounted: int) -> bool:
-        """Whether this worker may begin a step, whatever comes of a turn under way.
+        """Whether this worker may begin a step, though a turn under way does not count all of its steps.
 
-        That turn divides what is left of the budget by pace. So this worker's share of what was left to it when it told
-        of its steps is safe, even if its pace falls to a half meanwhile.
+        That turn divides what is left of the budget by pace. The share of this worker has to hold the steps that are
+        not counted: if its pace falls by a quarter (or by the step that makes one of two), and if the others have made
+        a quarter more, and a step, than their pace.
 
         Args:
             progress: shared progress before that turn.
@@ -268,10 +270,18 @@ class Rounds:
         """
         if self.over(progress) or not self.has_step(progress):
             return False
-        if progress.caps is None or self._open_end or not self._shared_budget:
+        if progress.caps is None or self._open_end or not self._shared_budget or uncounted == 0:
             return True
-        left = progress.caps[self.rank] - (self.local_steps + 1 - uncounted)
-        return 2 * uncounted * sum(progress.round_steps) <= left * progress.round_steps[self.rank]
+        paces, own = progress.round_steps, progress.round_steps[self.rank]
+        counted = self.local_steps + 1 - uncounted
+        rounds = (1 + _VARIATION) * (counted - progress.steps[self.rank]) / own
+        left = [
+            max(0.0, cap - made - rounds * pace - 1)
+            for cap, made, pace in zip(progress.caps, progress.steps, paces, strict=True)
+        ]
+        left[self.rank] = progress.caps[self.rank] - counted
+        fallen = max(own / 2, min(own - 1, (1 - _VARIATION) * own))
+        return uncounted <= sum(left) * fallen / (sum(paces) - own + fallen)
 
     @property
     def may_get_more(self) -> bool:

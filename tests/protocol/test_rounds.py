@@ -240,16 +240,29 @@ def test_what_has_just_been_pushed_is_not_pushed_again() -> None:
         assert rounds.unsent_fragments == left
 
 
-@given(st.integers(0, 60), st.lists(st.integers(1, 20), min_size=2, max_size=5), st.integers(1, 40))
-def test_a_step_begins_only_if_no_turn_can_give_it_to_others(made: int, paces: list[int], left: int) -> None:
-    size, rules = len(paces), Settings(local_steps=max(paces))
-    progress = replace(Progress.at_start(size, max(paces)), round_steps=tuple(paces), caps=(made + left,) * size)
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.integers(0, 60), st.integers(0, 40)), min_size=2, max_size=5),
+    st.integers(0, 40),
+    st.booleans(),
+)
+def test_a_step_begins_only_if_its_turn_leaves_room_for_it(
+    workers: list[tuple[int, int, int]], since: int, falls: bool
+) -> None:
+    """The turn counts none of the steps after ``since``, while paces vary."""
+    paces, made, shares = zip(*workers, strict=True)
+    rules, size, own = Settings(local_steps=max(paces)), len(workers), paces[0]
+    caps = tuple(m + share for m, share in zip(made, shares, strict=True))
+    progress = replace(Progress.at_start(size, max(paces)), round_steps=paces, steps=made, caps=caps)
     rounds = Rounds(0, size, rules)
     rounds.start(progress, 1000)
-    count(rounds, made)
+    since = min(since, shares[0])
+    count(rounds, made[0] + since)
     uncounted = 0
     while rounds.may_begin(progress, uncounted + 1):
         count(rounds, 1)
         uncounted += 1
-    # A turn that counts none of these steps, and divides what is left by pace, its own fallen to a half.
-    assert uncounted <= allocate(left, [(paces[0] + 1) // 2, *paces[1:]])[0]
+    assert made[0] + since + uncounted <= caps[0]
+    left = [max(0, share - int(1.25 * since * pace / own) - 1) for share, pace in zip(shares, paces, strict=True)]
+    left[0] = shares[0] - since
+    fallen = max(1, own - max(1, own // 4)) if falls else own
+    assert uncounted <= allocate(sum(left), [fallen, *paces[1:]])[0]
