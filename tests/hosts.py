@@ -9,7 +9,7 @@ import signal
 import subprocess
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -119,6 +119,19 @@ def be_alone() -> None:
     if libc.unshare(_CLONE_NEWNET) != 0:
         raise OSError(ctypes.get_errno(), "unshare")
     _ip("link set lo up")
+
+
+def join(pid: int) -> None:
+    """Have this process, and all that it starts, be where another process is."""
+    own, others = Path("/proc/self/ns"), Path(f"/proc/{pid}/ns")
+    if not own.exists():
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    kinds = [kind for kind in ("uts", "net", "mnt") if not (own / kind).samefile(others / kind)]
+    with ExitStack() as stack:
+        for space in [stack.enter_context((others / kind).open()) for kind in kinds]:
+            if libc.setns(space.fileno(), 0) != 0:
+                raise OSError(ctypes.get_errno(), "setns")
 
 
 def run_together(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import ast
 import inspect
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import lightning_async_localsgd as package
+from tests.imports import run
 
 
 @pytest.mark.parametrize("name", package.__all__)
@@ -36,7 +35,8 @@ def test_what_is_imported_late_is_what_type_checkers_see() -> None:
 
 def test_documented_submodules_need_no_import_of_their_own() -> None:
     reads = "import lightning_async_localsgd as package; package.outer.DelayedNesterov; package.simulation.simulate"
-    subprocess.run([sys.executable, "-c", reads], check=True)  # in this process other tests may have imported them
+    code, output = run(reads)  # in this process other tests may have imported them
+    assert code == 0, output
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

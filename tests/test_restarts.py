@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import os
-import sys
 from pathlib import Path
 
+from tests import commands
 from tests.hosts import alone, run_together
 from tests.processes import make_store, results, run_processes
 from tests.restarted import DEATHS, EPOCHS, SAMPLES, VICTIMS, train
@@ -29,17 +29,18 @@ def test_two_deaths_in_a_row_lose_no_batch(tmp_path: Path) -> None:
 
 
 def test_under_torchrun(tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--max-restarts={DEATHS}"]
     command = [
         *alone(),
-        *torchrun,
+        "torchrun",
+        "--nproc-per-node=2",
+        f"--max-restarts={DEATHS}",
         "--rdzv-backend=c10d",
         "--rdzv-endpoint=127.0.0.1:29500",
         "-m",
         "tests.restarted",
         str(tmp_path),
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    ((code, output),) = run_together([command], tmp_path, environment)
+    path = f"{commands.folder()}{os.pathsep}{os.environ['PATH']}"
+    ((code, output),) = run_together([command], tmp_path, os.environ | {"OMP_NUM_THREADS": "1", "PATH": path})
     assert code == 0, output
     check_complete([s for rank in range(2) for s in ast.literal_eval((tmp_path / f"trained-{rank}").read_text())])

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
 from lightning_async_localsgd.trainer.launching import ForkingLauncher, check_start_method
-from tests import imports
+from tests import commands, imports
 from tests.hosts import alone, be_alone, run_together, two_hosts, why_not
 from tests.modules import Regression, make_trainer, stream
 from tests.processes import results, run_processes
@@ -37,10 +37,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Like a new shell's: what an earlier launcher has set is not there."""
+    """Like a new shell's: what an earlier launcher has set is not there; ``python`` has imported Lightning already."""
     launchers = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "NODE_RANK", "GROUP_", "TORCHELASTIC_", "SLURM_", "GLOO_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
+    path = os.pathsep.join([str(commands.folder()), str(Path(sys.executable).parent), kept.get("PATH", "")])
     return kept | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | more
 
 
@@ -53,7 +53,7 @@ def digests(*outcomes: tuple[int | None, str]) -> list[str]:
 
 def run_script(folder: Path, code: str, *arguments: str, **more: str) -> tuple[int, str]:
     (folder / "script.py").write_text(code)
-    command = [*alone(), sys.executable, *arguments, str(folder / "script.py")]
+    command = [*alone(), "python", *arguments, str(folder / "script.py")]
     return run_together([command], folder, environment(**more))[0]
 
 
@@ -204,9 +204,9 @@ class Tell(L.Callback):
             open(f"ready{trainer.global_rank}", "w").close()
 
 plan = AsyncLocalSGDStrategy(local_steps=5)
-trainer = L.Trainer(accelerator="cpu", devices=2, strategy=plan, max_steps=300, logger=False, callbacks=[Tell()],
+trainer = L.Trainer(accelerator="cpu", devices=2, strategy=plan, max_steps=100, logger=False, callbacks=[Tell()],
                     enable_progress_bar=False, enable_checkpointing=False)
-trainer.fit(Regression([0.01]), stream(trainer.global_rank))
+trainer.fit(Regression([0.03]), stream(trainer.global_rank))
 print(f"digest {plan.summary.digest}", flush=True)
 """
 
@@ -362,7 +362,10 @@ def test_commands_for_one_host(page: str, number: int, folder: Path) -> None:
     command = blocks(page, "bash")[number]
     if page == "cli.md":
         pytest.importorskip("jsonargparse")
-    outcome = run_together([[*alone(), "bash", "-ec", command]], folder, environment())[0]
+    more = {}
+    if page == "launcher.md":  # one of them from nothing: every process imports for itself
+        more["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    outcome = run_together([[*alone(), "bash", "-ec", command]], folder, environment(**more))[0]
     found = digests(outcome)
     if "--print_config" in command:
         assert "lightning_async_localsgd.AsyncLocalSGDStrategy" in outcome[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -110,6 +109,6 @@ print("both have ended")
 def test_a_model_that_takes_longer_than_the_timeout_starts_over_a_slow_link(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SLOW)
     link = "tc qdisc add dev lo root tbf rate 16mbit burst 128kb limit 512kb"
-    command = [*alone(), "bash", "-c", f"{link} && exec {sys.executable} script.py"]
+    command = [*alone(), "bash", "-c", f"{link} && exec python script.py"]
     code, output = run_together([command], tmp_path, environment())[0]
     assert code == 0 and "both have ended" in output, output

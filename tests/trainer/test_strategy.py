@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 import time
 from datetime import timedelta
 from functools import partial
@@ -487,33 +483,3 @@ def test_a_default_process_group_over_all_workers_is_refused() -> None:
 def test_the_name_is_registered() -> None:
     trainer = L.Trainer(accelerator="cpu", devices=2, strategy="async_localsgd", logger=False)
     assert isinstance(trainer.strategy, AsyncLocalSGDStrategy)
-
-
-SCRIPT = r"""
-import sys
-import torch
-from tests.modules import Regression, make_trainer, stream
-from lightning_async_localsgd import AsyncLocalSGDStrategy
-torch.set_num_threads(1)
-plan = AsyncLocalSGDStrategy(local_steps=5)
-trainer = make_trainer(2, plan, max_steps=20)
-trainer.fit(Regression([0.002]), stream(trainer.global_rank))
-print(f"digest {plan.summary.digest}\n", end="", flush=True)
-"""
-
-
-@pytest.mark.parametrize(
-    "launcher",
-    [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]],
-    ids=["python", "torchrun"],
-)
-def test_launchers(launcher: list[str], tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, *launcher, str(script)], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert run.returncode == 0, run.stderr
-    digests = re.findall(r"digest (\w+)", run.stdout)
-    assert len(digests) == 2 and digests[0] == digests[1], run.stdout
