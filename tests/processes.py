@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
+import faulthandler
+import logging
 import multiprocessing
 import os
+import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from multiprocessing.connection import Connection, wait
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection, arbitrary_address, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from torch.distributed import PrefixStore, Store, TCPStore
 
 _context = multiprocessing.get_context("forkserver")
-# Children are forked from a process that has imported everything: a start costs milliseconds instead of seconds. Each
-# imports the module of its test once more, and with it what is missing here.
-_context.set_forkserver_preload(
-    [
-        "hypothesis",
-        "pytest",
-        "torch.distributed.algorithms.ddp_comm_hooks",  # which Lightning imports as a fit begins
-        "torch.utils.data",
-        "lightning_async_localsgd",
-        "lightning_async_localsgd.loop",
-        "lightning_async_localsgd.simulation",
-        "lightning_async_localsgd.trainer.monitor",
-        "tests.modules",
-    ]
-)
+# Children are forked from a process that has imported everything: a start costs milliseconds instead of seconds.
+_IMPORTED = [
+    "torch.distributed.algorithms.ddp_comm_hooks",  # which Lightning imports as a fit begins
+    "lightning_async_localsgd",
+    "lightning_async_localsgd.loop",
+    "lightning_async_localsgd.simulation",
+    "lightning_async_localsgd.trainer.monitor",
+    "tests.modules",
+]
+_context.set_forkserver_preload(_IMPORTED)
 
 STILL_RUNNING = "still running after the timeout"
 
@@ -99,6 +99,44 @@ def start_process(function: Callable[..., Any], *args: Any, daemon: bool = True)
     process = _context.Process(target=function, args=args, daemon=daemon)
     process.start()
     return process
+
+
+def fork_server() -> None:
+    """Have this process forked for the server that others are forked from: it imports nothing a second time.
+
+    To be called before any test: a process that has threads must not be forked.
+    """
+    server = forkserver._forkserver
+    address = arbitrary_address("AF_UNIX")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen()
+    receiver, sender = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _forget_pytest(listener.fileno(), receiver)
+            forkserver.main(listener.fileno(), receiver, _IMPORTED)
+        except Exception:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    listener.close()
+    os.close(receiver)
+    # The fields that `ensure_running` would set, which starts a new interpreter.
+    server._forkserver_address, server._forkserver_alive_fd, server._forkserver_pid = address, sender, pid
+
+
+def _forget_pytest(*kept: int) -> None:
+    """Write to the streams of this process, not to pytest's of the one it is forked from, and give up all its files."""
+    faulthandler.disable()
+    logging.getLogger().handlers.clear()
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
+    files = {int(name) for name in os.listdir("/dev/fd")}
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for file in files - {0, 1, 2, nothing, *kept}:
+        # Not closed: the object that it belongs to may do so, and the number must not be another file's then.
+        os.dup2(nothing, file, inheritable=False)
 
 
 @cache
