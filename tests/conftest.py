@@ -1,4 +1,4 @@
-"""Forks the server of the tests' processes when their modules have been imported, and before any test."""
+"""The order of the tests, and the server of their processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,20 @@ import sys
 import pytest
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Bring tests of imports together: every process of pytest that runs one starts a server, which takes seconds."""
+    items.sort(key=lambda item: not _imports_anew(item))
+
+
+def _imports_anew(item: pytest.Item) -> bool:
+    assert isinstance(item, pytest.Function)
+    names = item.function.__code__.co_names
+    used = [item.function.__globals__.get(name) for name in names]
+    return "tests.imports" in [getattr(value, "__module__", getattr(value, "__name__", None)) for value in used]
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
+    """Fork the server when all modules of tests have been imported, and before any test."""
     if session.items and "tests.processes" in sys.modules:
         sys.modules["tests.processes"].fork_server()
