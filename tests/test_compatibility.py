@@ -452,7 +452,7 @@ def both_nets_train(end: End) -> bool:
 
 
 def compiled() -> Any:
-    return torch.compile(Regression(), backend="aot_eager")
+    return torch.compile(Regression(), backend="eager")
 
 
 ROWS = {

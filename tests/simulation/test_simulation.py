@@ -80,7 +80,7 @@ def test_no_local_step_is_lost_or_applied_twice(overlap: bool, pace: str, latenc
 
 @pytest.mark.parametrize(
     ("speeds", "local_steps", "max_steps"),
-    [((2, 2, 2, 0.01), 50, 800), ((1, 0.02), 10, 150), ((10, 8, 0.3, 0.05), 20, 300)],
+    [((2, 2, 2, 0.02), 25, 400), ((1, 0.02), 10, 150), ((10, 8, 0.3, 0.05), 20, 300)],
 )
 def test_a_very_slow_worker_does_not_set_the_pace_of_the_others(
     speeds: tuple[float, ...], local_steps: int, max_steps: int

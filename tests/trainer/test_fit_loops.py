@@ -52,13 +52,13 @@ def validate(
 
 def test_one_process_validates_as_under_ddp(tmp_path: Path) -> None:
     options = {"max_epochs": 1, "val_check_interval": 10}
-    save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=95, save_top_k=-1)
-    (at,) = results(run_processes(validate, 1, 1, 200, options, (0.0,), {}, [save]))
+    save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=45, save_top_k=-1)
+    (at,) = results(run_processes(validate, 1, 1, 100, options, (0.0,), {}, [save]))
     # Lightning's rule for DDP: (batch_idx + 1) % val_check_interval == 0.
-    assert at == [(0, batches) for batches in range(10, 201, 10)]
+    assert at == [(0, batches) for batches in range(10, 101, 10)]
     # Resumed in the middle of an interval, it goes on with the rest of that.
-    again = results(run_processes(validate, 1, 1, 200, options, (0.0,), {}, [], str(tmp_path / "step=95.ckpt")))
-    assert again == [at[9:]]
+    again = results(run_processes(validate, 1, 1, 100, options, (0.0,), {}, [], str(tmp_path / "step=45.ckpt")))
+    assert again == [at[4:]]
 
 
 class Fails(L.Callback):
@@ -84,7 +84,7 @@ def test_a_validation_that_failed_is_made_again_when_the_run_goes_on(tmp_path: P
 @pytest.mark.parametrize(
     ("batches", "options"),
     [
-        (200, {"max_epochs": 2, "val_check_interval": 0.25}),
+        (80, {"max_epochs": 2, "val_check_interval": 0.25}),
         (50, {"max_epochs": 4, "val_check_interval": 40, "check_val_every_n_epoch": None}),
         (50, {"max_steps": 60, "val_check_interval": 10, "check_val_every_n_epoch": None}),
     ],

@@ -414,7 +414,7 @@ def freezing(rank: int, size: int) -> Any:
             os.kill(os.getpid(), signal.SIGSTOP)
 
     settings = Settings(local_steps=5, timeout=timedelta(seconds=5))
-    return Loop(rank, size, settings, pause=0.002).run(10_000, freeze)
+    return Loop(rank, size, settings, pause=0.01).run(10_000, freeze)
 
 
 def test_a_frozen_worker_is_named_after_the_timeout() -> None:
