@@ -23,4 +23,7 @@ def _imports_anew(item: pytest.Item) -> bool:
 def pytest_runtestloop(session: pytest.Session) -> None:
     """Fork the server when all modules of tests have been imported, and before any test."""
     if session.items and "tests.processes" in sys.modules:
+        capture = session.config.pluginmanager.getplugin("capturemanager")
+        capture.resume_global_capture()  # as in a test, whose output that of its processes is
         sys.modules["tests.processes"].fork_server()
+        capture.suspend_global_capture()
