@@ -16,7 +16,7 @@ train: $(INSTALLED)
 		$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2 examples/train_lm.py $(ARGS)
 
 test: $(INSTALLED)
-# Some 60 interpreters of the tests import the package: it is to be compiled once.
+# Some of the tests start interpreters that import the package: it is to be compiled once.
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist worksteal
 
 lint: $(INSTALLED)

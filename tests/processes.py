@@ -104,7 +104,7 @@ def start_process(function: Callable[..., Any], *args: Any, daemon: bool = True)
 def fork_server() -> None:
     """Have this process forked for the server that others are forked from: it imports nothing a second time.
 
-    To be called before any test: a process that has threads must not be forked.
+    To be called before any test, when there are no threads but the one in which pytest-xdist waits for messages.
     """
     server = forkserver._forkserver
     address = arbitrary_address("AF_UNIX")
