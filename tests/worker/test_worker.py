@@ -215,7 +215,7 @@ def test_one_worker_can_end_the_run_of_all() -> None:
     summaries = results(run_processes(stopping, 3, 3))
     assert len({summary.digest for summary in summaries}) == 1
     assert summaries[0].local_steps[1] == 12
-    assert max(summaries[0].local_steps) < 200
+    assert max(summaries[0].local_steps) < 10_000  # which they would make by themselves
 
 
 def leaving_early(rank: int, size: int) -> Any:
@@ -432,7 +432,7 @@ def hanging(rank: int, size: int, quorum: int) -> Any:
         if rank == 0 and loop.worker.local_steps == 7:
             store.wait(["noticed"], timedelta(seconds=30))
 
-    settings = Settings(local_steps=5, quorum=quorum, timeout=timedelta(seconds=3))
+    settings = Settings(local_steps=5, quorum=quorum, timeout=timedelta(seconds=5))  # in which they must connect, too
     try:
         return Loop(rank, size, settings, pause=0.002).run(30, hang)
     except PeerLostError:
