@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import runpy
 import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -21,6 +22,7 @@ import threading
 import traceback
 from contextlib import suppress
 from functools import cache
+from multiprocessing.connection import wait
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -37,13 +39,12 @@ _ASK = Path(__file__).with_name("ask.py")
 def folder() -> Path:
     """The folder of the commands, for the front of ``PATH``; they work until this process ends."""
     place = Path(mkdtemp(prefix="commands-"))
-    atexit.register(lambda: [path.unlink(missing_ok=True) for path in place.iterdir()] and place.rmdir())
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(place / "server"))
     listener.listen(64)
     _executable(place / "python", [sys.executable, "-IS", str(_ASK), sys.executable, str(place)])
     _executable(place / "torchrun", [str(place / "python"), "-m", "torch.distributed.run"])
-    start_process(_serve, listener)
+    start_process(_serve, listener, place)
     listener.close()
     return place
 
@@ -75,19 +76,32 @@ def run_main(script: str | None, module: str | None = None) -> int:
     return 0
 
 
-def _serve(listener: socket.socket) -> None:
+def _serve(listener: socket.socket, place: Path) -> None:
+    """Run commands until the process that has started this one ends, in whatever way."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the handlers are not waited for
-    while True:
-        connection, _ = listener.accept()
-        if os.fork() == 0:
-            listener.close()
-            _handle(connection)
-        connection.close()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    try:
+        while parent.sentinel not in wait([listener, parent.sentinel]):
+            connection, _ = listener.accept()
+            if os.fork() == 0:
+                try:
+                    listener.close()
+                    _handle(connection)
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    os._exit(1)
+            connection.close()
+    finally:
+        shutil.rmtree(place)
 
 
 def _handle(connection: socket.socket) -> None:
     """Run one command in a child: signals come from the connection, and the child's end goes there."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for number in (signal.SIGCHLD, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     _, streams, _, _ = socket.recv_fds(connection, 1, 3)
     request = json.loads(connection.makefile("rb", buffering=0).readline())
     child = os.fork()
