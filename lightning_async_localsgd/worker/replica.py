@@ -166,10 +166,11 @@ class Replica:
         """
         assert self.base is not None and self._snapshot is not None
         part = self.layout.fragments[fragment]
+        tensors = self.in_module[part.members]
         self.layout.check_trainable(self.module)
         self._adopted()  # the user's code may have moved to another stream
         snapshot = self._snapshot[: part.numel]
-        torch._foreach_copy_(part.views(snapshot), self.in_module[part.members], True)
+        torch._foreach_copy_(part.views(snapshot), tensors, True)
         if len(self.layout.fragments) > 1:
             part.clear_gaps(snapshot)
         self._check.pushed(steps)

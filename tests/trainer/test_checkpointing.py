@@ -402,6 +402,11 @@ class Adapter(L.Callback):
         checkpoint["state_dict"] = {n: p.detach() for n, p in pl_module.named_parameters() if n.startswith("net.0")}
         checkpoint["version"] = trainer.strategy.worker.version
 
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        worker = trainer.strategy.worker
+        while worker.local_steps == 10 and worker.summary().version == 0:  # the later checkpoints are to hold updates
+            time.sleep(0.001)
+
 
 def saving_adapters(rank: int, size: int, folder: str) -> None:
     save = ModelCheckpoint(dirpath=folder, every_n_train_steps=7, save_top_k=-1, filename="{step}")
