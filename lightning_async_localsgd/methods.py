@@ -129,7 +129,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             pace="dylu",
         ),
         "dn-growing": Method(
-            "The default: delayed Nesterov whose momentum grows with the rounds made",
+            "The default: delayed Nesterov whose momentum grows with the steps made",
             f"{_LIU}, Algorithm 3, with this library's growth (docs/cold-start.md)",
             outer_lr=1.0,
             outer_lr_source="that of plain averaging, from which it begins",

@@ -13,8 +13,8 @@ from torch.nn import Parameter
 
 __all__ = ["GROWTH", "REACH", "STATE_OF_GROUPS", "DelayedNesterov", "default_outer_optimizer"]
 
-GROWTH, REACH = 0.4, 1 / 6
-"""Those of the default; see docs/cold-start.md for what they were chosen by."""
+GROWTH, REACH = 0.4, 1 / 3
+"""Of the default; see docs/cold-start.md for what they were chosen by."""
 
 STATE_OF_GROUPS = ("received", "filled", "round_length")
 """What parameter groups hold beside settings."""
@@ -52,13 +52,17 @@ class DelayedNesterov(torch.optim.Optimizer):
         \text{otherwise:} \quad
         \theta &\leftarrow \theta - \epsilon \left( n c \, \beta m + S / N \right)
 
-    From scratch, directions still turn in the first rounds, and a momentum that adds up ten of them leads astray; so it
-    does where rounds are so short that workers learn from each other all the time. With ``growth`` :math:`a` and
-    ``reach`` :math:`b`, the momentum's horizon :math:`1 / (1 - \beta_r)`, in buffers, begins at 1 (none), grows by
-    :math:`a` with each buffer filled, :math:`r`, and stays below :math:`1 + b H` (:math:`1 + 4 b` for shorter rounds):
+    From scratch, directions still turn in the first steps, and a momentum that makes each movement ten times as long
+    leads astray; so it does where rounds are so short that workers learn from each other all the time. With ``growth``
+    :math:`a` and ``reach`` :math:`b`, the momentum's horizon :math:`1 / (1 - \beta_r)`, in buffers, begins at 1 (none),
+    grows by :math:`a` with each buffer that rounds of 50 steps or more have filled, by less with shorter ones in
+    proportion (of fewer than 4 steps: as with 4), and stays below :math:`1 + b H`, or :math:`1 + 2 b`:
 
     .. math::
-        \beta_r = \min\left( \beta, 1 - \frac{1}{1 + \min(a r, b \max(4, H))} \right)
+        \beta_r = \min\left( \beta, 1 - \frac{1}{1 + \min(a r, b \max(2, H))} \right), \quad
+        r = \sum_{\text{buffers filled}} \frac{\min(\max(4, H), 50)}{50}
+
+    So it is the local steps made that let the momentum grow, however long the rounds are.
 
     Args:
         params: parameters to optimize, or dicts of parameter groups.
@@ -67,8 +71,9 @@ class DelayedNesterov(torch.optim.Optimizer):
         buffer_size: N, pseudo-gradients per momentum update; None: the number of workers, which
             :class:`~lightning_async_localsgd.AsyncLocalSGDStrategy` fills in.
         momentum_activation: c in [0, 1/N], how much of the momentum is already applied between buffer ends.
-        growth: how fast the momentum grows, in buffers of horizon per buffer filled, more than 0; None: it is there
-            from the first, which is Algorithm 3 to the letter and suits pretrained parameters.
+        growth: how fast the momentum grows, in buffers of horizon per buffer that rounds of 50 steps have filled, more
+            than 0; None: it is there from the first, which is Algorithm 3 to the letter and suits pretrained
+            parameters.
         reach: how far the momentum may grow, in buffers of horizon per local step of a round (of the fastest worker:
             :meth:`set_round_length` tells), more than 0; None: ``momentum`` alone is the limit.
         whole_turns: whether a buffer ends with the turn that fills it. A sum that reaches beyond its end is then taken
@@ -111,7 +116,7 @@ class DelayedNesterov(torch.optim.Optimizer):
             "reach": reach,
             "whole_turns": whole_turns,
             "received": 0,  # t of Algorithm 3, modulo N: the pseudo-gradients in the buffer
-            "filled": 0,  # t of Algorithm 3, over N: buffers that have been full
+            "filled": 0.0,  # r: buffers that have been full, those of short rounds for less
             "round_length": None,  # H; None while nobody has told it
         }
         super().__init__(params, defaults)
@@ -128,7 +133,7 @@ class DelayedNesterov(torch.optim.Optimizer):
                 group["buffer_size"] = buffer_size
 
     def set_round_length(self, local_steps: int) -> None:
-        """Tell H, local steps per round of the fastest worker, by which ``reach`` goes from here on."""
+        """Tell H, local steps per round of the fastest worker, by which the momentum goes from here on."""
         for group in self.param_groups:
             group["round_length"] = local_steps
 
@@ -211,7 +216,8 @@ class DelayedNesterov(torch.optim.Optimizer):
                     self._update(p, p.grad, count, beta, group)
             received = group["received"] + count
             group["received"] = 0 if received >= group["buffer_size"] else received
-            group["filled"] += group["received"] == 0
+            if group["received"] == 0:
+                group["filled"] += min(max(_SLOWEST, _round_length(group)) / _FULL, 1.0)
         return loss
 
     def _update(self, p: Tensor, total: Tensor, count: int, beta: float, group: dict[str, Any]) -> None:
@@ -251,7 +257,15 @@ def _ends_with_turn(group: dict[str, Any]) -> bool:
     return ends
 
 
-_SHORTEST = 4  # local steps: shorter rounds reach as far
+# Local steps of a round:
+_FULL = 50  # the papers' H; with longer ones the momentum grows no faster
+_SLOWEST = 4  # with shorter ones it grows no slower
+_SHORTEST = 2  # with shorter ones it reaches as far
+
+
+def _round_length(group: dict[str, Any]) -> float:
+    length: int | None = group["round_length"]
+    return math.inf if length is None else length
 
 
 def _momentum_of_now(group: dict[str, Any]) -> float:
@@ -259,8 +273,8 @@ def _momentum_of_now(group: dict[str, Any]) -> float:
     beyond = math.inf  # the horizon, in buffers, beyond the one that is there without momentum
     if group["growth"] is not None:
         beyond = group["growth"] * group["filled"]
-    if group["reach"] is not None and group["round_length"] is not None:
-        beyond = min(beyond, group["reach"] * max(_SHORTEST, group["round_length"]))
+    if group["reach"] is not None:
+        beyond = min(beyond, group["reach"] * max(_SHORTEST, _round_length(group)))
     return min(momentum, 1 - 1 / (1 + beyond))
 
 

@@ -61,7 +61,7 @@ class AsyncLocalSGDStrategy(ProcessWorldStrategy):
         local_steps: H, local steps per round of the fastest worker. ``"auto"``: as few as are cheap, by the measured
             time of a step and of an exchange and by the length of the run (docs/cold-start.md).
         outer_optimizer: makes the outer optimizer from the global parameters, such as ``partial(torch.optim.SGD,
-            lr=0.7, momentum=0.9, nesterov=True)``. None: ``DelayedNesterov`` whose momentum grows with the rounds. For
+            lr=0.7, momentum=0.9, nesterov=True)``. None: ``DelayedNesterov`` whose momentum grows with the steps. For
             pretrained parameters pass ``DelayedNesterov`` itself, whose momentum is there from the first step.
         pace: ``"dylu"`` (slow workers make fewer steps per round, so that all rounds take the same time), ``"fixed"``
             (H for everyone), or an object with ``steps(speeds, local_steps)`` and ``tolerance``.

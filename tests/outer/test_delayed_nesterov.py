@@ -111,8 +111,8 @@ def test_activation_is_checked_again_when_the_number_of_workers_is_known() -> No
         optimizer.set_default_buffer_size(4)
 
 
-@pytest.mark.parametrize("round_length", [None, 2, 50])
-def test_momentum_grows_with_the_buffers_filled_as_far_as_rounds_reach(round_length: int | None) -> None:
+@pytest.mark.parametrize("round_length", [None, 1, 2, 10, 50, 200])
+def test_momentum_grows_with_the_steps_of_the_buffers_filled_as_far_as_rounds_reach(round_length: int | None) -> None:
     n, growth, reach = 3, 0.5, 0.1
     theta, gradients = random_sequence((4, 5), 30 * n)
     growing = Parameter(theta.clone())
@@ -121,7 +121,8 @@ def test_momentum_grows_with_the_buffers_filled_as_far_as_rounds_reach(round_len
         optimizer.set_round_length(round_length)
     expected, momentum, betas = theta.clone(), torch.zeros_like(theta), []
     for filled in range(30):
-        horizon = 1 + min(growth * filled, reach * max(4, round_length) if round_length is not None else 1e9)
+        steps = 1e9 if round_length is None else round_length
+        horizon = 1 + min(growth * filled * min(1.0, max(4, steps) / 50), reach * max(2, steps))
         betas.append(min(0.8, 1 - 1 / horizon))
         mean = torch.stack(gradients[n * filled : n * (filled + 1)]).mean(0)
         momentum = betas[-1] * momentum + mean
@@ -131,7 +132,24 @@ def test_momentum_grows_with_the_buffers_filled_as_far_as_rounds_reach(round_len
             optimizer.step()
         torch.testing.assert_close(growing.detach(), expected, rtol=0, atol=1e-12)
     assert betas[0] == 0
-    assert betas[-1] == pytest.approx({None: 0.8, 2: 1 - 1 / 1.4, 50: 0.8}[round_length])
+    beyond = {1: 0.2, 2: 0.2, 10: 1.0}  # of longer rounds, the momentum of 0.8 is the limit
+    assert betas[-1] == pytest.approx(1 - 1 / (1 + beyond.get(round_length or 50, 4.0)))
+
+
+def test_rounds_that_change_their_length_keep_the_growth_made() -> None:
+    parameter = Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = DelayedNesterov([parameter], buffer_size=1, growth=0.5, reach=1.0)
+    for round_length, buffers in ((5, 10), (50, 2), (100, 1)):
+        optimizer.set_round_length(round_length)
+        for _ in range(buffers):
+            parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+    optimizer.set_round_length(5)
+    before = parameter.item()
+    momentum = optimizer.state[parameter]["momentum"].item()
+    optimizer.step()
+    beta = 1 - 1 / (1 + 0.5 * (10 * 5 / 50 + 2 + 1))
+    assert before - parameter.item() == pytest.approx(0.7 * (1 + beta * (beta * momentum + 1)))
 
 
 def test_growth_goes_on_where_it_was_saved() -> None:
