@@ -3,8 +3,9 @@
     python benchmarks/cold_start.py            # all runs that are missing, then the report
     python benchmarks/cold_start.py --report   # the report of what is there
 
-Simulated, as the tables of ``paper.py``, with the same model and text. Nothing of the default is tuned here. Outer
-learning rate and momentum of synchronous DiLoCo are tuned for each start and length, on a seed that is in no table.
+Simulated, as the tables of ``paper.py``, with the same model and text. Outer learning rate and momentum of synchronous
+DiLoCo are tuned for each start and length, on a seed that is in no table; on the same seed, with shorter rounds, the
+growth of the default's momentum was chosen.
 Every run is kept as one line of ``cold_start.jsonl``, so that the command can be ended at any time and goes on.
 """
 
