@@ -47,7 +47,7 @@ def replicas(turns: list[list[int]], settings: Settings) -> list[list[Tensor]]:
 
     def work(transport: LocalTransport) -> list[Tensor]:
         module = nn.Linear(100, 100, bias=False)
-        state = settings.global_state(Layout(module), SIZE)
+        [state] = settings.global_model(Layout(module), SIZE).fragments
         state.begin([START])
         numel, feedback = state.layout.numel, ErrorFeedback(state.layout.numel)
         made: Trade = Gather(transport, transport.rank, state.pseudo_gradient, numel, feedback)
