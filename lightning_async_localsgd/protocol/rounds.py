@@ -19,6 +19,7 @@ __all__ = ["Rounds", "whole_samples"]
 _MOST_SAMPLES = 1 << 32  # of one local step
 _OVERDUE = 1.5  # rounds since the last push of a fragment
 _VARIATION = 0.25  # of a pace from one turn to the next
+_WAITED = 2  # local steps for which it is worth waiting for a turn
 
 
 class Rounds:
@@ -262,7 +263,8 @@ class Rounds:
 
         That turn divides what is left of the budget by pace. The share of this worker has to hold the steps that are
         not counted: if its pace falls by a quarter (or by the step that makes one of two), and if the others have made
-        a quarter more, and a step, than their pace.
+        a quarter more, and a step, than their pace. Otherwise it waits for the turn: at the end of a run, for a step or
+        two. A turn that takes longer is not waited for. The budget is then met but for the change of paces meanwhile.
 
         Args:
             progress: shared progress before that turn.
@@ -270,7 +272,9 @@ class Rounds:
         """
         if self.over(progress) or not self.has_step(progress):
             return False
-        if progress.caps is None or self._open_end or not self._shared_budget or uncounted == 0:
+        if progress.caps is None or self._open_end or not self._shared_budget:
+            return True
+        if not 0 < uncounted <= _WAITED:
             return True
         paces, own = progress.round_steps, progress.round_steps[self.rank]
         counted = self.local_steps + 1 - uncounted

