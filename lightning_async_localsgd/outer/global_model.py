@@ -115,8 +115,7 @@ class GlobalModel:
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies of the global parameters and buffers, by name, on the CPU."""
-        flat = self.flat.to("cpu", copy=True)
-        return {slot.name: view for slot, view in zip(self.layout.slots, self.layout.views(flat), strict=True)}
+        return {name: tensor for state in self.fragments for name, tensor in state.tensors().items()}
 
     @torch.no_grad()
     def state_dict(self, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Budget", "allocate", "estimate_steps", "estimate_total"]
+__all__ = ["Budget", "allocate", "estimate_steps", "estimate_total", "share_holds"]
+
+_VARIATION = 0.25  # of a pace from one turn to the next
 
 
 def allocate(amount: int, weights: Sequence[int]) -> list[int]:
@@ -105,3 +107,27 @@ def estimate_total(steps: Sequence[int], weights: Sequence[int], worker: int, ow
     """
     advance = own_steps - steps[worker]
     return sum(steps) + advance * sum(weights) // weights[worker]
+
+
+def share_holds(
+    uncounted: int, counted: int, worker: int, caps: Sequence[int], steps: Sequence[int], weights: Sequence[int]
+) -> bool:
+    """Whether a worker's share of the budget will hold steps that a turn under way does not count.
+
+    The turn divides what is left by pace. The share has to hold them even if the worker's pace falls by a quarter (or
+    by the step that makes one of two), and if the others have made a quarter more, and a step, than their pace.
+
+    Args:
+        uncounted: these steps.
+        counted: local steps of the worker that the turn counts.
+        worker: its rank.
+        caps: local steps at which each worker stops, before the turn.
+        steps: local steps of each worker, before the turn.
+        weights: each worker's pace, in local steps per round, before the turn.
+    """
+    own = weights[worker]
+    rounds = (1 + _VARIATION) * (counted - steps[worker]) / own
+    left = [max(0.0, cap - made - rounds * w - 1) for cap, made, w in zip(caps, steps, weights, strict=True)]
+    left[worker] = caps[worker] - counted
+    fallen = max(own / 2, min(own - 1, (1 - _VARIATION) * own))
+    return uncounted <= sum(left) * fallen / (sum(weights) - own + fallen)

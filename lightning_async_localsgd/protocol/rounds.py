@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lightning_async_localsgd.protocol.budget import estimate_steps, estimate_total
+from lightning_async_localsgd.protocol.budget import estimate_steps, estimate_total, share_holds
 from lightning_async_localsgd.protocol.pace import make_pace
 from lightning_async_localsgd.protocol.progress import NO_REFERENCE_TURN, Progress
 from lightning_async_localsgd.protocol.rules import Rules
@@ -18,7 +18,6 @@ __all__ = ["Rounds", "whole_samples"]
 
 _MOST_SAMPLES = 1 << 32  # of one local step
 _OVERDUE = 1.5  # rounds since the last push of a fragment
-_VARIATION = 0.25  # of a pace from one turn to the next
 _WAITED = 2  # local steps for which it is worth waiting for a turn
 
 
@@ -261,10 +260,9 @@ class Rounds:
     def may_begin(self, progress: Progress, uncounted: int) -> bool:
         """Whether this worker may begin a step, though a turn under way does not count all of its steps.
 
-        That turn divides what is left of the budget by pace. The share of this worker has to hold the steps that are
-        not counted: if its pace falls by a quarter (or by the step that makes one of two), and if the others have made
-        a quarter more, and a step, than their pace. Otherwise it waits for the turn: at the end of a run, for a step or
-        two. A turn that takes longer is not waited for. The budget is then met but for the change of paces meanwhile.
+        That turn may leave it none: see :func:`~lightning_async_localsgd.protocol.budget.share_holds`. Then it waits for
+        the turn: at the end of a run, for a step or two. A turn that takes longer is not waited for, and the budget is
+        met but for the change of paces meanwhile.
 
         Args:
             progress: shared progress before that turn.
@@ -272,20 +270,10 @@ class Rounds:
         """
         if self.over(progress) or not self.has_step(progress):
             return False
-        if progress.caps is None or self._open_end or not self._shared_budget:
+        if progress.caps is None or self._open_end or not self._shared_budget or not 0 < uncounted <= _WAITED:
             return True
-        if not 0 < uncounted <= _WAITED:
-            return True
-        paces, own = progress.round_steps, progress.round_steps[self.rank]
         counted = self.local_steps + 1 - uncounted
-        rounds = (1 + _VARIATION) * (counted - progress.steps[self.rank]) / own
-        left = [
-            max(0.0, cap - made - rounds * pace - 1)
-            for cap, made, pace in zip(progress.caps, progress.steps, paces, strict=True)
-        ]
-        left[self.rank] = progress.caps[self.rank] - counted
-        fallen = max(own / 2, min(own - 1, (1 - _VARIATION) * own))
-        return uncounted <= sum(left) * fallen / (sum(paces) - own + fallen)
+        return share_holds(uncounted, counted, self.rank, progress.caps, progress.steps, progress.round_steps)
 
     @property
     def may_get_more(self) -> bool:
