@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_async_localsgd import AsyncLocalSGD, Settings
+from lightning_async_localsgd.outer import DelayedNesterov
 from tests.modules import Batches, make_net
 from tests.processes import results, run_processes
 
@@ -33,6 +34,7 @@ def train(rank: int, constraint: Callable[[Mapping[str, Tensor]], None] | None) 
     global_: list[float] = []
     own = 0.0
     plan: dict[str, Any] = {"local_steps": 5, "timeout": timedelta(seconds=30), "constraint": constraint}
+    plan["outer_optimizer"] = DelayedNesterov  # its momentum leads beyond the bound
     with AsyncLocalSGD(module, optimizer, max_steps=100, **plan) as job:
         for x, y in Batches(100 + rank):
             if not job.running:

@@ -260,9 +260,9 @@ class Rounds:
     def may_begin(self, progress: Progress, uncounted: int) -> bool:
         """Whether this worker may begin a step, though a turn under way does not count all of its steps.
 
-        That turn may leave it none: see :func:`~lightning_async_localsgd.protocol.budget.share_holds`. Then it waits for
-        the turn: at the end of a run, for a step or two. A turn that takes longer is not waited for, and the budget is
-        met but for the change of paces meanwhile.
+        That turn may leave it none: see :func:`~lightning_async_localsgd.protocol.budget.share_holds`. Then it waits
+        for the turn: at the end of a run, for a step or two. A turn that takes longer is not waited for, and the budget
+        is met but for the change of paces meanwhile.
 
         Args:
             progress: shared progress before that turn.
