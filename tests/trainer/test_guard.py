@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 import warnings
 from functools import partial
 from typing import Any
@@ -78,6 +79,7 @@ class Derailed(Regression):
     """Learns, and then unlearns."""
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        time.sleep(0.004)  # rounds of five steps are to stay that short on a busy machine
         loss = super().training_step(batch, batch_idx)
         return loss + 10.0 * (self.trainer.global_step > 60)
 
