@@ -74,15 +74,15 @@ class Slow(Regression):
     """Worker 0 prepares its data, and validates before the training, for longer than the timeout."""
 
     def prepare_data(self) -> None:
-        time.sleep(4.5)
+        time.sleep(7.0)
 
     def validation_step(self, *args: Any) -> None:
         if self.trainer.sanity_checking:
-            time.sleep(4.5)
+            time.sleep(7.0)
 
 
 def slow(rank: int) -> int:
-    trainer = make(2, 3.0, num_sanity_val_steps=1)
+    trainer = make(2, 5.0, num_sanity_val_steps=1)
     trainer.fit(Slow((0.01,)), stream(rank), DataLoader(regression_data(8), batch_size=8))
     return trainer.strategy.summary.total_local_steps  # type: ignore[attr-defined, no-any-return]
 
