@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
+
+# Libtorch's store looks up the name of whoever connects, and answers nobody meanwhile: where queries get lost, for the
+# five seconds after which the system asks again. In one second, tests with short timeouts bear it.
+os.environ.setdefault("RES_OPTIONS", "timeout:1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

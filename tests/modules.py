@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
+from tests import pacing
 
 FEATURES = 8
 SPEEDS = (0.58, 0.75, 1.51, 3.33)
@@ -49,7 +50,7 @@ def regression_data(samples: int = 256, seed: int = 0) -> TensorDataset:
 
 
 class Regression(L.LightningModule):
-    """Fits the task with AdamW; each rank sleeps ``pauses[rank]`` seconds per step."""
+    """Fits the task with AdamW; a step of each rank takes ``pauses[rank]`` seconds."""
 
     def __init__(self, pauses: Sequence[float] = (0.0,), seed: int = 0, lr: float = 1e-2) -> None:
         super().__init__()
@@ -59,7 +60,7 @@ class Regression(L.LightningModule):
         self.seen: list[int] = []
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        time.sleep(self.pauses[self.trainer.global_rank % len(self.pauses)])
+        pacing.step(self.pauses[self.trainer.global_rank % len(self.pauses)])
         if len(batch) > 2:
             self.seen += batch[2].tolist()
         return self.loss(batch)

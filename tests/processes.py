@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, MutableSequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -20,6 +20,8 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from torch.distributed import PrefixStore, Store, TCPStore
+
+from tests import pacing
 
 _context = multiprocessing.get_context("forkserver")
 # Children are forked from a process that has imported everything: a start costs milliseconds instead of seconds.
@@ -69,8 +71,9 @@ def run_processes(
     _warm_up()
     store = store or make_store()
     pipes = [_context.Pipe(duplex=False) for _ in range(size)]
+    times = _context.RawArray("d", 2 * size)
     processes = [
-        _context.Process(target=_main, args=(function, rank, size, store.port, pipes[rank][1], args))
+        _context.Process(target=_main, args=(function, rank, size, store.port, pipes[rank][1], times, args))
         for rank in range(size)
     ]
     for process, (_, sender) in zip(processes, pipes, strict=True):
@@ -168,7 +171,13 @@ def _collect(waiting: dict[Connection, Outcome], deadline: float) -> None:
 
 
 def _main(
-    function: Callable[..., Any], rank: int, size: int, port: int, sender: Connection, args: tuple[Any, ...]
+    function: Callable[..., Any],
+    rank: int,
+    size: int,
+    port: int,
+    sender: Connection,
+    times: MutableSequence[float],
+    args: tuple[Any, ...],
 ) -> None:
     import torch
 
@@ -184,11 +193,14 @@ def _main(
         TORCHELASTIC_RUN_ID="tests",
         TORCHELASTIC_USE_AGENT_STORE="True",
     )
+    clock = pacing.begin(rank, times)
     try:
         result = function(rank, *args)
     except BaseException as error:
         sender.send((None, "".join(traceback.format_exception_only(error))))
         raise
+    finally:
+        clock.end()
     sender.send((result, ""))
 
 

@@ -76,7 +76,7 @@ class Fault:
         self._struck = folder / "struck"
         self._validating = folder / "validating"
         self.trained = False
-        """Whether this process has made a step."""
+        """Whether this process has begun to train."""
 
     def strike(self, rank: int, state: str) -> None:
         """Called by every worker in every state."""
@@ -100,7 +100,6 @@ class Fault:
 
     def in_step(self, rank: int, step: int) -> None:
         """Called before each local step."""
-        self.trained = True
         if step > STEPS // 5:
             self.strike(rank, "round")
         if self._validating.exists():
@@ -140,6 +139,9 @@ class Module(Regression):
 
     def setup(self, stage: str) -> None:
         self.fault.strike(self.rank, "start")
+
+    def on_train_start(self) -> None:
+        self.fault.trained = True
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.fault.in_step(self.rank, batch_idx)

@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_async_localsgd import AsyncLocalSGD, Settings
 from lightning_async_localsgd.outer import AsyncBuffer, DelayCompensation
+from tests import pacing
 from tests.modules import Batches, make_net
 from tests.processes import job_store, results, run_processes
 
@@ -31,7 +32,7 @@ def train(job: AsyncLocalSGD, module: nn.Module, optimizer: torch.optim.Optimize
         nn.functional.mse_loss(module(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
-        time.sleep(pause)
+        pacing.step(pause)
 
 
 def parts(rank: int, **kwargs: Any) -> tuple[nn.Module, torch.optim.Optimizer, AsyncLocalSGD]:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 
-from torch.distributed import DistStoreError, Store
+from torch.distributed import DistStoreError
 
 from lightning_async_localsgd.errors import PeerLostError
 from lightning_async_localsgd.membership import JobStore
-from lightning_async_localsgd.membership.sockets import recorded_sockets
+from lightning_async_localsgd.membership.store import connection_to
 
 __all__ = ["Bell"]
 
@@ -21,8 +21,7 @@ _A_DAY = timedelta(days=1)
 class Bell:
     """One store key per turn, and a thread that sleeps in the store until the next one is set.
 
-    ``ring`` and ``clear`` belong to the exchange thread and its connection; the listener thread blocks on a connection
-    of its own.
+    ``ring`` and ``clear`` belong to the exchange thread; the listener thread blocks on a connection of its own.
 
     Args:
         store: the run's part of the job's store.
@@ -69,8 +68,7 @@ class Bell:
     def _listen(self) -> None:
         """Sleep in the store itself: its wait costs nothing and ends at once, as looking again and again does not."""
         try:
-            with recorded_sockets():
-                store: Store = self._store.native.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
+            store = connection_to(self._store.native)
             while not self._closed:
                 with suppress(DistStoreError):  # a day without a turn
                     store.wait([str(self._turn)], _A_DAY)

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store
 
+from lightning_async_localsgd.membership.store import connection_to
+
 __all__ = ["INTERFACE_VARIABLE", "Route", "choose_addresses", "listening_at", "make_gloo_group", "route_to"]
 
 INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
@@ -80,12 +82,13 @@ def make_gloo_group(store: Store, rank: int, size: int, timeout: timedelta, addr
     """A gloo group beside the default group, if there is one.
 
     Args:
-        store: the group's own store, for its rendezvous.
+        store: the group's own part of the store, for its rendezvous over a connection of its own.
         rank: rank of this process.
         size: number of processes.
         timeout: timeout of the group's operations.
         address: the address at which this process is to listen; None: gloo's choice.
     """
+    store = connection_to(store)
     if address is None:
         return ProcessGroupGloo(store, rank, size, timeout)
     options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # as torch's own tests make them

@@ -18,7 +18,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from lightning_async_localsgd.errors import PeerLostError
 from lightning_async_localsgd.membership.sockets import recorded_sockets
 
-__all__ = ["JobStore", "bounded", "connect", "store_address"]
+__all__ = ["JobStore", "bounded", "connect", "connection_to", "store_address"]
 
 T = TypeVar("T")
 _RETRY = 0.5  # seconds
@@ -30,14 +30,19 @@ class JobStore:
     """A part of the job's store; every call ends in time.
 
     A call of libtorch's TCP store blocks until the store's host answers, whatever its timeout. So calls are made one
-    after the other on a thread of this object's own, over a connection of its own, and are abandoned when their time is
-    up. (Libtorch releases the interpreter's lock in all of them.) The next call notices a connection that is cut;
+    after the other on a thread of this object's own, and are abandoned when their time is up. (Libtorch releases the
+    interpreter's lock in all of them.) The next call notices a connection that is cut;
     :class:`~lightning_async_localsgd.membership.pulse.Pulse` makes one every few seconds.
 
     The object serves one thread at a time. Another thread uses :meth:`clone`.
 
+    All parts of a store that are made from each other share its connection, for no call here waits for another process.
+    Whatever does (a group that forms, the bell) uses a connection of its own (:func:`connection_to`), and there are few
+    of these: for each one that opens, libtorch's store looks up the name of the host that it comes from, and nobody is
+    answered before it has. Where the network's name server does not know its own hosts, that takes seconds.
+
     Args:
-        native: the store, as groups of ``torch.distributed`` use it.
+        native: the store.
         timeout: maximum time for an answer of its host.
     """
 
@@ -54,7 +59,7 @@ class JobStore:
         return JobStore(PrefixStore(name, self.native), self.timeout)
 
     def clone(self) -> JobStore:
-        """The same part of the store over another connection, for another thread."""
+        """The same part of the store, for another thread."""
         return JobStore(self.native, self.timeout)
 
     def close(self) -> None:
@@ -112,7 +117,7 @@ class JobStore:
         return True
 
     def _call(self, operation: Callable[[Store], T]) -> T:
-        """Make one call over this object's own connection."""
+        """Make one call on this object's thread."""
         if self._unanswered is not None and not self._unanswered.done():
             raise self._lost()
         if self._thread is None:
@@ -193,6 +198,12 @@ def _not_met(address: str, port: int, host: bool, timeout: timedelta) -> PeerLos
     )
 
 
+def connection_to(store: Store) -> Store:
+    """The same store over a connection of its own, for whoever waits in it for other processes."""
+    with recorded_sockets():
+        return store.clone()  # type: ignore[attr-defined, no-any-return]  # missing in torch's stubs
+
+
 def store_address(store: Store) -> str:
     """The location of a TCP store as part of a sentence; empty for another kind of store."""
     while isinstance(store, PrefixStore):
@@ -209,14 +220,10 @@ def _start(name: str, function: Callable[..., None], *args: Any) -> threading.Th
 
 def _serve(native: Store, calls: SimpleQueue[_Call | None]) -> None:
     """Make calls until None comes. Holds no reference to the :class:`JobStore`."""
-    store: Store | None = None
     while (call := calls.get()) is not None:
         operation, answer = call
         try:
-            if store is None:
-                with recorded_sockets():
-                    store = native.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
-            answer.set_result(operation(store))
+            answer.set_result(operation(native))
         except BaseException as error:
             answer.set_exception(error)
         del call, operation, answer

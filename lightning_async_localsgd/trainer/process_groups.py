@@ -14,6 +14,7 @@ from torch.distributed import HashStore, PrefixStore, ProcessGroup, ProcessGroup
 
 from lightning_async_localsgd.membership import StaticJob
 from lightning_async_localsgd.membership.address import listening_at
+from lightning_async_localsgd.membership.store import connection_to
 
 __all__ = ["NO_GROUP", "Groups", "JobGroup"]
 
@@ -148,7 +149,7 @@ for _name in (
 def _make(store: Store, rank: int, size: int, timeout: timedelta) -> JobGroup:
     def connect(number: int) -> ProcessGroupGloo:
         """A gloo group under new keys: an earlier group's keys hold addresses that are closed."""
-        return ProcessGroupGloo(PrefixStore(f"gloo{number}", store), rank, size, timeout)
+        return ProcessGroupGloo(connection_to(PrefixStore(f"gloo{number}", store)), rank, size, timeout)
 
     return JobGroup(rank, size, connect)
 

@@ -24,6 +24,7 @@ from lightning_async_localsgd.errors import AsyncLocalSGDError
 from lightning_async_localsgd.internals import current_hook, has_trainer
 from lightning_async_localsgd.membership import StaticJob, join_job
 from lightning_async_localsgd.membership.address import listening_at
+from lightning_async_localsgd.membership.store import connection_to
 from lightning_async_localsgd.trainer.fit import Place
 from lightning_async_localsgd.trainer.launching import ForkingLauncher, ScriptLauncher, check_start_method
 from lightning_async_localsgd.trainer.process_groups import NO_GROUP, Groups
@@ -142,7 +143,7 @@ class ProcessWorldStrategy(DDPStrategy):
         with listening_at(self._job.address):
             dist.init_process_group(
                 self._process_group_backend,
-                store=store,
+                store=connection_to(store),
                 rank=rank,
                 world_size=size,
                 timeout=self._job.timeout,

@@ -10,11 +10,11 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed import PrefixStore, Store
 from torch.utils._pytree import tree_leaves
 
 from lightning_async_localsgd.data.loader import WorkerLoader
 from lightning_async_localsgd.internals import training_loaders
+from lightning_async_localsgd.membership import JobStore
 from lightning_async_localsgd.trainer.fit import Fit
 
 __all__ = ["SameData"]
@@ -29,11 +29,11 @@ class SameData:
     The second process with the same batches in the same order warns. Batches equal to each other prove nothing.
 
     Args:
-        store: a part of the job's store, this comparison's own.
+        store: a part of the job's store, this comparison's own, for the thread that trains.
         rank: rank of this process.
     """
 
-    def __init__(self, store: Store, rank: int) -> None:
+    def __init__(self, store: JobStore, rank: int) -> None:
         self._store = store
         self._rank = rank
         self._checksums: list[int] = []
@@ -46,7 +46,7 @@ class SameData:
         meant = fit.same_data or trainer.overfit_batches > 0  # type: ignore[attr-defined]
         if shared_out or meant or fit.place.world_size == 1:
             return None
-        return cls(PrefixStore("first_batches", fit.job.store), fit.place.global_rank)
+        return cls(fit.job.calls.within("first_batches"), fit.place.global_rank)
 
     def see(self, batch: Any) -> None:
         """Record a trained batch."""

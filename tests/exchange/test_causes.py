@@ -63,8 +63,10 @@ def test_who_waits_for_nonsense_leaves_the_error_at_hand() -> None:
 class Broken(HashStore):
     """A store that is gone."""
 
-    def clone(self) -> Any:
+    def set(self, *args: Any) -> Any:
         raise RuntimeError("Connection reset by peer")
+
+    check = compare_set = set
 
 
 def test_without_a_store_its_host_is_named_unless_the_error_is_of_this_worker_alone() -> None:

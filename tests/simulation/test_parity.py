@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +24,7 @@ from lightning_async_localsgd.protocol.header import Flag, Header
 from lightning_async_localsgd.protocol.ledger import DueDelta, Group
 from lightning_async_localsgd.protocol.progress import Progress
 from lightning_async_localsgd.simulation import Simulation, simulate
+from tests import pacing
 from tests.modules import FEATURES, make_trainer, regression_data
 from tests.processes import job_store, results, run_processes
 
@@ -111,7 +111,7 @@ def record(rank: int, settings: Settings) -> Recording:
     scheduled, running = 0, True
     for batch in passes(own):
         worker.events.append(("step", worker.shard, scheduled))
-        time.sleep(0.001 * (1 + rank))  # unequal, so that rounds end in the middle of others
+        pacing.step(0.001 * (1 + rank))  # unequal, so that rounds end in the middle of others
         optimizer.zero_grad()
         module.training_step(batch).backward()
         optimizer.step()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler, TensorDataset
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
+from tests import pacing
 from tests.modules import FEATURES, Record, Regression, complete_checkpoints, make_trainer, regression_data, stream
 from tests.processes import results, run_processes
 
@@ -31,14 +31,14 @@ SAMPLES = 102
 
 
 class Watched(Regression):
-    """Notes the epoch and index of each sample it trains on; rank 0 sleeps ``pauses[0]`` seconds per batch, ..."""
+    """Notes the epoch and index of each sample it trains on; a batch takes rank 0 ``pauses[0]`` seconds, ..."""
 
     def __init__(self, pauses: Sequence[float]) -> None:
         super().__init__(pauses)
         self.trained: list[tuple[int, int]] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        time.sleep(self.pauses[self.trainer.global_rank])
+        pacing.step(self.pauses[self.trainer.global_rank])
         if isinstance(batch[2], Tensor):
             self.trained += [(self.trainer.current_epoch, i) for i in batch[2].reshape(-1).tolist()]
         return self.loss(batch)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import stat
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -89,6 +92,33 @@ def slow(rank: int) -> int:
 
 def test_preparations_may_take_longer_than_the_timeout() -> None:
     assert results(run_processes(slow, 2)) == [24, 24]
+
+
+class Counting(L.Callback):
+    """Counts the connections of this process to the job's store."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.counts.append(0)
+        for name in os.listdir("/dev/fd"):
+            with suppress(OSError):
+                if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                    with socket.socket(fileno=os.dup(int(name))) as opened:
+                        self.counts[-1] += opened.getpeername()[1] == int(os.environ["MASTER_PORT"])
+
+
+def connected(rank: int) -> list[int]:
+    count = Counting()
+    make(2, LONG, callbacks=[count]).fit(Regression((0.01,)), DataLoader(regression_data(256), batch_size=8))
+    return count.counts
+
+
+def test_a_worker_opens_few_connections_to_the_store() -> None:
+    """For each one libtorch's store looks up a name, and answers nobody meanwhile."""
+    for counts in results(run_processes(connected, 2)):
+        assert len(counts) >= 2 and 1 <= max(counts) <= 3  # for calls, for the bell and for the group of all workers
 
 
 class Pieces(IterableDataset[Any]):

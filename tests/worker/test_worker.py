@@ -26,6 +26,7 @@ from lightning_async_localsgd.protocol.header import HEADER_BYTES, Header
 from lightning_async_localsgd.protocol.pace import DynamicLocalUpdates
 from lightning_async_localsgd.protocol.speed_meter import SpeedMeter
 from lightning_async_localsgd.worker.round_trip import RoundTrip
+from tests import pacing
 from tests.modules import SPEEDS, Batches, make_net
 from tests.processes import STILL_RUNNING, Outcome, job_store, results, run_processes
 
@@ -45,12 +46,11 @@ class Loop:
         self.pause = pause
 
     def train_step(self) -> None:
-        began = time.perf_counter()
         x, y = next(self.batches)
         nn.functional.mse_loss(self.module(x), y).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        time.sleep(max(0.0, began + self.pause - time.perf_counter()))
+        pacing.step(self.pause)
 
     def run(self, max_steps: int | None, before_step: Any = None) -> RunSummary:
         self.worker.start(max_steps)
