@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_async_localsgd.outer.layout import Layout
-from lightning_async_localsgd.outer.state import Constraint, GlobalState, OuterOptimizerFactory, check_tensors
-from lightning_async_localsgd.outer.transforms import Transform
+from lightning_async_localsgd.outer.state import GlobalState, check_tensors
 
 __all__ = ["GlobalModel"]
 
@@ -26,16 +25,9 @@ class GlobalModel:
 
     Args:
         layout: where each tensor lies in the flat vector, and the fragments.
-        outer_optimizer: see :class:`GlobalState`, as all that follow. It is called once for each fragment.
-        workers: number of workers.
-        quorum: deltas that one outer update takes the mean of.
+        make_state: makes the state of a fragment, as :class:`GlobalState` does, from the fragment and the arguments
+            ``flat`` and ``pseudo_gradient``.
         device: where the state lives.
-        transforms: what the pseudo-gradient goes through before the outer optimizer.
-        constraint: what the parameters are to keep.
-        sums: whether the deltas of a turn are added up on their way.
-
-    Raises:
-        ValueError: see :class:`GlobalState`.
 
     References:
         Douillard et al. 2025, Streaming DiLoCo (arXiv 2501.18512), Algorithm 2.
@@ -44,35 +36,19 @@ class GlobalModel:
     def __init__(
         self,
         layout: Layout,
-        outer_optimizer: OuterOptimizerFactory | None = None,
-        workers: int = 1,
-        quorum: int = 1,
+        make_state: Callable[..., GlobalState] = GlobalState,
         device: torch.device | str = "cpu",
-        transforms: Sequence[Transform] = (),
-        constraint: Constraint | None = None,
-        sums: bool | None = False,
     ) -> None:
         self.layout = layout
         self.flat = layout.empty(device)
         """Global parameters, then global buffers: fp32, shape ``(layout.numel,)``."""
         pseudo_gradient = torch.zeros(max(part.numel for part in layout.fragments), device=device)
         self.fragments = [
-            GlobalState(
-                part,
-                outer_optimizer,
-                workers,
-                quorum,
-                device,
-                transforms,
-                constraint,
-                sums,
-                self.flat[part.span],
-                pseudo_gradient[: part.numel],
-            )
+            make_state(part, flat=self.flat[part.span], pseudo_gradient=pseudo_gradient[: part.numel])
             for part in layout.fragments
         ]
         """The state of each fragment. Only one at a time can have a pseudo-gradient."""
-        self._checksums = [(-1, 0)] * len(self.fragments)  # of each fragment: a version, and the checksum at it
+        self._checksums: dict[int, tuple[int, int]] = {}  # of each fragment: a version, and the checksum at it
 
     @property
     def version(self) -> int:
@@ -91,6 +67,7 @@ class GlobalModel:
 
     def begin(self, tensors: Sequence[Tensor]) -> list[str]:
         """Begin from these tensors, in the order of the layout's slots; see :meth:`GlobalState.begin`."""
+        self._checksums.clear()
         return [name for state in self.fragments for name in state.begin(tensors[state.layout.members])]
 
     def set_round_length(self, local_steps: int) -> None:
@@ -101,9 +78,9 @@ class GlobalModel:
     def checksum(self) -> int:
         """Checksum of all fragments, as a signed 64-bit integer; those that have not moved are not read again."""
         for i, state in enumerate(self.fragments):
-            if self._checksums[i][0] != state.version:
+            if i not in self._checksums or self._checksums[i][0] != state.version:
                 self._checksums[i] = state.version, state.checksum()
-        total = sum(checksum for _, checksum in self._checksums) % (1 << _BITS)
+        total = sum(checksum for _, checksum in self._checksums.values()) % (1 << _BITS)
         return total - (1 << _BITS) if total >> (_BITS - 1) else total
 
     def digest(self) -> str:
@@ -140,6 +117,7 @@ class GlobalModel:
             ValueError: if it belongs to another model, to another number of fragments, or to an outer optimizer with
                 other parameter groups. In the first two cases nothing is changed.
         """
+        self._checksums.clear()
         tensors, parts = state_dict["tensors"], state_dict.get("fragments", [state_dict])
         check_tensors(self.layout, tensors)
         if len(parts) != len(self.fragments):

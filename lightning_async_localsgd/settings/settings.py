@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_async_localsgd.codecs import Codec, make_codec
-from lightning_async_localsgd.outer import Constraint, GlobalModel, OuterOptimizerFactory, Transform
+from lightning_async_localsgd.outer import Constraint, GlobalModel, GlobalState, OuterOptimizerFactory, Transform
 from lightning_async_localsgd.outer.layout import Layout
 from lightning_async_localsgd.outer.transforms import check_transforms
 from lightning_async_localsgd.protocol.codec_choice import Candidate, CodecChoice
@@ -156,16 +156,18 @@ class Settings:
         Raises:
             ValueError: see :class:`~lightning_async_localsgd.outer.GlobalState`.
         """
-        return GlobalModel(
-            layout,
-            self.outer_optimizer,
-            workers,
-            self.quorum,
-            torch.device(self.outer_device),
-            self.transforms,
-            self.constraint,
-            self.sums,
+        device = torch.device(self.outer_device)
+        make_state = partial(
+            GlobalState,
+            outer_optimizer=self.outer_optimizer,
+            workers=workers,
+            quorum=self.quorum,
+            device=device,
+            transforms=self.transforms,
+            constraint=self.constraint,
+            sums=self.sums,
         )
+        return GlobalModel(layout, make_state, device)
 
     def codecs(self) -> dict[str, Codec]:
         """The codecs of a run by name, the widest first: of ``"auto"`` all that it chooses from, else one."""
