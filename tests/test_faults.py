@@ -129,7 +129,7 @@ class Codec(FP32):
 
 
 class Module(Regression):
-    """Goes through all states. Its counter of batches is an integer buffer, sent at the end, for workers are unequal."""
+    """Goes through all states. Its counter of batches, an integer buffer, is sent at the end: workers are unequal."""
 
     def __init__(self, fault: Fault, rank: int) -> None:
         super().__init__((0.008, 0.01, 0.014))
