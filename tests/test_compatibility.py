@@ -540,6 +540,11 @@ ROWS = {
         strategy={"exchange_frozen": True},
         check=first_layer(changed=True, trainable=True),
     ),
+    "unfrozen, in fragments": Row(
+        callbacks=lambda: [Unfreezing()],
+        strategy={"exchange_frozen": True, "fragments": 2},
+        check=first_layer(changed=True, trainable=True),
+    ),
 }
 
 

@@ -146,12 +146,14 @@ def train(rank: int, make: Callable[..., Any], steps: int, lr: float, **kwargs: 
     return nn.utils.parameters_to_vector(module.parameters()).tolist(), loss, told
 
 
-def masters(rank: int) -> Any:
-    return [train(rank, make, 40, 0.05) for make in (SGD, Masters, MastersOfItsOwn, DualAveraging)]
+def masters(rank: int, fragments: int) -> Any:
+    made = (SGD, Masters, MastersOfItsOwn, DualAveraging)
+    return [train(rank, make, 40, 0.05, fragments=fragments) for make in made]
 
 
-def test_an_optimizer_that_writes_its_copies_back_learns_from_the_others_as_without_them() -> None:
-    for expected, *ends in results(run_processes(masters, 2)):
+@pytest.mark.parametrize("fragments", [1, 2])
+def test_an_optimizer_that_writes_its_copies_back_learns_from_the_others_as_without_them(fragments: int) -> None:
+    for expected, *ends in results(run_processes(masters, 2, fragments)):
         assert expected[2] == []
         for (parameters, _, told), name in zip(ends, ("fp32_copy", "masters", "x0"), strict=True):
             assert parameters == pytest.approx(expected[0], rel=1e-4, abs=1e-5)
