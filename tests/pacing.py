@@ -6,8 +6,8 @@ import math
 import time
 from collections.abc import MutableSequence
 
-_PATIENCE = 1.0  # seconds
-_POLL = 0.0005
+_POLL = 0.0005  # seconds
+_PATIENCE, _PATIENCE_AT_FIRST = 300, 3000  # looks, which take the longer, the busier the machine
 
 _clock: Clock | None = None
 
@@ -15,7 +15,7 @@ _clock: Clock | None = None
 class Clock:
     """The time of each worker, which goes by in its steps alone.
 
-    A worker's step ends when no other is in one that ends earlier. Who makes no step for a second, because it
+    A worker's step ends when no other is in one that ends earlier. Who makes no step for a while, because it
     validates, waits, has ended or died, is not waited for, and goes on at the others' time when it makes one again.
 
     Args:
@@ -43,12 +43,12 @@ class Clock:
         self._times[self._size + self._rank] = math.inf
 
     def _await(self, other: int, end: float) -> None:
-        last, since = self._times[self._size + other], time.monotonic()
+        last, looks = self._times[self._size + other], 0
         while (now := self._times[self._size + other]) < end and self._given_up.get(other) != now:
-            if now != last:
-                last, since = now, time.monotonic()
-            elif time.monotonic() > since + _PATIENCE:
+            looks = looks + 1 if now == last else 0
+            if looks > (_PATIENCE if now > 0 else _PATIENCE_AT_FIRST):
                 self._given_up[other] = now
+            last = now
             time.sleep(_POLL)
 
 

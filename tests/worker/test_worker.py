@@ -318,7 +318,7 @@ def test_a_parameter_that_is_unfrozen_on_the_way_is_refused() -> None:
 
 
 def unequal(rank: int, size: int) -> Any:
-    loop = Loop(rank, size, Settings(local_steps=60, timeout=timedelta(seconds=30)), pause=SPEEDS[rank] / 50)
+    loop = Loop(rank, size, Settings(local_steps=60, timeout=timedelta(seconds=30)), pause=SPEEDS[rank] / 100)
     updates: list[Any] = []
     job_steps: list[int] = []
     plans: set[Any] = set()
