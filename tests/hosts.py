@@ -135,7 +135,7 @@ def join(pid: int) -> None:
 
 
 def run_together(
-    commands: list[list[str]], folder: Path, environment: Mapping[str, str], timeout: float = 150
+    commands: list[list[str]], folder: Path, environment: Mapping[str, str], timeout: float = 300
 ) -> list[tuple[int, str]]:
     """Run several commands at once; returns exit code and output of each, with that of all processes they started.
 

@@ -55,7 +55,8 @@ def test_every_local_step_is_applied_once_to_every_fragment(local_steps: int, ov
     ends = results(run_processes(count_steps, 3, settings, 60))
     summary, updates, _ = ends[0]
     steps = summary.total_local_steps
-    assert sum(update.local_steps for update in updates) == steps and 0 <= steps - 180 <= local_steps
+    assert sum(update.local_steps for update in updates) == steps
+    assert 0 <= steps - 180 <= 3 * local_steps  # a round of each, where a turn takes longer than that
     for _, of_worker, parts in ends:  # with lr 1 and no momentum an outer update adds the delta as it is
         assert of_worker == updates
         assert parts == [[steps]] * 3
