@@ -83,18 +83,16 @@ class RecordedWorker(Worker):
 
     def start(self, *args: Any, **kwargs: Any) -> None:
         super().start(*args, **kwargs)
-        trip = self._steps.trip
-        push = trip.push
+        end_round = self._rounds.end_round
 
-        def recorded(*args: Any, **kwargs: Any) -> None:
-            fragment = self._rounds.due_fragment(self._progress)
+        def recorded(progress: Any, seconds: float, fragment: int, *args: Any) -> Any:
             extended = [event for event in self.events if event[:2] == ("push", self.round)]
             if extended:  # the round was extended: it ends here instead
                 self.events.remove(extended[0])
             self.events.append(("push", self.round, fragment))
-            push(*args, **kwargs)
+            return end_round(progress, seconds, fragment, *args)
 
-        trip.push = recorded  # type: ignore[method-assign]
+        self._rounds.end_round = recorded  # type: ignore[method-assign]
 
     def _adopted(self, adoption: Any) -> None:
         self.events.append(("adopt", self.version))
