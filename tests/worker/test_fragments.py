@@ -32,8 +32,9 @@ def count_steps(rank: int, settings: Settings, max_steps: int, poisoned: int | N
     worker = Worker(module, [optimizer], job_store(), rank, 3, settings)
     worker.start(max_steps)
     running = True
+    seconds = 0.001 if poisoned is None else 0.01  # turns are to take place between the steps before and after it
     while running:
-        time.sleep(0.001 * (1 + 3 * rank))
+        time.sleep(seconds * (1 + 3 * rank))
         for part in module.parts:
             part.grad = -torch.ones_like(part)
         if rank == 1 and worker.local_steps == poisoned:
