@@ -102,6 +102,7 @@ class HeaderExchange:
             exchange_cost=latest.exchange_cost,
             flags=live.flags,
             steps=live.steps,
+            reserved=live.reserved,
             speed=live.speed,
             message=live.message,
         )

@@ -67,6 +67,7 @@ class Live(NamedTuple):
     """How the worker stands now, as the next header will tell."""
 
     steps: int
+    reserved: int
     speed: float
     flags: Flag
     message: Message | None
@@ -76,49 +77,57 @@ class Standing:
     """How far the training thread is, told at every step without a lock: it assigns single references."""
 
     def __init__(self) -> None:
-        self._now = (0, 0.0, 0.0, False)
-        self._counted: tuple[int, ...] = ()
-        """Local steps that the header of each turn under way counts; an early answer belongs to a second turn."""
+        self._now: tuple[int, int | None, float, float] = (0, None, 0.0, 0.0)
+        self._limits: tuple[float, ...] = ()
+        """The number of local steps at which to wait for the outcome of each turn under way. An early answer belongs to
+        a second turn."""
 
-    def report(self, steps: int, speed: float, hold_open_seconds: float) -> None:
+    def report(self, steps: int, speed: float, hold_open_seconds: float, reserve: int | None = None) -> None:
         """Tell how far the worker is, which rides on the next header.
 
         Args:
             steps: local steps so far.
             speed: local steps per second.
             hold_open_seconds: time for which a turn that opens now is worth holding open for this worker's next push.
+            reserve: further local steps to make while a turn that opens now is under way; None: any number.
         """
-        self._now = (steps, speed, hold_open_seconds, False)
+        self._now = (steps, reserve, speed, hold_open_seconds)
 
-    def begin_step(self) -> int:
-        """Tell that another step will be made for certain, whatever the next turn says.
+    def may_begin_step(self) -> bool:
+        """Whether to make another step now; else the outcome of a turn under way is to be waited for.
 
-        Returns:
-            Local steps, with the one that begins, that some turn under way does not count.
+        To be called after the report of the step before.
         """
-        steps = self._now[0]
-        self._now = (*self._now[:3], True)
-        return max((steps + 1 - counted for counted in self._counted), default=0)
+        return self._now[0] < min(self._limits, default=math.inf)
 
     @property
     def hold_open_seconds(self) -> float:
         """See :meth:`report`."""
-        return self._now[2]
+        return self._now[3]
 
-    def take(self) -> tuple[int, float, bool]:
-        """For a header: local steps, local steps per second, and whether another step is being made.
+    def take(self, share_ends: int | None) -> tuple[int, int, float]:
+        """For a header: local steps, further ones that are reserved (0: any number), and local steps per second.
 
         As :meth:`turn_is_over`, with the condition of the mailbox held.
+
+        Args:
+            share_ends: local steps at which this worker's share of the budget ends, as of the latest turn, which its
+                report may not know yet; None: it has no share.
         """
-        before = self._counted
-        self._counted = (*before, self._now[0])  # at least; before it is read, so that `begin_step` misses no header
-        steps, speed, _, stepping = self._now
-        self._counted = (*before, steps + stepping)
-        return steps, speed, stepping
+        before = self._limits
+        while True:
+            now = self._now
+            steps, reserve, speed, _ = now
+            limit = min(math.inf if reserve is None else steps + reserve, *before, math.inf)
+            if reserve is not None and share_ends is not None:
+                limit = min(limit, share_ends)
+            self._limits = (*before, limit)
+            if self._now is now:  # else steps may have been made that did not know of the limit
+                return steps, 0 if reserve is None else int(limit) - steps, speed
 
     def turn_is_over(self) -> None:
         """The turn's outcome is published."""
-        self._counted = self._counted[1:]
+        self._limits = self._limits[1:]
 
 
 class Mailbox:
@@ -127,9 +136,13 @@ class Mailbox:
     Neither thread holds the condition while it computes or waits for the network, so neither keeps the other waiting.
     What the training thread does at every step takes no lock at all: it assigns or reads single references, which
     Python does atomically. The global state belongs to the exchange thread; :meth:`global_state` lends it.
+
+    Args:
+        progress: shared progress at the start.
+        worker: rank of the worker.
     """
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, worker: int = 0) -> None:
         self.published_at = time.monotonic()
         """When the latest progress came, in seconds of the monotonic clock."""
         self.alignment = math.nan
@@ -147,6 +160,7 @@ class Mailbox:
         self._extending = False  # the training thread has taken its push back to add steps to it
         self._adoption: Adoption | None = None
         self._progress = progress
+        self._worker = worker
         self._updates: deque[OuterUpdate] = deque(maxlen=_UPDATES_KEPT)
         self._news = False  # the training thread said something that the others should hear of now
         self._push_wanted = False  # the exchange thread holds a turn open
@@ -370,8 +384,9 @@ class Mailbox:
         message = self._outbox.popleft() if self._outbox else None
         self._news = bool(self._outbox)
         flags = self._flags & ~Flag.FINAL if self._outbox or self._push is not None else self._flags
-        steps, speed, stepping = self.standing.take()
-        return Live(steps, speed, flags | Flag.STEPPING if stepping else flags, message)
+        caps = self._progress.caps
+        steps, reserved, speed = self.standing.take(None if caps is None else caps[self._worker])
+        return Live(steps, reserved, speed, flags, message)
 
     def publish(
         self,

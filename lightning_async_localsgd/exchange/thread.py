@@ -245,7 +245,7 @@ class ExchangeThread:
     def _take(self) -> Live:
         """How the training thread stands, with the push to bring to this turn; nothing if the turn is answered."""
         if self._headers.answered:
-            return Live(0, 0.0, Flag.NONE, None)
+            return Live(0, 0, 0.0, Flag.NONE, None)
         live, push = self._mailbox.take()
         if push is not None:
             self._unsendable = self._prepare(push)
@@ -276,6 +276,7 @@ class ExchangeThread:
             exchange_cost=median(e.cost for e in self._exchanges) if self._exchanges else 0.0,
             flags=live.flags,
             steps=live.steps,
+            reserved=live.reserved,
             speed=live.speed,
             message=live.message,
         )

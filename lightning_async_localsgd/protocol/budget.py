@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Budget", "allocate", "estimate_steps", "estimate_total", "share_holds"]
-
-_VARIATION = 0.25  # of a pace from one turn to the next
+__all__ = ["Budget", "allocate", "estimate_steps", "estimate_total"]
 
 
 def allocate(amount: int, weights: Sequence[int]) -> list[int]:
@@ -52,7 +50,7 @@ class Budget:
         self,
         steps: Sequence[int],
         weights: Sequence[int],
-        under_way: Sequence[bool] = (),
+        reserved: Sequence[int] = (),
         final: Sequence[bool] = (),
     ) -> tuple[int, ...] | None:
         """The local steps at which each worker stops, so that all end at the same time; None: no limit.
@@ -64,7 +62,7 @@ class Budget:
         Args:
             steps: local steps of each worker so far.
             weights: each worker's pace, in local steps per round.
-            under_way: whether each worker is making a step now; such a step counts as made. Empty: no worker is.
+            reserved: local steps that each worker may make before it learns of these caps, and so keeps. Empty: none.
             final: whether each worker has ended; the others share the remaining steps. Empty: no worker has.
 
         Returns:
@@ -74,17 +72,32 @@ class Budget:
             return None
         if not self.shared:
             return (self.max_steps,) * self.workers
-        made = [done + step for done, step in zip(steps, under_way or [False] * self.workers, strict=True)]
-        remaining = max(0, self.max_steps * self.workers - sum(made))
+        least = reserved or [0] * self.workers
+        remaining = max(self.max_steps * self.workers - sum(steps), sum(least))
         if final and not all(final):
             weights = [0 if ended else w for w, ended in zip(weights, final, strict=True)]
-        return tuple(done + share for done, share in zip(made, allocate(remaining, weights), strict=True))
+        shares = _allocate_at_least(remaining, weights, least)
+        return tuple(made + share for made, share in zip(steps, shares, strict=True))
 
-    def exhausted(self, steps: Sequence[int], under_way: Sequence[bool] = ()) -> bool:
-        """Whether a shared budget is spent, steps under way included."""
+    def exhausted(self, steps: Sequence[int], reserved: Sequence[int] = ()) -> bool:
+        """Whether nothing of a shared budget is left to divide: it is spent, or reserved by those who will spend it."""
         if not self.shared or self.max_steps is None or self.open_end:
             return False
-        return sum(steps) + sum(under_way) >= self.max_steps * self.workers
+        return sum(steps) + sum(reserved) >= self.max_steps * self.workers
+
+
+def _allocate_at_least(amount: int, weights: Sequence[int], least: Sequence[int]) -> list[int]:
+    """As :func:`allocate`, but nobody gets less than it has to. ``amount`` is enough for that."""
+    shares = allocate(amount, weights)
+    short: set[int] = set()
+    while lacking := {i for i, share in enumerate(shares) if share < least[i]}:
+        short |= lacking
+        others = [0 if i in short else weight for i, weight in enumerate(weights)]
+        rest = amount - sum(least[i] for i in short)
+        shares = allocate(rest, others) if any(others) else [0] * len(weights)
+        for i in short:
+            shares[i] = least[i]
+    return shares
 
 
 def estimate_steps(steps: Sequence[int], weights: Sequence[int], worker: int, own_steps: int) -> tuple[int, ...]:
@@ -107,27 +120,3 @@ def estimate_total(steps: Sequence[int], weights: Sequence[int], worker: int, ow
     """
     advance = own_steps - steps[worker]
     return sum(steps) + advance * sum(weights) // weights[worker]
-
-
-def share_holds(
-    uncounted: int, counted: int, worker: int, caps: Sequence[int], steps: Sequence[int], weights: Sequence[int]
-) -> bool:
-    """Whether a worker's share of the budget will hold steps that a turn under way does not count.
-
-    The turn divides what is left by pace. The share has to hold them even if the worker's pace falls by a quarter (or
-    by the step that makes one of two), and if the others have made a quarter more, and a step, than their pace.
-
-    Args:
-        uncounted: these steps.
-        counted: local steps of the worker that the turn counts.
-        worker: its rank.
-        caps: local steps at which each worker stops, before the turn.
-        steps: local steps of each worker, before the turn.
-        weights: each worker's pace, in local steps per round, before the turn.
-    """
-    own = weights[worker]
-    rounds = (1 + _VARIATION) * (counted - steps[worker]) / own
-    left = [max(0.0, cap - made - rounds * w - 1) for cap, made, w in zip(caps, steps, weights, strict=True)]
-    left[worker] = caps[worker] - counted
-    fallen = max(own / 2, min(own - 1, (1 - _VARIATION) * own))
-    return uncounted <= sum(left) * fallen / (sum(weights) - own + fallen)

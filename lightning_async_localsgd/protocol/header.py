@@ -12,10 +12,10 @@ from lightning_async_localsgd.protocol.messages import Message, message_from_jso
 
 __all__ = ["HEADER_BYTES", "MESSAGE_BYTES", "PROTOCOL", "Flag", "Header", "encode_message"]
 
-PROTOCOL = 7
+PROTOCOL = 8
 _MAGIC = b"ALSG"
 _PREFIX = struct.Struct("<4sHHI")  # magic, protocol, flags, bytes of message
-_FIELDS = struct.Struct("<11Qdddq")
+_FIELDS = struct.Struct("<12Qdddq")
 HEADER_BYTES = _PREFIX.size + _FIELDS.size
 MESSAGE_BYTES = 4096
 _COUNTS = (
@@ -23,6 +23,7 @@ _COUNTS = (
     "turn",
     "version",
     "steps",
+    "reserved",
     "round",
     "round_steps",
     "round_samples",
@@ -45,7 +46,6 @@ class Flag(IntFlag):
     STOP = 16  # it asks all workers to end their training
     PAUSED = 32  # it is busy with something other than training: validation, a checkpoint
     ABORT = 64  # it leaves because of an error, which the message tells
-    STEPPING = 128  # it has begun a step, or will after a pause, that `steps` does not count yet
 
 
 _ALL_FLAGS = sum(Flag)
@@ -56,8 +56,9 @@ class Header:
     """One worker's side of one turn. All counts are of this run.
 
     ``round``, ``round_steps``, ``round_samples``, ``round_seconds``, ``shard``, ``fragment`` and its ``start_version``
-    are about the delta, if there is one; ``steps`` and ``speed`` (local steps per second) are as of
-    now. ``exchange_seconds`` is how long a turn with a delta of this worker's takes from its headers to its end,
+    are about the delta, if there is one; ``steps`` and ``speed`` (local steps per second) are as of now. ``reserved``
+    is how many further steps the worker may make before it learns of this turn's outcome, and keeps in any case.
+    ``exchange_seconds`` is how long a turn with a delta of this worker's takes from its headers to its end,
     ``exchange_cost`` for how much of that its exchange thread keeps a processor busy; both 0 while unknown.
     ``checksum`` is that of the global state at ``version``, before this turn.
     """
@@ -68,6 +69,7 @@ class Header:
     checksum: int = 0
     flags: Flag = Flag.NONE
     steps: int = 0
+    reserved: int = 0
     speed: float = 0.0
     exchange_seconds: float = 0.0
     exchange_cost: float = 0.0
@@ -94,6 +96,7 @@ class Header:
             self.turn,
             self.version,
             self.steps,
+            self.reserved,
             self.round,
             self.round_steps,
             self.round_samples,
@@ -145,17 +148,18 @@ class Header:
             turn=values[1],
             version=values[2],
             steps=values[3],
-            round=values[4],
-            round_steps=values[5],
-            round_samples=values[6],
-            round_seconds=values[7] / 1e6,
-            shard=values[8],
-            fragment=values[9],
-            start_version=values[10],
-            speed=values[11],
-            exchange_seconds=values[12],
-            exchange_cost=values[13],
-            checksum=values[14],
+            reserved=values[4],
+            round=values[5],
+            round_steps=values[6],
+            round_samples=values[7],
+            round_seconds=values[8] / 1e6,
+            shard=values[9],
+            fragment=values[10],
+            start_version=values[11],
+            speed=values[12],
+            exchange_seconds=values[13],
+            exchange_cost=values[14],
+            checksum=values[15],
             flags=Flag(flags),
             message=_message(text) if text else None,
         )

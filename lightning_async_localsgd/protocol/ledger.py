@@ -157,7 +157,7 @@ class Ledger:
 
     def _meets_quorum(self, headers: Sequence[Header], deltas: int) -> bool:
         none_to_come = Flag.DELTA | Flag.FINAL
-        if not self._budget.exhausted([h.steps for h in headers], self._under_way(headers)):
+        if not self._budget.exhausted([h.steps for h in headers], self._reserved(headers)):
             none_to_come |= Flag.IDLE  # these push their remaining steps at the end of the run
         return deltas >= self._rules.quorum or all(h.flags & none_to_come for h in headers)
 
@@ -228,15 +228,15 @@ class Ledger:
         self._state.set_round_length(self._local_steps)
         self._choose_codec(headers)
         round_steps = self._pace.steps(speeds, self._local_steps)
-        under_way = self._under_way(headers)
+        reserved = self._reserved(headers)
         final = [Flag.FINAL in h.flags for h in headers]
         return Progress(
             version=self._state.version,
             steps=self.steps,
             speeds=speeds,
             round_steps=tuple(round_steps),
-            caps=self._budget.caps(self.steps, round_steps, under_way, final),
-            exhausted=self._budget.exhausted(self.steps, under_way),
+            caps=self._budget.caps(self.steps, round_steps, reserved, final),
+            exhausted=self._budget.exhausted(self.steps, reserved),
             stop=any(Flag.STOP in h.flags for h in headers),
             over=all(final),
             shard_samples=tuple(self._shard_samples),
@@ -260,9 +260,6 @@ class Ledger:
             self.codec = self._codec_choice.next(self.codec, [h.exchange_seconds for h in headers], round_seconds)
 
     @staticmethod
-    def _under_way(headers: Sequence[Header]) -> list[bool]:
-        """Whether each worker is making a step that its header does not count yet, or will after a pause.
-
-        A worker between two steps is not: it may learn that the budget is spent, and make no further step.
-        """
-        return [Flag.STEPPING in h.flags and not h.flags & (Flag.IDLE | Flag.FINAL) for h in headers]
+    def _reserved(headers: Sequence[Header]) -> list[int]:
+        """Local steps that each worker may make before it learns of this turn's outcome; of one that has ended none."""
+        return [0 if Flag.FINAL in h.flags else h.reserved for h in headers]

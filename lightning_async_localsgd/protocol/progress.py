@@ -58,7 +58,7 @@ class Progress:
     caps: tuple[int, ...] | None
     """Local steps at which each worker stops; None: no limit."""
     exhausted: bool
-    """Whether the shared budget is spent."""
+    """Whether nothing of the shared budget is left to divide: nobody gets more than its share."""
     stop: bool
     """Whether a worker has asked all to end their training."""
     over: bool

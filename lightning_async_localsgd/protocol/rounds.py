@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lightning_async_localsgd.protocol.budget import estimate_steps, estimate_total, share_holds
+from lightning_async_localsgd.protocol.budget import estimate_steps, estimate_total
 from lightning_async_localsgd.protocol.pace import make_pace
 from lightning_async_localsgd.protocol.progress import NO_REFERENCE_TURN, Progress
 from lightning_async_localsgd.protocol.rules import Rules
@@ -18,7 +18,9 @@ __all__ = ["Rounds", "whole_samples"]
 
 _MOST_SAMPLES = 1 << 32  # of one local step
 _OVERDUE = 1.5  # rounds since the last push of a fragment
-_WAITED = 2  # local steps for which it is worth waiting for a turn
+_RESERVED = 0.25  # of a worker's share: a turn that takes longer is waited for
+_EXCHANGES = 2  # that a reserve lasts for, if the share does
+_FEWEST = 2  # local steps that it has, if the share has
 
 
 class Rounds:
@@ -248,32 +250,33 @@ class Rounds:
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def over(progress: Progress) -> bool:
-        """Whether the run has ended for all workers: none makes another step."""
-        return progress.stop or progress.exhausted
+    def over(self, progress: Progress) -> bool:
+        """Whether the run has ended for this worker: it makes no other step."""
+        return progress.stop or (progress.exhausted and not self.has_step(progress))
 
     def has_step(self, progress: Progress) -> bool:
         """Whether a step is left for this worker in its share of the budget."""
         return self._open_end or progress.caps is None or self.local_steps < progress.caps[self.rank]
 
-    def may_begin(self, progress: Progress, uncounted: int) -> bool:
-        """Whether this worker may begin a step, though a turn under way does not count all of its steps.
+    def reserve(self, progress: Progress, speed: float) -> int | None:
+        """Local steps that this worker keeps for itself, whatever a turn that begins now makes of the shares.
 
-        That turn may leave it none: see :func:`~lightning_async_localsgd.protocol.budget.share_holds`. Then it waits
-        for the turn: at the end of a run, for a step or two. A turn that takes longer is not waited for, and the budget
-        is met but for the change of paces meanwhile.
+        It makes them while the turn is under way. Reserves are parts of shares, which add up to the budget, and the
+        turn leaves everybody its reserve: so the budget is met exactly. The reserve lasts longer than an exchange as a
+        rule, so that no turn is waited for; and the rest of the share may go to others.
 
         Args:
-            progress: shared progress before that turn.
-            uncounted: steps that it does not count, with the one to begin.
+            progress: shared progress.
+            speed: this worker's local steps per second; 0 while unknown.
+
+        Returns:
+            The number of steps beyond those made; None: no limit.
         """
-        if self.over(progress) or not self.has_step(progress):
-            return False
-        if progress.caps is None or self._open_end or not self._shared_budget or not 0 < uncounted <= _WAITED:
-            return True
-        counted = self.local_steps + 1 - uncounted
-        return share_holds(uncounted, counted, self.rank, progress.caps, progress.steps, progress.round_steps)
+        if progress.caps is None or self._open_end or not self._shared_budget:
+            return None
+        share = max(0, progress.caps[self.rank] - self.local_steps)
+        during = min(share, _EXCHANGES * progress.exchange_seconds * speed)
+        return min(share, math.ceil(max(_FEWEST, during, _RESERVED * share)))
 
     @property
     def may_get_more(self) -> bool:
@@ -284,7 +287,7 @@ class Rounds:
         """Whether no step is left for this worker, whatever the others leave."""
         if self._open_end:
             return False
-        return progress.exhausted or (not self.has_step(progress) and not self._shared_budget)
+        return not self.has_step(progress) and (progress.exhausted or not self._shared_budget)
 
     def job_steps(self, progress: Progress) -> int:
         """Steps of the job: local steps of all workers over their number, rounded down. Never decreases.

@@ -200,6 +200,7 @@ class VirtualExchange:
             self._turn,
             flags=mailbox.flags,
             steps=mailbox.steps,
+            reserved=self._reserve(worker),
             speed=mailbox.speed,
             exchange_seconds=seconds,
             exchange_cost=cost,
@@ -211,6 +212,14 @@ class VirtualExchange:
             finite = self._replicas.finite(worker)
         pushed = None if mailbox.pending is None else mailbox.pending.round
         self._headers[worker] = add_round(header, pushed, finite)
+
+    def _reserve(self, worker: int) -> int:
+        """Local steps that a worker keeps for the time of the turn."""
+        mailbox, caps = self._mailboxes[worker], self.progress.caps
+        if mailbox.reserve is None or caps is None:
+            return 0
+        mailbox.limit = min(mailbox.steps + mailbox.reserve, caps[worker])
+        return int(mailbox.limit) - mailbox.steps
 
     def _exchange_deltas(self) -> None:
         headers = [self._headers[worker] for worker in range(len(self._mailboxes))]
@@ -267,6 +276,8 @@ class VirtualExchange:
         if self._codecs[self.progress.codec] is not codec:
             self._latest = [(0.0, 0.0)] * len(self._mailboxes)  # exchanges take another time from now on
         settled = sorted(header.worker for header in applied + dropped)
+        for mailbox in self._mailboxes:
+            mailbox.limit = math.inf
         self._replicas.publish(settled)
         finished = []
         for worker in settled:

@@ -127,7 +127,6 @@ class Lane:
         seconds = self.worker.device.step_seconds(self._clock.now, self._chance)
         self._replicas.step(self.rank, self.rounds, self._exchange.progress)
         self._speed_meter.resume()
-        self._mailbox.flags |= Flag.STEPPING
         self._clock.after(seconds, Phase.DEVICES, self._end_step, seconds)
 
     def _end_step(self, seconds: float) -> None:
@@ -135,7 +134,6 @@ class Lane:
             return
         self.busy_seconds += seconds
         self._step_ended = self._clock.now
-        self._mailbox.flags &= ~Flag.STEPPING
         self._speed_meter.step()
         self.rounds.count(samples=0)  # samples are counted when the step is really made, at the latest by the push
         self._adopt_if_ready()
@@ -148,6 +146,7 @@ class Lane:
         progress, mailbox = self._exchange.progress, self._mailbox
         mailbox.steps = self.rounds.local_steps
         mailbox.speed = self._speed_meter.speed(progress.round_steps[self.rank])
+        mailbox.reserve = self.rounds.reserve(progress, mailbox.speed)
         mailbox.hold_open_seconds = self.rounds.hold_open_seconds(progress, mailbox.speed)
 
     def _execute(self, action: Action) -> None:
@@ -163,7 +162,11 @@ class Lane:
                 action = self._machine.finish(self._mailbox.in_flight)
         if isinstance(action, Train):
             self._mailbox.flags &= ~Flag.IDLE
-            self._begin_step()
+            self._report()  # by the progress of now
+            if self._mailbox.steps < self._mailbox.limit:
+                self._begin_step()
+            else:
+                self._wait(Reason.BUDGET)
         elif isinstance(action, Wait):
             idle = action.reason is Reason.BUDGET and self.waits_for is not Reason.BUDGET
             self._wait(action.reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from lightning_async_localsgd.protocol.header import Flag
@@ -41,6 +42,10 @@ class VirtualMailbox:
     flags: Flag = Flag.FINAL  # who is not there has nothing more to say
     steps: int = 0
     """Local steps, as its next header tells."""
+    reserve: int | None = None
+    """Further local steps to make while a turn is under way, as its next header tells; None: any number."""
+    limit: float = math.inf
+    """The number of local steps at which to wait for the outcome of the turn under way."""
     speed: float = 0.0
     """Local steps per second, as its next header tells."""
     hold_open_seconds: float = 0.0

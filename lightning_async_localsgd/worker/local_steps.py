@@ -57,8 +57,6 @@ class LocalSteps:
         """Start the exchange thread, and with it the first local step."""
         progress = self._mailbox.progress
         self.trip.report()  # a turn may open before this worker's first step has ended
-        if not self._rounds.budget_spent(progress):
-            self._mailbox.standing.begin_step()
         self._replica.synchronize()  # from here on the other thread moves the global state
         exchange.start()
         if not self._overlap:
@@ -84,7 +82,7 @@ class LocalSteps:
         """Do what is to be done until the next local step; returns whether there is one."""
         self.trip.report()
         running = self._execute(self._decide_after_step)
-        while running and not self._begin_step():
+        while running and not self._may_begin_step():
             running = self._execute(self._decide_after_wait)
         self.steps_made = self._rounds.steps_made(self._mailbox.progress)
         if self._rounds.round_steps == 0:  # what came between two rounds was waiting
@@ -94,19 +92,20 @@ class LocalSteps:
             self.blocked_seconds += seconds
         return running
 
-    def _begin_step(self) -> bool:
-        """Tell that another step is being made; returns whether there is one.
+    def _may_begin_step(self) -> bool:
+        """Whether another step may be made now.
 
-        A turn under way may not count the step, and may give the last of the budget to others. Where that is possible,
-        its outcome is waited for.
+        While a turn is under way a worker makes no more steps than it has reserved: the rest of its share may go to
+        others. That is more than a turn takes, as a rule; else its outcome is waited for.
         """
-        uncounted = self._mailbox.standing.begin_step()
-        progress = self._mailbox.progress  # in this order
-        if self._rounds.may_begin(progress, uncounted):
-            return True
-        self.trip.report()
-        self._wait(Reason.BUDGET, self._decided_on)
-        return False
+        while True:
+            progress = self._mailbox.progress
+            self.trip.report()  # by this progress
+            if not self._mailbox.standing.may_begin_step():
+                self._wait(Reason.BUDGET, self._decided_on)
+                return False
+            if self._mailbox.progress is progress:  # else its turn knew an earlier report
+                return not self._rounds.over(progress) and self._rounds.has_step(progress)
 
     def finish(self) -> None:
         """Make the last push, and wait for the others."""

@@ -67,7 +67,9 @@ class RoundTrip:
         """Tell the exchange thread how this worker stands."""
         progress = self._mailbox.progress
         speed = self.speed_meter.speed(progress.round_steps[self._rank])
-        self._mailbox.standing.report(self._rounds.local_steps, speed, self._rounds.hold_open_seconds(progress, speed))
+        rounds, standing = self._rounds, self._mailbox.standing
+        hold_open_seconds, reserve = rounds.hold_open_seconds(progress, speed), rounds.reserve(progress, speed)
+        standing.report(rounds.local_steps, speed, hold_open_seconds, reserve)
 
     # ---- pushes -----------------------------------------------------------------------------------------------------
 

@@ -103,7 +103,7 @@ class Worker:
         budget = Budget(max_steps, self.size, self._settings.shares_budget(self.size), open_end)
         progress = self.saved_state.start(budget)
         self._rounds.start(progress, max_steps, open_end)
-        mailbox = self._mailbox = Mailbox(progress)
+        mailbox = self._mailbox = Mailbox(progress, self.rank)
         mailbox.measure_updates = self._measure_updates
         self._replica.begin(self._state.flat)
         links = self._connections

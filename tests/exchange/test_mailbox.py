@@ -112,18 +112,26 @@ def test_a_header_without_the_last_push_does_not_say_that_it_was_the_last() -> N
     assert push is PUSH and Flag.FINAL in live.flags
 
 
-def test_a_step_that_begins_knows_how_many_a_turn_under_way_does_not_count() -> None:
+def test_while_a_turn_is_under_way_no_more_steps_are_made_than_its_header_has_reserved() -> None:
+    mailbox = Mailbox(PROGRESS)
+    standing = mailbox.standing
+    standing.report(1, 1.0, 0.0, reserve=2)
+    assert standing.may_begin_step()
+    assert mailbox.take()[0][:2] == (1, 2)
+    standing.report(2, 1.0, 0.0, reserve=5)
+    assert standing.may_begin_step()
+    standing.report(3, 1.0, 0.0, reserve=4)
+    assert not standing.may_begin_step()
+    assert mailbox.take_live()[:2] == (3, 0)  # an early answer to the next turn, which outlives the end of this one
+    publish(mailbox)
+    assert not standing.may_begin_step()
+    publish(mailbox)
+    assert standing.may_begin_step()
+
+
+def test_without_a_shared_budget_no_turn_is_waited_for() -> None:
     mailbox = Mailbox(PROGRESS)
     mailbox.standing.report(1, 1.0, 0.0)
-    assert mailbox.standing.begin_step() == 0
-    mailbox.take()
-    assert mailbox.standing.begin_step() == 0  # the header tells of it
-    mailbox.standing.report(2, 1.0, 0.0)
-    assert mailbox.standing.begin_step() == 1  # the header told of the step before
-    mailbox.standing.report(3, 1.0, 0.0)
-    mailbox.take_live()  # an early answer to the next turn, which outlives the end of this one
-    assert mailbox.standing.begin_step() == 2
-    publish(mailbox)
-    assert mailbox.standing.begin_step() == 1
-    publish(mailbox)
-    assert mailbox.standing.begin_step() == 0
+    assert mailbox.take()[0][:2] == (1, 0)
+    mailbox.standing.report(100, 1.0, 0.0)
+    assert mailbox.standing.may_begin_step()

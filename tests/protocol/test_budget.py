@@ -22,16 +22,22 @@ def test_caps_add_up_to_a_shared_budget(max_steps: int, weights: list[int], done
     workers = len(weights)
     budget = Budget(max_steps, workers)
     steps = allocate(done, weights)
-    under_way = data.draw(st.lists(st.booleans(), min_size=workers, max_size=workers) | st.just([]))
-    caps = budget.caps(steps, weights, under_way)
+    reserved = data.draw(st.lists(st.integers(0, 300), min_size=workers, max_size=workers) | st.just([]))
+    caps = budget.caps(steps, weights, reserved)
     assert caps is not None
-    assert sum(caps) == max(max_steps * workers, done + sum(under_way))
-    assert all(cap >= made + step for cap, made, step in zip(caps, steps, under_way, strict=False))
-    assert budget.exhausted(steps, under_way) == (done + sum(under_way) >= max_steps * workers)
+    assert sum(caps) == max(max_steps * workers, done + sum(reserved))
+    assert all(cap >= made + kept for cap, made, kept in zip(caps, steps, reserved, strict=False))
+    assert budget.exhausted(steps, reserved) == (done + sum(reserved) >= max_steps * workers)
+
+
+def test_what_nobody_has_reserved_is_divided_by_pace_as_if_nothing_were() -> None:
+    assert Budget(20, 3).caps([0, 0, 0], [1, 2, 3]) == (10, 20, 30)
+    assert Budget(20, 3).caps([0, 0, 0], [1, 2, 3], [10, 1, 30]) == (10, 20, 30)
+    assert Budget(20, 3).caps([0, 0, 0], [1, 2, 3], [20, 1, 2]) == (20, 16, 24)
 
 
 def test_workers_that_have_ended_get_nothing() -> None:
-    assert Budget(10, 3).caps([4, 4, 2], [1, 1, 1], [True, False, True], [False, True, False]) == (14, 4, 12)
+    assert Budget(10, 3).caps([4, 4, 2], [1, 1, 1], [1, 0, 1], [False, True, False]) == (14, 4, 12)
 
 
 def test_equal_workers_get_equal_caps_and_own_budgets_are_not_shared() -> None:

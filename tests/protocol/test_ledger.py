@@ -104,12 +104,11 @@ def test_a_turn_is_split_in_updates_and_its_stalenesses_are_known_before(
 
 
 @pytest.mark.parametrize(
-    ("flags", "exhausted"), [(Flag.STEPPING, True), (Flag.STEPPING | Flag.FINAL, False), (Flag.NONE, False)]
+    ("reserved", "flags", "exhausted"), [(2, Flag.NONE, True), (2, Flag.FINAL, False), (1, Flag.NONE, False)]
 )
-def test_a_budget_is_spent_by_steps_that_will_be_made_for_certain(flags: Flag, exhausted: bool) -> None:
-    # A worker between two steps that hears of a spent budget makes no other one: none was to be counted for it.
+def test_a_budget_is_spent_by_steps_that_will_be_made_for_certain(reserved: int, flags: Flag, exhausted: bool) -> None:
     ledger = Ledger(Model(NoState()), Settings(), Budget(max_steps=5, workers=2), Progress.at_start(2, 50))
-    headers = [Header(0, 0, steps=5, flags=Flag.IDLE), Header(1, 0, steps=4, flags=flags)]
+    headers = [Header(0, 0, steps=5, flags=Flag.IDLE), Header(1, 0, steps=3, reserved=reserved, flags=flags)]
     assert ledger.close_turn(headers, []).exhausted is exhausted
 
 

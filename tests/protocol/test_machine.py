@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -72,6 +73,8 @@ class Peer:
     wait: Reason | None = None
     done: bool = False
     training: bool = False
+    reserve: int | None = None
+    limit: float = math.inf
     updates: list[OuterUpdate] = field(default_factory=list)
 
     @property
@@ -107,9 +110,12 @@ class Peer:
                     action = self.machine.finish(self.in_flight)
                 case Train():
                     self.flags &= ~Flag.IDLE
-                    self.training = True
+                    self.report()
+                    self.training = self.rounds.local_steps < self.limit
+                    self.wait = None if self.training else Reason.BUDGET
                     return
                 case Wait(reason):
+                    self.report()
                     self.wait = reason
                     if reason is Reason.BUDGET:
                         self.flags |= Flag.IDLE
@@ -118,8 +124,12 @@ class Peer:
                     self.done = True
                     return
 
+    def report(self) -> None:
+        self.reserve = self.rounds.reserve(self.progress, self.speed)
+
     def step(self, wanted: bool) -> None:
         self.rounds.count(1)
+        self.report()
         self.adopt()
         self.execute(self.machine.after_step(self.progress, self.in_flight, wanted))
 
@@ -127,8 +137,12 @@ class Peer:
         if self.push is not None:
             self.pending, self.push = self.push, None
             self.pushed.append(self.pending)
-        flags = self.flags | (Flag.STEPPING if self.training else Flag.NONE)
-        header = Header(self.rank, turn, self.state.version, flags=flags, steps=self.rounds.local_steps)
+        steps = self.rounds.local_steps
+        reserved = 0
+        if self.reserve is not None and self.progress.caps is not None:
+            self.limit = min(steps + self.reserve, self.progress.caps[self.rank])
+            reserved = int(self.limit) - steps
+        header = Header(self.rank, turn, self.state.version, flags=self.flags, steps=steps, reserved=reserved)
         return add_round(Header(**{**vars(header), "speed": self.speed}), self.pending, finite=True)
 
     def close_turn(self, headers: Sequence[Header]) -> None:
@@ -137,6 +151,7 @@ class Peer:
             self.updates += self.ledger.apply(group)
         applied = [delta.header for group in groups for delta in group.deltas]
         self.progress = self.ledger.close_turn(headers, applied)
+        self.limit = math.inf
         if any(header.worker == self.rank for header in applied):
             assert self.pending is not None
             self.pending, self.adoption = None, self.pending.fragment
@@ -177,6 +192,7 @@ def test_any_order_of_events_spends_the_budget_and_counts_every_step_once(data: 
     max_steps = data.draw(st.integers(1, 30))
     peers = [make_peer(rank, speeds, rules, max_steps) for rank in range(size)]
     turns = idle = 0
+    headers: list[Header] = []
     for _ in range(100 * size * max_steps):
         if all(peer.done for peer in peers):
             break
@@ -187,9 +203,12 @@ def test_any_order_of_events_spends_the_budget_and_counts_every_step_once(data: 
             peer = data.draw(st.sampled_from(ready))
             peer.step(wanted=held and may_push(peer.flags, peer.in_flight))
             continue
-        headers = [peer.header(turns) for peer in peers]
+        if not headers:  # their outcome comes later
+            headers = [peer.header(turns) for peer in peers]
+            continue
         for peer in peers:
             peer.close_turn(headers)
+        headers = []
         turns, idle = turns + 1, idle + 1
     assert all(peer.done for peer in peers), [peer.wait for peer in peers]
     assert all(vars(peer.progress) == vars(peers[0].progress) for peer in peers)

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_async_localsgd import Settings
-from lightning_async_localsgd.protocol.budget import allocate
 from lightning_async_localsgd.protocol.progress import Progress, ReferenceTurn
 from lightning_async_localsgd.protocol.rounds import Rounds, whole_samples
 
@@ -240,29 +239,30 @@ def test_what_has_just_been_pushed_is_not_pushed_again() -> None:
         assert rounds.unsent_fragments == left
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 20), st.integers(0, 60), st.integers(0, 40)), min_size=2, max_size=5),
-    st.integers(0, 40),
-    st.booleans(),
-)
-def test_a_step_begins_only_if_its_turn_leaves_room_for_it(
-    workers: list[tuple[int, int, int]], since: int, falls: bool
+@given(st.integers(0, 100), st.integers(1, 200), st.floats(0, 10), st.floats(0, 10))
+def test_a_reserve_is_part_of_the_share_and_lasts_for_an_exchange(
+    made: int, share: int, seconds: float, speed: float
 ) -> None:
-    """The turn counts none of the steps after ``since``, while paces vary."""
-    paces, made, shares = zip(*workers, strict=True)
-    rules, size, own = Settings(local_steps=max(paces)), len(workers), paces[0]
-    caps = tuple(m + share for m, share in zip(made, shares, strict=True))
-    progress = replace(Progress.at_start(size, max(paces)), round_steps=paces, steps=made, caps=caps)
-    rounds = Rounds(0, size, rules)
+    progress = replace(Progress.at_start(2, 10), caps=(made + share, 500), exchange_seconds=seconds)
+    rounds = Rounds(0, 2, Settings(local_steps=10))
     rounds.start(progress, 1000)
-    since = min(since, shares[0])
-    count(rounds, made[0] + since)
-    uncounted = 0
-    while uncounted < 2 and rounds.may_begin(progress, uncounted + 1):  # a longer turn is not waited for
-        count(rounds, 1)
-        uncounted += 1
-    assert made[0] + since + uncounted <= caps[0]
-    left = [max(0, share - int(1.25 * since * pace / own) - 1) for share, pace in zip(shares, paces, strict=True)]
-    left[0] = shares[0] - since
-    fallen = max(1, own - max(1, own // 4)) if falls else own
-    assert uncounted <= allocate(sum(left), [fallen, *paces[1:]])[0]
+    count(rounds, made)
+    reserve = rounds.reserve(progress, speed)
+    assert reserve is not None
+    assert 1 <= reserve <= share
+    assert reserve == share or reserve >= max(2, 2 * seconds * speed, share / 4)
+    count(rounds, share)
+    assert rounds.reserve(progress, speed) == 0
+
+
+def test_who_shares_no_budget_reserves_nothing() -> None:
+    progress = Progress.at_start(2, 10)
+    capped = replace(progress, caps=(20, 20))
+    for rules, of, open_end in (
+        (Settings(), progress, False),
+        (Settings(), capped, True),
+        (Settings(budget="per_worker"), capped, False),
+    ):
+        rounds = Rounds(0, 2, rules)
+        rounds.start(of, 20, open_end)
+        assert rounds.reserve(of, 1.0) is None

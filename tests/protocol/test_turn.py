@@ -15,7 +15,7 @@ from lightning_async_localsgd.protocol.turn import PushedRound, add_round, may_p
 PUSHED = PushedRound(round=3, steps=5, samples=20, seconds=1.5, shard=1, start_version=7, fragment=2, fragment_steps=9)
 
 
-@pytest.mark.parametrize("flags", [Flag.NONE, Flag.STEPPING, Flag.STOP])
+@pytest.mark.parametrize("flags", [Flag.NONE, Flag.STOP])
 def test_who_trains_on_may_push_until_it_has(flags: Flag) -> None:
     assert may_push(flags, has_delta=False)
     assert not may_push(flags, has_delta=True)
@@ -23,13 +23,13 @@ def test_who_trains_on_may_push_until_it_has(flags: Flag) -> None:
 
 @pytest.mark.parametrize("flag", [Flag.IDLE, Flag.FINAL, Flag.ABORT, Flag.PAUSED])
 def test_who_makes_no_step_does_not_hold_a_turn_open(flag: Flag) -> None:
-    assert not may_push(flag | Flag.STEPPING, has_delta=False)
+    assert not may_push(flag | Flag.STOP, has_delta=False)
 
 
 @pytest.mark.parametrize(("finite", "flag"), [(True, Flag.DELTA), (False, Flag.DROPPED)])
 def test_a_header_tells_of_the_round_and_whether_its_delta_is_dropped(finite: bool, flag: Flag) -> None:
-    header = add_round(Header(worker=1, turn=2, flags=Flag.STEPPING), PUSHED, finite)
-    assert header.flags == Flag.STEPPING | flag
+    header = add_round(Header(worker=1, turn=2, flags=Flag.STOP), PUSHED, finite)
+    assert header.flags == Flag.STOP | flag
     told = header.round, header.round_steps, header.round_samples, header.round_seconds, header.shard
     assert (*told, header.start_version, header.fragment) == PUSHED[:-1]
 

@@ -57,7 +57,7 @@ def test_every_local_step_is_applied_once_to_every_fragment(local_steps: int, ov
     summary, updates, _ = ends[0]
     steps = summary.total_local_steps
     assert sum(update.local_steps for update in updates) == steps
-    assert 0 <= steps - 180 <= 3 * local_steps  # a round of each, where a turn takes longer than that
+    assert steps == 180
     for _, of_worker, parts in ends:  # with lr 1 and no momentum an outer update adds the delta as it is
         assert of_worker == updates
         assert parts == [[steps]] * 3
@@ -80,7 +80,7 @@ def test_after_a_delta_that_is_not_finite_a_worker_begins_again_with_all_fragmen
     summary, updates, values = ends[0]
     assert summary.dropped == (0, 1, 0) and len({end[0].digest for end in ends}) == 1
     assert all(parts == values for _, _, parts in ends)
-    assert 0 <= summary.total_local_steps - 180 <= 9
+    assert summary.total_local_steps == 180
     # The steps that worker 1 lost: of the fragment that it pushed last before, only those since that push.
     lost = [summary.total_local_steps - value for [value] in values]
     assert 0 < min(lost) == summary.total_local_steps - sum(update.local_steps for update in updates)
