@@ -19,6 +19,7 @@ __all__ = ["Rounds", "whole_samples"]
 _MOST_SAMPLES = 1 << 32  # of one local step
 _OVERDUE = 1.5  # rounds since the last push of a fragment
 _RESERVED = 0.25  # of a worker's share: a turn that takes longer is waited for
+_RESERVED_AT_FIRST = 0.5  # while the duration of an exchange is unknown
 _EXCHANGES = 2  # that a reserve lasts for, if the share does
 _FEWEST = 2  # local steps that it has, if the share has
 
@@ -276,7 +277,8 @@ class Rounds:
             return None
         share = max(0, progress.caps[self.rank] - self.local_steps)
         during = min(share, _EXCHANGES * progress.exchange_seconds * speed)
-        return min(share, math.ceil(max(_FEWEST, during, _RESERVED * share)))
+        part = _RESERVED if progress.exchange_seconds > 0 else _RESERVED_AT_FIRST
+        return min(share, math.ceil(max(_FEWEST, during, part * share)))
 
     @property
     def may_get_more(self) -> bool:
