@@ -120,7 +120,7 @@ class Standing:
             steps, reserve, speed, _ = now
             limit = min(math.inf if reserve is None else steps + reserve, *before, math.inf)
             if reserve is not None and share_ends is not None:
-                limit = min(limit, share_ends)
+                limit = max(steps, min(limit, share_ends))  # a resumed worker may have passed the end of its share
             self._limits = (*before, limit)
             if self._now is now:  # else steps may have been made that did not know of the limit
                 return steps, 0 if reserve is None else int(limit) - steps, speed

@@ -218,7 +218,7 @@ class VirtualExchange:
         mailbox, caps = self._mailboxes[worker], self.progress.caps
         if mailbox.reserve is None or caps is None:
             return 0
-        mailbox.limit = min(mailbox.steps + mailbox.reserve, caps[worker])
+        mailbox.limit = max(mailbox.steps, min(mailbox.steps + mailbox.reserve, caps[worker]))
         return int(mailbox.limit) - mailbox.steps
 
     def _exchange_deltas(self) -> None:

@@ -129,6 +129,13 @@ def test_while_a_turn_is_under_way_no_more_steps_are_made_than_its_header_has_re
     assert standing.may_begin_step()
 
 
+@pytest.mark.parametrize(("steps", "reserved"), [(7, 2), (9, 1), (10, 0), (11, 0)])
+def test_no_more_is_reserved_than_the_share_of_the_latest_turn(steps: int, reserved: int) -> None:
+    mailbox = Mailbox(replace(PROGRESS, caps=(10,)))
+    mailbox.standing.report(steps, 1.0, 0.0, reserve=2)
+    assert mailbox.take()[0][:2] == (steps, reserved)
+
+
 def test_without_a_shared_budget_no_turn_is_waited_for() -> None:
     mailbox = Mailbox(PROGRESS)
     mailbox.standing.report(1, 1.0, 0.0)
