@@ -12,6 +12,9 @@ from lightning_async_localsgd.codecs.base import Codec
 __all__ = ["ErrorFeedback"]
 
 
+_NOTHING = torch.zeros(1)
+
+
 class ErrorFeedback:
     r"""The residual of a worker: the sum of all errors of encoding that were not sent yet.
 
@@ -36,7 +39,20 @@ class ErrorFeedback:
     def __init__(self, numel: int, device: torch.device | str = "cpu") -> None:
         self._numel = numel
         self._device = device
+        self.can_undo = False
+        """Whether :meth:`undo_turn` may be called, which takes memory for the errors of sums."""
         self._residual: Tensor | None = None
+        self._of_turn: list[tuple[int, Tensor]] = []  # parts that hold errors of this turn, and what to put there again
+
+    def begin_turn(self) -> None:
+        """Errors from here on belong to another turn."""
+        self._of_turn.clear()
+
+    def undo_turn(self) -> None:
+        """The turn is abandoned: its errors are void, for the delta, with what was added to it, is sent again."""
+        for start, before in reversed(self._of_turn):
+            self._part(start, before.numel()).copy_(before)
+        self.begin_turn()
 
     def encode(self, codec: Codec, chunk: Tensor, start: int, out: Tensor | None = None) -> Tensor:
         """Add what the codec keeps of the residual to ``chunk``, in place, encode the sum, and keep the error of it.
@@ -53,6 +69,7 @@ class ErrorFeedback:
         if codec.lossless and self._residual is None:
             return codec.encode(chunk, out)
         residual = self._part(start, chunk.numel())
+        self._of_turn.append((start, _NOTHING.expand(chunk.numel())))  # what was there is in the chunk from now on
         if codec.error_decay != 1:
             residual.mul_(codec.error_decay)  # not by `alpha` below: a fused multiply-add depends on the processor
         wire = codec.encode(chunk.add_(residual), out)
@@ -70,7 +87,9 @@ class ErrorFeedback:
             error: fp32, shape ``(n,)``: the sum less its decoded form.
             start: position of ``error`` in the flat vector.
         """
-        self._part(start, error.numel()).add_(error)
+        part = self._part(start, error.numel())
+        self._of_turn.append((start, part.clone() if self.can_undo else part))
+        part.add_(error)
 
     def state_dict(self) -> dict[str, Any]:
         """The residual itself, or None if nothing was lost."""

@@ -25,12 +25,32 @@ class Roster:
         rank: rank of this worker.
         hosts: the host name of each worker.
         addresses: the address at which each worker listens; None: gloo's choice.
+        numbers: the number of each worker in the run, where workers come and go; None: its rank.
+        names: what each worker is called; None: its number.
     """
 
-    def __init__(self, rank: int, hosts: Sequence[str], addresses: Sequence[str | None] | None = None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        hosts: Sequence[str],
+        addresses: Sequence[str | None] | None = None,
+        numbers: Sequence[int] | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
         self.rank = rank
         self.hosts = list(hosts)
         self.addresses = list(addresses) if addresses is not None else [None] * len(self.hosts)
+        self.numbers = list(numbers) if numbers is not None else list(range(len(self.hosts)))
+        self._names = list(names) if names is not None else list(map(str, self.numbers))
+
+    @property
+    def number(self) -> int:
+        """The number of this worker in the run."""
+        return self.numbers[self.rank]
+
+    def ranks_of(self, numbers: Sequence[int]) -> list[int]:
+        """The ranks of these workers, in rising order."""
+        return sorted(self.numbers.index(number) for number in numbers)
 
     @property
     def size(self) -> int:
@@ -38,8 +58,8 @@ class Roster:
         return len(self.hosts)
 
     def name(self, worker: int) -> str:
-        """The name of a worker in messages: its rank and host."""
-        return f"Worker {worker} (host {self.hosts[worker]})"
+        """The name of a worker in messages, by its rank: what it is called, and its host."""
+        return f"Worker {self._names[worker]} (host {self.hosts[worker]})"
 
     def silence(self, worker: int, timeout: timedelta) -> PeerLostError:
         """The error about a worker that has not answered."""

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NamedTuple
 
-__all__ = ["Sockets", "recorded_sockets"]
+__all__ = ["Sockets", "recorded_sockets", "watch_socket"]
 
 _DESCRIPTORS = "/dev/fd"
 _PROBES = 4  # a connection ends after as many unanswered probes
@@ -56,6 +56,16 @@ class Sockets:
             with _open(entry) as opened:
                 if opened is not None and _connected(opened):  # an error of a listening socket is fatal to gloo
                     opened.shutdown(socket.SHUT_RDWR)
+
+
+def watch_socket(descriptor: int, timeout: timedelta) -> None:
+    """Have the system end a connection of this process whose peer is silent for about ``timeout``.
+
+    Processes forked from now on release it.
+    """
+    found = Sockets()
+    found.add({_Socket(descriptor, os.fstat(descriptor).st_ino)})
+    found.watch(timeout)
 
 
 @contextmanager

@@ -88,6 +88,9 @@ class DelayedNesterov(torch.optim.Optimizer):
         growth is this library's: see docs/cold-start.md.
     """
 
+    left_open: frozenset[int] = frozenset()
+    """Parameter groups whose buffer is as long as there are workers."""
+
     def __init__(
         self,
         params: Iterable[Parameter] | Iterable[dict[str, Any]],
@@ -127,10 +130,23 @@ class DelayedNesterov(torch.optim.Optimizer):
         Raises:
             ValueError: if ``momentum_activation`` is outside [0, 1/``buffer_size``].
         """
-        for group in self.param_groups:
+        for i, group in enumerate(self.param_groups):
             if group["buffer_size"] is None:
                 _check_buffer(buffer_size, group["momentum_activation"])
                 group["buffer_size"] = buffer_size
+                self.left_open |= {i}
+
+    def follow_workers(self, buffer_size: int) -> None:
+        """Change ``buffer_size`` where it was left to the number of workers, which has changed.
+
+        Raises:
+            ValueError: if ``momentum_activation`` is outside [0, 1/``buffer_size``].
+        """
+        for i in self.left_open:
+            group = self.param_groups[i]
+            _check_buffer(buffer_size, group["momentum_activation"])
+            group["buffer_size"] = buffer_size
+            group["received"] %= buffer_size
 
     def set_round_length(self, local_steps: int) -> None:
         """Tell H, local steps per round of the fastest worker, by which the momentum goes from here on."""

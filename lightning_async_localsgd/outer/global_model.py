@@ -70,6 +70,11 @@ class GlobalModel:
         self._checksums.clear()
         return [name for state in self.fragments for name in state.begin(tensors[state.layout.members])]
 
+    def set_workers(self, workers: int) -> None:
+        """Tell how many workers take part from here on."""
+        for state in self.fragments:
+            state.set_workers(workers)
+
     def set_round_length(self, local_steps: int) -> None:
         """Tell H, local steps per round of the fastest worker, from here on."""
         for state in self.fragments:

@@ -78,10 +78,8 @@ class GlobalState:
         self._make_optimizer = make
         self._sum_optimizer = as_sum_optimizer(self.optimizer)
         self._given = given_settings(self.optimizer)
-        # An update by the mean of `quorum` deltas counts as one, so a buffer of all workers' deltas is shorter.
-        self._default_buffer_size = max(1, round(workers / quorum))
-        if isinstance(self.optimizer, DelayedNesterov):
-            self.optimizer.set_default_buffer_size(self._default_buffer_size)
+        self._default_buffer_size = 1
+        self.set_workers(workers)
         self._constraint = constraint
         self._by_name = layout.by_name(self.flat)
         self._flat_parameters = self.flat[: layout.parameter_numel]
@@ -107,6 +105,15 @@ class GlobalState:
         self._find_holes()
         slots = self.layout.parameter_slots
         return [s.name for s, p in zip(slots, self.parameters, strict=True) if not bool(torch.isfinite(p).all())]
+
+    def set_workers(self, workers: int) -> None:
+        """Tell how many workers take part from here on."""
+        self.workers = workers
+        # An update by the mean of `quorum` deltas counts as one, so a buffer of all workers' deltas is shorter.
+        self._default_buffer_size = max(1, round(workers / self.quorum))
+        if isinstance(self.optimizer, DelayedNesterov):
+            self.optimizer.set_default_buffer_size(self._default_buffer_size)
+            self.optimizer.follow_workers(self._default_buffer_size)
 
     def set_round_length(self, local_steps: int) -> None:
         """Tell H, local steps per round of the fastest worker, from here on; an outer optimizer may go by it."""
@@ -255,7 +262,8 @@ class GlobalState:
         for parameter in self.parameters:
             _hash_state(digest, self.optimizer.state[parameter])
         for group in self.optimizer.param_groups:
-            digest.update(repr([(k, v) for k, v in sorted(group.items()) if k != "params"]).encode())
+            told = group.keys() - {"params"} - ({"buffer_size"} if getattr(self.optimizer, "left_open", ()) else set())
+            digest.update(repr([(k, group[k]) for k in sorted(told)]).encode())
         for state in self._chain.states:
             _hash_state(digest, state)
         return digest.hexdigest()
@@ -301,6 +309,7 @@ class GlobalState:
         check_tensors(self.layout, tensors)
         for slot, view in zip(self.layout.slots, self.layout.views(self.flat), strict=True):
             view.copy_(tensors[slot.name])
+        self.layout.clear_gaps(self.flat)  # of which the checksum is, too
         self._find_holes()
         differences = load_outer_optimizer(
             self.optimizer,

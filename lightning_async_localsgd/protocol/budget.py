@@ -36,6 +36,7 @@ class Budget:
         shared: whether the workers spend ``max_steps * workers`` together, the fast ones more of it.
         open_end: whether ``max_steps`` is only an estimate from the amount of data. No worker stops by an estimate;
             it serves planning alone.
+        spent: local steps of it that none of the workers has made: those of processes that are gone.
 
     References:
         Liu et al. 2024 (arXiv 2401.09135), Algorithm 4: a run ends when the sum of local updates reaches its budget.
@@ -45,6 +46,12 @@ class Budget:
     workers: int
     shared: bool = True
     open_end: bool = False
+    spent: int = 0
+
+    @property
+    def _left(self) -> int:
+        assert self.max_steps is not None
+        return self.max_steps * self.workers - self.spent
 
     def caps(
         self,
@@ -71,9 +78,9 @@ class Budget:
         if self.max_steps is None:
             return None
         if not self.shared:
-            return (self.max_steps,) * self.workers
-        least = reserved or [0] * self.workers
-        remaining = max(self.max_steps * self.workers - sum(steps), sum(least))
+            return (self.max_steps,) * len(steps)
+        least = reserved or [0] * len(steps)
+        remaining = max(self._left - sum(steps), sum(least))
         if final and not all(final):
             weights = [0 if ended else w for w, ended in zip(weights, final, strict=True)]
         shares = _allocate_at_least(remaining, weights, least)
@@ -83,7 +90,7 @@ class Budget:
         """Whether nothing of a shared budget is left to divide: it is spent, or reserved by those who will spend it."""
         if not self.shared or self.max_steps is None or self.open_end:
             return False
-        return sum(steps) + sum(reserved) >= self.max_steps * self.workers
+        return sum(steps) + sum(reserved) >= self._left
 
 
 def _allocate_at_least(amount: int, weights: Sequence[int], least: Sequence[int]) -> list[int]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, count
 from typing import NamedTuple, Protocol
 
+from lightning_async_localsgd.protocol.accounts import Accounts
 from lightning_async_localsgd.protocol.budget import Budget
 from lightning_async_localsgd.protocol.codec_choice import CodecChoice
 from lightning_async_localsgd.protocol.header import Flag, Header
+from lightning_async_localsgd.protocol.members import Member
 from lightning_async_localsgd.protocol.pace import make_pace
 from lightning_async_localsgd.protocol.progress import OuterUpdate, Progress, ReferenceTurn
 from lightning_async_localsgd.protocol.rules import Rules
@@ -90,6 +93,7 @@ class Ledger:
         budget: the budget of the run.
         progress: the progress at the start, zero or resumed.
         codec_choice: chooses the codec of each turn; None: nothing is written.
+        accounts: of workers that come and go; None: all are there from the beginning to the end.
     """
 
     def __init__(
@@ -99,11 +103,22 @@ class Ledger:
         budget: Budget,
         progress: Progress,
         codec_choice: CodecChoice | None = None,
+        accounts: Accounts | None = None,
     ) -> None:
+        self.accounts = accounts
+        """Of workers that come and go; None: all are there from the beginning to the end."""
         self._state = state
         self._rules = rules
         self._budget = budget
         self._pace = make_pace(rules.pace)
+        self._round_length = rules.round_length(budget.max_steps)
+        self._codec_choice = codec_choice
+        self._take_over(progress)
+        self.codec = "" if codec_choice is None else codec_choice.first()
+        """Name of the codec of the turn of now."""
+
+    def _take_over(self, progress: Progress) -> None:
+        self._progress = progress
         self.steps: Sequence[int] = progress.steps
         """Local steps of each worker, at its last header."""
         self._updates = progress.updates
@@ -112,13 +127,84 @@ class Ledger:
         self._dropped = list(progress.dropped)
         self._shard_samples = list(progress.shard_samples)
         self._reference_turn = progress.reference_turn
-        self._round_length = rules.round_length(budget.max_steps)
         self._local_steps = progress.local_steps
         self._fragment = progress.fragment
-        self._codec_choice = codec_choice
-        self.codec = "" if codec_choice is None else codec_choice.first()
-        """Name of the codec of the turn of now."""
-        state.set_round_length(self._local_steps)
+        self._state.set_round_length(self._local_steps)
+
+    @property
+    def _leader(self) -> int:
+        """The worker that the others adjust their rounds to."""
+        return 0 if self.accounts is None else self.accounts.leader
+
+    # ---- workers that come and go -----------------------------------------------------------------------------------
+
+    @property
+    def progress(self) -> Progress:
+        """Shared progress of now: after the latest turn, and the updates since then."""
+        return replace(
+            self._progress,
+            version=self._state.version,
+            updates=self._updates,
+            total_staleness=self._total_staleness,
+            max_staleness=self._max_staleness,
+            shard_samples=tuple(self._shard_samples),
+        )
+
+    @property
+    def budget(self) -> Budget:
+        """The budget of the run."""
+        return self._budget
+
+    def go_on_from(self, progress: Progress, budget: Budget) -> None:
+        """Go on from another worker's :attr:`progress`, whose accounts are those of here.
+
+        Args:
+            progress: of that worker.
+            budget: of the run.
+        """
+        self._budget = budget
+        self._round_length = self._rules.round_length(budget.max_steps)
+        self._take_over(progress)
+        self.codec = progress.codec
+
+    def meet(self, members: Sequence[Member]) -> Progress:
+        """These members are there from now on; returns the shared progress.
+
+        Whoever has come has no share of the budget before the next turn. Steps that were not applied of those who are
+        gone are left to the others.
+        """
+        assert self.accounts is not None
+        known = [(worker.name, worker.incarnation) for worker in self.accounts.workers]
+        self.accounts.meet(members)
+        self._budget = replace(self._budget, spent=self.accounts.former_steps)
+        now = self.progress
+        steps, caps, speeds = list(now.steps), list(now.caps or now.steps), list(now.speeds)
+        round_steps, dropped = list(now.round_steps), list(now.dropped)
+        for i, worker in enumerate(self.accounts.workers):
+            if i == len(known):
+                known.append(("", ""))
+                speeds.append(0.0)
+                for counts in (steps, caps, round_steps, dropped):
+                    counts.append(0)
+            back = worker.present and round_steps[i] == 0
+            if back or not worker.present or known[i] != (worker.name, worker.incarnation):
+                steps[i] = caps[i] = worker.applied_steps
+                speeds[i] = 0.0
+                round_steps[i] = self._local_steps if worker.present else 0
+        progress = replace(
+            now,
+            steps=tuple(steps),
+            speeds=tuple(speeds),
+            caps=None if now.caps is None else tuple(caps),
+            round_steps=tuple(round_steps),
+            dropped=tuple(dropped),
+            former_steps=self._budget.spent,
+            over=False,
+        )
+        self._take_over(progress)
+        return progress
+
+    # ---- turns ------------------------------------------------------------------------------------------------------
 
     def due(self, headers: Sequence[Header]) -> list[Group]:
         """The deltas to apply in this turn, in rank order: each group makes one outer update of a fragment.
@@ -159,7 +245,8 @@ class Ledger:
         none_to_come = Flag.DELTA | Flag.FINAL
         if not self._budget.exhausted([h.steps for h in headers], self._reserved(headers)):
             none_to_come |= Flag.IDLE  # these push their remaining steps at the end of the run
-        return deltas >= self._rules.quorum or all(h.flags & none_to_come for h in headers)
+        quorum = self._rules.quorum if self.accounts is None else min(self._rules.quorum, sum(self.accounts.present))
+        return deltas >= quorum or all(h.flags & none_to_come for h in headers)
 
     def apply(self, group: Group, norm: float | None = None, alignment: float | None = None) -> list[OuterUpdate]:
         """Make one outer update of a group's accepted deltas, whose sum is in the state's pseudo-gradient.
@@ -176,8 +263,10 @@ class Ledger:
         self._updates += len(deltas)
         self._total_staleness += sum(arrival.staleness for _, arrival, _ in deltas)
         self._max_staleness = max(self._max_staleness, *(arrival.staleness for _, arrival, _ in deltas))
-        for header, _, _ in deltas:
+        for header, _, accepted in deltas:
             self._shard_samples[header.shard] += header.round_samples
+            if self.accounts is not None:
+                self.accounts.settle(header, accepted)
         return [
             OuterUpdate(
                 version=min(version + i, self._state.version),
@@ -211,16 +300,18 @@ class Ledger:
         dropped = [header.worker for header in headers if Flag.DROPPED in header.flags]
         for worker in dropped:
             self._dropped[worker] += 1
+            if self.accounts is not None:
+                self.accounts.settle(headers[worker], accepted=False)
         if applied:
             self._fragment = (applied[0].fragment + 1) % len(self._state.fragments)
         for header in applied:
-            if header.worker == 0:
+            if header.worker == self._leader:
                 self._reference_turn = ReferenceTurn(header.round, tuple(h.worker for h in applied))
         self.steps = tuple(h.steps for h in headers)
         speeds = tuple(h.speed for h in headers)
         self._local_steps = self._round_length.next(
             self._local_steps,
-            sum(self.steps) // len(self.steps),
+            sum(self.steps) // self._budget.workers,
             speeds,
             [h.exchange_seconds for h in headers],
             [h.exchange_cost for h in headers],
@@ -228,9 +319,12 @@ class Ledger:
         self._state.set_round_length(self._local_steps)
         self._choose_codec(headers)
         round_steps = self._pace.steps(speeds, self._local_steps)
+        if self.accounts is not None:
+            present = self.accounts.present
+            round_steps = [steps if there else 0 for steps, there in zip(round_steps, present, strict=True)]
         reserved = self._reserved(headers)
         final = [Flag.FINAL in h.flags for h in headers]
-        return Progress(
+        self._progress = Progress(
             version=self._state.version,
             steps=self.steps,
             speeds=speeds,
@@ -249,9 +343,11 @@ class Ledger:
             total_staleness=self._total_staleness,
             max_staleness=self._max_staleness,
             dropped=tuple(self._dropped),
+            former_steps=self._budget.spent,
             bytes_sent=bytes_sent,
             bytes_received=bytes_received,
         )
+        return self._progress
 
     def _choose_codec(self, headers: Sequence[Header]) -> None:
         if self._codec_choice is not None:

@@ -77,8 +77,15 @@ class Progress:
     total_staleness: int = 0
     max_staleness: int = 0
     dropped: tuple[int, ...] = ()
+    former_steps: int = 0
+    """Local steps, applied, of processes that are gone and in whose place others have come."""
     bytes_sent: int = 0
     bytes_received: int = 0
+
+    @property
+    def total_steps(self) -> int:
+        """Local steps of all workers together, at their last headers."""
+        return sum(self.steps) + self.former_steps
 
     @classmethod
     def at_start(cls, workers: int, local_steps: int) -> Progress:

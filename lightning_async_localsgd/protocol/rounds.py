@@ -300,7 +300,7 @@ class Rounds:
         if self._lockstep:
             return self._reach(self.local_steps - self._ahead)
         estimate = estimate_total(progress.steps, progress.round_steps, self.rank, self.local_steps)
-        return self._reach(estimate // self._size)
+        return self._reach((estimate + progress.former_steps) // self._size)
 
     def steps_made(self, progress: Progress) -> tuple[int, ...]:
         """Local steps of each worker: the count at the latest exchange, and an estimate by its pace since then."""
@@ -310,7 +310,7 @@ class Rounds:
 
     def final_job_steps(self, progress: Progress) -> int:
         """:meth:`job_steps` after all workers have ended, without an estimate."""
-        return self._reach(sum(progress.steps) // self._size)
+        return self._reach(progress.total_steps // self._size)
 
     def _reach(self, job_steps: int) -> int:
         if self._max_steps is not None:
