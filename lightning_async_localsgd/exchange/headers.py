@@ -39,6 +39,7 @@ class HeaderExchange:
         ready: whether all workers tell that they are ready before they write their headers (``overlap``).
         trails: whether this worker answers early.
         fragments: number of fragments of the model.
+        shards: number of shards of the data; None: as many as workers.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class HeaderExchange:
         ready: bool,
         trails: bool,
         fragments: int = 1,
+        shards: int | None = None,
     ) -> None:
         self._transport = transport
         self._roster = roster
@@ -58,13 +60,14 @@ class HeaderExchange:
         self._ready = ready
         self._trails = trails
         self._fragments = fragments
+        self._shards = roster.size if shards is None else shards
         self._steps = [-1] * roster.size
         self._advanced = [time.monotonic()] * roster.size
         self._checksums: dict[int, int] = {}  # of the latest two versions at which a header was written
         self._lock = threading.Lock()  # guards what follows, for the bell's thread
         self._rung = -1
         self._trading: int | None = None  # the turn whose sums are on their way
-        self._latest = Header(roster.rank, -1)
+        self._latest = Header(roster.number, -1)
         self._early: Header | None = None
         self._over = False  # no turn follows
 
@@ -171,8 +174,8 @@ class HeaderExchange:
         name = self._roster.name(worker)
         if Flag.ABORT in other.flags and worker != self._roster.rank:
             raise PeerAbortedError(abort_reason(other.message))
-        in_range = other.shard < self._roster.size and other.fragment < self._fragments
-        if (other.worker, other.turn) != (worker, own.turn) or not in_range:
+        in_range = other.shard < self._shards and other.fragment < self._fragments
+        if (other.worker, other.turn) != (self._roster.numbers[worker], own.turn) or not in_range:
             raise PeerLostError(f"{name} is out of step: it is in turn {other.turn}, this worker in {own.turn}.")
         if self._checksums.get(other.version) != other.checksum:
             raise ReplicaDivergedError(

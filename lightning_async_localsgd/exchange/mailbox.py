@@ -14,13 +14,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lightning_async_localsgd.exchange.failure import Failure
+from lightning_async_localsgd.exchange.standing import Standing
 from lightning_async_localsgd.outer import Unsendable
 from lightning_async_localsgd.protocol.header import Flag, encode_message
 from lightning_async_localsgd.protocol.messages import Abort, Cut, Message
 from lightning_async_localsgd.protocol.progress import OuterUpdate, Progress
 from lightning_async_localsgd.protocol.turn import PushedRound, may_push
 
-__all__ = ["Adoption", "Live", "Mailbox", "Push", "Standing"]
+__all__ = ["Adoption", "Live", "Mailbox", "Push"]
 
 _REASON_LENGTH = 900  # characters; a header has room for that many of four bytes each
 _UPDATES_KEPT = 4096  # outer updates that nobody has asked for yet; older ones are forgotten
@@ -73,63 +74,6 @@ class Live(NamedTuple):
     message: Message | None
 
 
-class Standing:
-    """How far the training thread is, told at every step without a lock: it assigns single references."""
-
-    def __init__(self) -> None:
-        self._now: tuple[int, int | None, float, float] = (0, None, 0.0, 0.0)
-        self._limits: tuple[float, ...] = ()
-        """The number of local steps at which to wait for the outcome of each turn under way. An early answer belongs to
-        a second turn."""
-
-    def report(self, steps: int, speed: float, hold_open_seconds: float, reserve: int | None = None) -> None:
-        """Tell how far the worker is, which rides on the next header.
-
-        Args:
-            steps: local steps so far.
-            speed: local steps per second.
-            hold_open_seconds: time for which a turn that opens now is worth holding open for this worker's next push.
-            reserve: further local steps to make while a turn that opens now is under way; None: any number.
-        """
-        self._now = (steps, reserve, speed, hold_open_seconds)
-
-    def may_begin_step(self) -> bool:
-        """Whether to make another step now; else the outcome of a turn under way is to be waited for.
-
-        To be called after the report of the step before.
-        """
-        return self._now[0] < min(self._limits, default=math.inf)
-
-    @property
-    def hold_open_seconds(self) -> float:
-        """See :meth:`report`."""
-        return self._now[3]
-
-    def take(self, share_ends: int | None) -> tuple[int, int, float]:
-        """For a header: local steps, further ones that are reserved (0: any number), and local steps per second.
-
-        As :meth:`turn_is_over`, with the condition of the mailbox held.
-
-        Args:
-            share_ends: local steps at which this worker's share of the budget ends, as of the latest turn, which its
-                report may not know yet; None: it has no share.
-        """
-        before = self._limits
-        while True:
-            now = self._now
-            steps, reserve, speed, _ = now
-            limit = min(math.inf if reserve is None else steps + reserve, *before, math.inf)
-            if reserve is not None and share_ends is not None:
-                limit = max(steps, min(limit, share_ends))  # a resumed worker may have passed the end of its share
-            self._limits = (*before, limit)
-            if self._now is now:  # else steps may have been made that did not know of the limit
-                return steps, 0 if reserve is None else int(limit) - steps, speed
-
-    def turn_is_over(self) -> None:
-        """The turn's outcome is published."""
-        self._limits = self._limits[1:]
-
-
 class Mailbox:
     """Everything that crosses between the two threads of a worker, guarded by one condition variable.
 
@@ -160,7 +104,8 @@ class Mailbox:
         self._extending = False  # the training thread has taken its push back to add steps to it
         self._adoption: Adoption | None = None
         self._progress = progress
-        self._worker = worker
+        self.worker = worker
+        """Number of the worker in the run."""
         self._updates: deque[OuterUpdate] = deque(maxlen=_UPDATES_KEPT)
         self._news = False  # the training thread said something that the others should hear of now
         self._push_wanted = False  # the exchange thread holds a turn open
@@ -213,21 +158,22 @@ class Mailbox:
             self._news = True
             self._condition.notify_all()
 
-    def send(self, message: Message) -> None:
+    def send(self, message: Message, again: bool = False) -> None:
         """Send a message to all workers, this one included; it rides on the next header, one message on each.
+
+        Sent ``again`` if its header has come to nothing, it goes before all others.
 
         Raises:
             ValueError: if it is too long.
         """
         encode_message(message)
         with self._condition:
-            self._outbox.append(message)
-            self._news = True
-            self._condition.notify_all()
+            self._outbox.insert(0 if again else len(self._outbox), message)
+        self.announce()
 
     @property
     def cut(self) -> Cut | None:
-        """What some worker asked all to do at the end of the latest turn; no other begins before :meth:`release`."""
+        """What all are to do at the end of the latest turn; no other begins before :meth:`release`."""
         return self._cut
 
     def release(self) -> None:
@@ -385,7 +331,7 @@ class Mailbox:
         self._news = bool(self._outbox)
         flags = self._flags & ~Flag.FINAL if self._outbox or self._push is not None else self._flags
         caps = self._progress.caps
-        steps, reserved, speed = self.standing.take(None if caps is None else caps[self._worker])
+        steps, reserved, speed = self.standing.take(None if caps is None else caps[self.worker])
         return Live(steps, reserved, speed, flags, message)
 
     def publish(
@@ -418,7 +364,7 @@ class Mailbox:
     def hear(self, turn: int) -> None:
         """Called by the bell's listener: some worker opened ``turn``."""
         with self._condition:
-            self._rung = turn
+            self._rung = max(self._rung, turn)
             self._condition.notify_all()
 
     def fail(self, error: BaseException) -> BaseException:

@@ -162,6 +162,7 @@ class Reduce:
 
     def sums(self, groups: Sequence[Sequence[int]], own: Tensor | None, codec: Codec) -> Iterator[None]:
         """See :meth:`Trade.sums`."""
+        self._vector.feedback.begin_turn()
         pieces = [self._vector.pieces(span, codec, message_elements(span, codec)) for span in self._slices]
         for group in groups:
             with record_function("async_localsgd::exchange"):
@@ -296,6 +297,7 @@ class Gather:
 
     def sums(self, groups: Sequence[Sequence[int]], own: Tensor | None, codec: Codec) -> Iterator[None]:
         """See :meth:`Trade.sums`."""
+        self._vector.feedback.begin_turn()
         first, *rest = self._vector.pieces(Span(0, self._vector.target.numel()), codec)
         ahead = deque(self._post(worker, first, own, in_place=False) for group in groups for worker in group)
         for group in groups:

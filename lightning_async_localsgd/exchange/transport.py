@@ -1,8 +1,9 @@
-"""Transport: bytes between workers, straight from each worker to each other one over gloo."""
+"""Transport: bytes between workers, straight from each worker to each other one; over gloo."""
 
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -21,7 +22,7 @@ from lightning_async_localsgd.membership import Roster
 from lightning_async_localsgd.membership.address import INTERFACE_VARIABLE, make_gloo_group
 from lightning_async_localsgd.membership.sockets import recorded_sockets
 
-__all__ = ["Channel", "GlooTransport", "Transport", "Wait"]
+__all__ = ["Channel", "GlooTransport", "Messages", "Transport", "Wait"]
 
 Wait = Callable[[], None]
 """A function that waits until a transfer is complete.
@@ -106,59 +107,31 @@ class Transport(Protocol):
         """Give up the connections."""
 
 
-class GlooTransport:
-    """Point-to-point messages over a gloo group of its own.
+class Messages(ABC):
+    """What a transport does with messages, whatever moves them.
 
     Every wait is a wait for one named peer, so that a failure says who: a collective algorithm would blame whichever
     neighbour its ring or tree happens to have.
 
     Args:
-        store: the job's store, for gloo to meet.
         roster: who takes part.
-        timeout: how long a peer may take to answer.
-
-    Raises:
-        PeerLostError: if the workers cannot connect to each other within ``timeout``.
     """
 
-    def __init__(self, store: Store, roster: Roster, timeout: timedelta) -> None:
+    def __init__(self, roster: Roster) -> None:
         self._roster = roster
-        self._timeout = timeout
-        with recorded_sockets() as self._sockets:
-            self._group: Any = self._connect(PrefixStore("outer", store))
-        self._sockets.watch(timeout)
         self._peers = [r for r in range(roster.size) if r != roster.rank]
         self._trailing: frozenset[int] = frozenset()
         self._late: deque[list[Wait]] = deque([[]])  # what was sent to peers that trail, by turn
         self.bytes_sent = 0
         self.bytes_received = 0
 
-    def _connect(self, store: Store) -> Any:  # torch's stubs know nothing of the group's point-to-point methods
-        """Connect to all peers; on a thread of its own, for gloo waits without an end for one that fails to."""
-        connected: Future[Any] = Future()
+    @abstractmethod
+    def _begin_to_send(self, wire: Tensor, peer: int, channel: Channel) -> Wait:
+        """Begin to send ``wire`` to a peer."""
 
-        def connect() -> None:
-            try:
-                address = self._roster.addresses[self._roster.rank]
-                group = make_gloo_group(store, self._roster.rank, self._roster.size, self._timeout, address)
-                connected.set_result(group)
-            except Exception as error:
-                connected.set_exception(error)
-
-        threading.Thread(target=connect, name="async-localsgd-connect", daemon=True).start()
-        try:
-            return connected.result(self._timeout.total_seconds())
-        except (RuntimeError, FutureTimeoutError) as error:
-            listening = (
-                f"{self._roster.name(worker)} at {address or f'what {INTERFACE_VARIABLE} or its host name says'}"
-                for worker, address in enumerate(self._roster.addresses)
-            )
-            raise PeerLostError(
-                f"The workers could not connect to each other. They listen: {', '.join(listening)}. If these are not "
-                f"the addresses that reach them from the other hosts, set {INTERFACE_VARIABLE} on every host to the "
-                "network interface that does (`ip addr` lists them). If they are, let TCP connections through the "
-                "firewall between the hosts, to any port."
-            ) from error
+    @abstractmethod
+    def _begin_to_receive(self, wire: Tensor, peer: int, channel: Channel) -> Wait:
+        """Begin to receive ``wire`` from a peer."""
 
     def gather(self, data: bytes) -> list[bytes]:
         """See :meth:`Transport.gather`."""
@@ -205,7 +178,7 @@ class GlooTransport:
     def send(self, wire: Tensor, peer: int, channel: Channel) -> Wait:
         """See :meth:`Transport.send`."""
         self.bytes_sent += wire.numel()
-        wait = self._start("send", wire, peer, channel)
+        wait = self._begin_to_send(wire, peer, channel)
         if peer not in self._trailing:
             return wait
         self._late[-1].append(wait)
@@ -214,7 +187,7 @@ class GlooTransport:
     def receive(self, wire: Tensor, peer: int, channel: Channel) -> Wait:
         """See :meth:`Transport.receive`."""
         self.bytes_received += wire.numel()
-        return self._start("recv", wire, peer, channel)
+        return self._begin_to_receive(wire, peer, channel)
 
     def broadcast(self, chunk: Tensor, root: int) -> Wait:
         """See :meth:`Transport.broadcast`."""
@@ -234,6 +207,53 @@ class GlooTransport:
             waits = [self.send(torch.zeros(1, dtype=torch.uint8), root, Channel.RECEIPT)]
         return partial(_wait_for_all, waits)
 
+
+class GlooTransport(Messages):
+    """Point-to-point messages over a gloo group of its own.
+
+    Args:
+        store: the job's store, for gloo to meet.
+        roster: who takes part.
+        timeout: how long a peer may take to answer.
+
+    Raises:
+        PeerLostError: if the workers cannot connect to each other within ``timeout``.
+    """
+
+    def __init__(self, store: Store, roster: Roster, timeout: timedelta) -> None:
+        super().__init__(roster)
+        self._timeout = timeout
+        with recorded_sockets() as self._sockets:
+            self._group: Any = self._connect(PrefixStore("outer", store))
+        self._sockets.watch(timeout)
+
+    def _connect(self, store: Store) -> Any:  # torch's stubs know nothing of the group's point-to-point methods
+        """Connect to all peers; on a thread of its own, for gloo waits without an end for one that fails to."""
+        connected: Future[Any] = Future()
+
+        def connect() -> None:
+            try:
+                address = self._roster.addresses[self._roster.rank]
+                group = make_gloo_group(store, self._roster.rank, self._roster.size, self._timeout, address)
+                connected.set_result(group)
+            except Exception as error:
+                connected.set_exception(error)
+
+        threading.Thread(target=connect, name="async-localsgd-connect", daemon=True).start()
+        try:
+            return connected.result(self._timeout.total_seconds())
+        except (RuntimeError, FutureTimeoutError) as error:
+            listening = (
+                f"{self._roster.name(worker)} at {address or f'what {INTERFACE_VARIABLE} or its host name says'}"
+                for worker, address in enumerate(self._roster.addresses)
+            )
+            raise PeerLostError(
+                f"The workers could not connect to each other. They listen: {', '.join(listening)}. If these are not "
+                f"the addresses that reach them from the other hosts, set {INTERFACE_VARIABLE} on every host to the "
+                "network interface that does (`ip addr` lists them). If they are, let TCP connections through the "
+                "firewall between the hosts, to any port."
+            ) from error
+
     def interrupt(self) -> None:
         """See :meth:`Transport.interrupt`."""
         self._sockets.shut_down()
@@ -241,6 +261,12 @@ class GlooTransport:
     def close(self) -> None:
         """See :meth:`Transport.close`."""
         self._group = None
+
+    def _begin_to_send(self, wire: Tensor, peer: int, channel: Channel) -> Wait:
+        return self._start("send", wire, peer, channel)
+
+    def _begin_to_receive(self, wire: Tensor, peer: int, channel: Channel) -> Wait:
+        return self._start("recv", wire, peer, channel)
 
     def _start(self, operation: str, wire: Tensor, peer: int, channel: Channel) -> Wait:
         try:

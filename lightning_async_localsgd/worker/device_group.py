@@ -204,7 +204,7 @@ class FirstRank(Worker):
 
     @property
     def _all_fragments(self) -> set[int]:
-        return set(range(self._settings.fragments))
+        return set(range(self.settings.fragments))
 
     def _adopted(self, adoption: Adoption) -> None:
         self._changed |= self._all_fragments if adoption.restart else {adoption.fragment}

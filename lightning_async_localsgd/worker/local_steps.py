@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from lightning_async_localsgd.exchange import ExchangeThread, Mailbox
+from lightning_async_localsgd.exchange import Exchange, Mailbox
 from lightning_async_localsgd.protocol.header import Flag
 from lightning_async_localsgd.protocol.machine import Action, Extend, Machine, Push, Reason, Train, Wait
 from lightning_async_localsgd.protocol.progress import Progress
@@ -53,7 +53,7 @@ class LocalSteps:
         self._decided_on = mailbox.progress
         self._pauses = 0
 
-    def begin(self, exchange: ExchangeThread) -> None:
+    def begin(self, exchange: Exchange) -> None:
         """Start the exchange thread, and with it the first local step."""
         progress = self._mailbox.progress
         self.trip.report()  # a turn may open before this worker's first step has ended

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_async_localsgd.codecs import ErrorFeedback
-from lightning_async_localsgd.exchange import ExchangeThread, Mailbox
+from lightning_async_localsgd.exchange import Exchange, Mailbox
 from lightning_async_localsgd.outer import GlobalModel
 from lightning_async_localsgd.protocol.budget import Budget
 from lightning_async_localsgd.protocol.progress import Progress, ReferenceTurn
@@ -74,7 +74,7 @@ class SavedState:
         self._has_others_copies = False  # inner optimizers were loaded from another worker's
         self._round: Mapping[str, Any] | None = None  # to go on with
         self._mailbox: Mailbox
-        self._exchange: ExchangeThread
+        self._exchange: Exchange
         self._trip: RoundTrip
 
     # ---- going on ---------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ class SavedState:
         caps, exhausted = budget.caps(steps, round_steps), budget.exhausted(steps)
         return replace(self.progress, caps=caps, exhausted=exhausted, stop=False, over=False)
 
-    def begin(self, mailbox: Mailbox, exchange: ExchangeThread, trip: RoundTrip) -> None:
+    def begin(self, mailbox: Mailbox, exchange: Exchange, trip: RoundTrip) -> None:
         """Go on with the saved round, if there is one. From here on the state can be saved.
 
         Args:

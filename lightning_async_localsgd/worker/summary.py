@@ -47,7 +47,7 @@ class RunSummary:
         """The summary of a run whose shared progress is this."""
         return cls(
             version=progress.version,
-            total_local_steps=sum(progress.steps),
+            total_local_steps=progress.total_steps,
             local_steps=progress.steps,
             mean_staleness=progress.total_staleness / max(1, progress.updates),
             max_staleness=progress.max_staleness,

@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import Store
 from torch.optim import Optimizer
 
-from lightning_async_localsgd.exchange import Adoption, ExchangeThread, Mailbox
+from lightning_async_localsgd.exchange import ExchangeThread, Mailbox
 from lightning_async_localsgd.protocol.budget import Budget
-from lightning_async_localsgd.protocol.header import Flag
-from lightning_async_localsgd.protocol.machine import Reason
-from lightning_async_localsgd.protocol.messages import Cut, Message
-from lightning_async_localsgd.protocol.progress import OuterUpdate, Progress
-from lightning_async_localsgd.protocol.rounds import Rounds
 from lightning_async_localsgd.settings import Settings
+from lightning_async_localsgd.worker.base import BaseWorker
 from lightning_async_localsgd.worker.connections import Connections
-from lightning_async_localsgd.worker.dropped_deltas import Drops
-from lightning_async_localsgd.worker.global_view import GlobalView
-from lightning_async_localsgd.worker.local_steps import LocalSteps
-from lightning_async_localsgd.worker.model import WorkerModel
-from lightning_async_localsgd.worker.round_trip import RoundTrip
-from lightning_async_localsgd.worker.saved_state import SavedState
-from lightning_async_localsgd.worker.summary import RunSummary
 
 __all__ = ["Worker"]
 
 
-class Worker:
+class Worker(BaseWorker):
     """One replica of a module in an asynchronous Local-SGD run. Needs neither Lightning nor a default process group.
 
     The training thread owns the module and this object. Between :meth:`start` and :meth:`finish` it calls
@@ -72,260 +60,23 @@ class Worker:
         fingerprint: Mapping[str, Any] | None = None,
     ) -> None:
         settings.check_workers(size)
-        self.rank = rank
-        self.size = size
-        self.on_cut: Callable[[Cut], None] | None = None
-        """Called on the training thread when the exchange stands still for a checkpoint; see :meth:`cut`."""
-        self.on_progress: Callable[[], None] | None = None
-        """Called on the training thread after each turn that it waits for: there may be messages to handle."""
-        self._settings = settings
-        model = self._model = WorkerModel(module, optimizers, size, settings)
-        self._replica, self._state = model.replica, model.state
-        self._connections = Connections(store, rank, size, model.layout, settings, fingerprint or {})
-        model.take_from_leader(self._connections)
-        self._trades = self._connections.make_trades(self._state, model.feedbacks)
-        self._rounds = Rounds(rank, size, settings)
-        self.saved_state = SavedState(rank, size, settings, self._rounds, self._replica, self._state, model.feedbacks)
-        """What checkpoints hold of this worker, and what it goes on from."""
-        self._measure_updates = False
-        self._exchange: ExchangeThread | None = None  # until the start
-
-    # ---- the run ----------------------------------------------------------------------------------------------------
+        self._make_model(module, optimizers, size, settings)
+        self._connections = Connections(store, rank, size, self._model.layout, settings, fingerprint or {})
+        self._model.take_from_leader(self._connections)
+        self._trades = self._connections.make_trades(self._state, self._model.feedbacks)
+        self._take_rank(rank, size)
 
     def start(self, max_steps: int | None = None, open_end: bool = False) -> None:
-        """Start the exchange thread and the first round.
-
-        Args:
-            max_steps: local steps per worker; with ``budget="shared"`` all workers together make ``max_steps * size``,
-                the fast ones more of it. None: until :meth:`step` is no longer called.
-            open_end: ``max_steps`` is only what is expected, of epochs for instance: :meth:`step` does not end the run.
-        """
-        budget = Budget(max_steps, self.size, self._settings.shares_budget(self.size), open_end)
+        """See :meth:`BaseWorker.start`."""
+        budget = Budget(max_steps, self.size, self.settings.shares_budget(self.size), open_end)
         progress = self.saved_state.start(budget)
         self._rounds.start(progress, max_steps, open_end)
-        mailbox = self._mailbox = Mailbox(progress, self.rank)
-        mailbox.measure_updates = self._measure_updates
-        self._replica.begin(self._state.flat)
-        links = self._connections
-        exchange = self._exchange = ExchangeThread(
-            mailbox, self._state, self._trades, links.transport, links.store, links.roster, self._settings, budget
+        mailbox, links = Mailbox(progress, self.rank), self._connections
+        exchange = ExchangeThread(
+            mailbox, self._state, self._trades, links.transport, links.store, links.roster, self.settings, budget
         )
-        drops = Drops(links.roster.name(self.rank), self._model.layout)
-        trip = RoundTrip(self.rank, self._settings, self._rounds, self._replica, mailbox, drops, self._adopted)
-        self._global = GlobalView(self._state, self._replica, mailbox, trip)
-        self.saved_state.begin(mailbox, exchange, trip)
-        self._steps = LocalSteps(self._settings, self._rounds, self._replica, mailbox, trip, self._after_wait)
-        self._steps.begin(exchange)
+        self._begin(mailbox, exchange, links.roster.name(self.rank))
 
-    def step(self, samples: int = 0) -> bool:
-        """Count one local step; push, adopt or wait where it is time to. Call it after each step of the optimizer.
-
-        Args:
-            samples: samples this worker learned in this step: a whole number from 0 to 2^32.
-
-        Returns:
-            Whether to go on training. Once False, call :meth:`finish`.
-
-        Raises:
-            TypeError: if ``samples`` is not a number.
-            ValueError: if it is not a whole one, or outside its range.
-            AsyncLocalSGDError: if the exchange has failed, on this worker or another.
-        """
-        self._steps.count(samples)
-        self._global.handle_cut(self._save)
-        return self._steps.go_on()
-
-    def _adopted(self, adoption: Adoption) -> None:
-        """Called after each adoption."""
-
-    def _after_wait(self, reason: Reason) -> None:
-        self._global.handle_cut(self._save)
-        if self.on_progress is not None and reason not in (Reason.ADOPTION, Reason.LAST_ADOPTION):
-            self.on_progress()
-
-    def _save(self, what: Cut) -> None:
-        if self.on_cut is not None:
-            with self.paused():
-                self.on_cut(what)
-
-    def finish(self, stop: bool = False) -> RunSummary:
-        """End this worker's part: push what it has not pushed, wait for the others, take the final global parameters.
-
-        Args:
-            stop: ask all other workers to end their training as well.
-
-        Returns:
-            The run in numbers.
-
-        Raises:
-            AsyncLocalSGDError: if the exchange fails before the end.
-        """
-        assert self._exchange is not None
-        if stop:
-            self._mailbox.flag(Flag.STOP)
-        self._steps.finish()
-        self._exchange.join(self._settings.timeout.total_seconds())
+    def _become_global(self) -> None:
         self._model.become_global(self._connections)
         self._connections.close()
-        return self.summary(digest=self._state.digest())
-
-    def abort(self, error: BaseException) -> None:
-        """Leave because of ``error``; the other workers are told and stop too."""
-        if self._exchange is not None:
-            self._exchange.abort(error)
-
-    def paused(self) -> AbstractContextManager[None]:
-        """Do something other than training (validation, a checkpoint) that is not to count in this worker's speed."""
-        return self._steps.paused()
-
-    def pause(self) -> None:
-        """Begin a pause; see :meth:`paused`. There can be one within another."""
-        self._steps.pause()
-
-    def resume(self) -> None:
-        """End a pause."""
-        self._steps.resume()
-
-    def watch(self, optimizers: Sequence[Optimizer]) -> None:
-        """From now on these are the inner optimizers."""
-        self._replica.watch(optimizers)
-
-    # ---- what the run looks like ------------------------------------------------------------------------------------
-
-    @property
-    def _progress(self) -> Progress:
-        """Shared progress, as of the latest exchange."""
-        return self._mailbox.progress if self._exchange is not None else self.saved_state.progress
-
-    @property
-    def version(self) -> int:
-        """Version of the global parameters that this worker has adopted."""
-        return self._steps.trip.version if self._exchange is not None else self.saved_state.version
-
-    @property
-    def local_steps(self) -> int:
-        """Local steps this worker has made in this run."""
-        return self._rounds.local_steps
-
-    @property
-    def steps_made(self) -> tuple[int, ...]:
-        """Local steps of each worker, as far as this one knew with its latest step."""
-        return self._steps.steps_made if self._exchange is not None else ()
-
-    @property
-    def round(self) -> int:
-        """Number of pushes of this worker: without fragments, of rounds."""
-        return self._rounds.round
-
-    @property
-    def shard(self) -> int:
-        """The data shard of this worker's current round: its own at first, then drawn by progress (Eq. 2)."""
-        return self._rounds.shard
-
-    @property
-    def job_steps(self) -> int:
-        """Steps of the job: local steps of all workers over their number, rounded down. Never goes back.
-
-        Between two exchanges the others are taken to advance at their pace. Learning-rate schedules count these.
-        """
-        return self._rounds.job_steps(self._progress)
-
-    @property
-    def budget_spent(self) -> bool:
-        """Whether no step is left for this worker, as of the latest exchange: in a run that goes on, at its start."""
-        return self._rounds.budget_spent(self._progress)
-
-    @property
-    def stop_requested(self) -> bool:
-        """Whether some worker has asked all to end their training."""
-        return self._progress.stop
-
-    @property
-    def speeds(self) -> tuple[float, ...]:
-        """Local steps per second of each worker, as of the latest exchange; 0 while unknown."""
-        return self._progress.speeds
-
-    @property
-    def pace_share(self) -> float:
-        """This worker's share of the pace of all, as of the latest exchange."""
-        return self._progress.round_steps[self.rank] / sum(self._progress.round_steps)
-
-    @property
-    def alignment(self) -> float:
-        """Cosine between worker 0's latest delta and the outer momentum, about; known on worker 0 alone, else NaN."""
-        return self._mailbox.alignment
-
-    @property
-    def exchanged_at(self) -> float:
-        """When the latest exchange was, which :meth:`summary` is as of, in seconds of the monotonic clock."""
-        return self._mailbox.published_at
-
-    def summary(self, digest: str = "") -> RunSummary:
-        """The run in numbers, as of the latest exchange."""
-        return RunSummary.of(self._progress, self._steps.blocked_seconds, digest)
-
-    def measure_updates(self) -> None:
-        """Compute every outer update's ``norm`` and ``alignment`` from now on, on the exchange thread."""
-        self._measure_updates = True
-        if self._exchange is not None:
-            self._mailbox.measure_updates = True
-
-    def take_updates(self) -> list[OuterUpdate]:
-        """The outer updates since the last call, oldest first (at most 4096: older ones are forgotten)."""
-        return self._mailbox.take_updates()
-
-    # ---- messages and decisions -------------------------------------------------------------------------------------
-
-    def send(self, message: Message) -> None:
-        """Send a message to all workers, this one included. It comes with the next exchange, which begins now.
-
-        Raises:
-            ValueError: if it is longer than a header has room for, about 4 KB.
-        """
-        self._mailbox.send(message)
-
-    def take_messages(self) -> list[tuple[int, Message]]:
-        """Messages since the last call, as pairs of sender and message, in the same order on every worker."""
-        return self._mailbox.take_messages()
-
-    def agree(self, decision: bool) -> bool:
-        """A decision that all processes of the worker are to make alike: that of its first."""
-        return decision
-
-    def gather_from_devices(self) -> list[Tensor]:
-        """What the other processes of this worker, if there are any, have to save of their own: bytes of each."""
-        return []
-
-    # ---- the global model -------------------------------------------------------------------------------------------
-
-    def global_tensors(self) -> dict[str, Tensor]:
-        """Copies of the global parameters and buffers of now, by name, on the CPU."""
-        return self._global.tensors()
-
-    def swap_in_global(self, for_cut: bool = False) -> None:
-        """Put the global parameters and buffers of now into the module, until :meth:`swap_in_local`.
-
-        Args:
-            for_cut: they become those of the next :meth:`cut`.
-        """
-        self._global.swap_in(for_cut)
-
-    def swap_in_local(self) -> None:
-        """Put this worker's own parameters back, bit for bit."""
-        self._replica.swap_in_local()
-
-    @property
-    def global_swapped_in(self) -> bool:
-        """Whether the module holds the global parameters, and this worker its own."""
-        return self._replica.global_swapped_in
-
-    def cut(self, what: Cut) -> AbstractContextManager[None]:
-        """Have the exchange stand still between two turns, on all workers, so that all can save the same moment.
-
-        On the other workers ``on_cut(what)`` is called at the end of their current step; here the body of the ``with``
-        runs at once. Each worker's exchange goes on when its own is done; their training does not wait for it.
-
-        Args:
-            what: what the others are to do.
-        """
-        return self._global.hold(what)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lightning_async_localsgd import PeerLostError, RunSummary, Settings, Worker
-from lightning_async_localsgd.exchange.mailbox import Standing
+from lightning_async_localsgd.exchange.standing import Standing
 from lightning_async_localsgd.exchange.transport import GlooTransport
 from lightning_async_localsgd.protocol.header import HEADER_BYTES, Header
 from lightning_async_localsgd.protocol.pace import DynamicLocalUpdates
