@@ -18,6 +18,7 @@ from lightning_async_localsgd.version import __version__
 # imported when it is first used.
 if TYPE_CHECKING:
     from lightning_async_localsgd.loop import AsyncLocalSGD
+    from lightning_async_localsgd.membership.elastic import Lighthouse
     from lightning_async_localsgd.methods import METHODS, make_method
     from lightning_async_localsgd.protocol.progress import OuterUpdate
     from lightning_async_localsgd.settings import Settings
@@ -33,6 +34,7 @@ __all__ = [
     "AsyncLocalSGDError",
     "AsyncLocalSGDMonitor",
     "AsyncLocalSGDStrategy",
+    "Lighthouse",
     "NotFiniteError",
     "OuterUpdate",
     "PeerAbortedError",
@@ -53,6 +55,7 @@ _MODULES = {
     "AsyncLocalSGD": "loop",
     "AsyncLocalSGDMonitor": "trainer.monitor",
     "AsyncLocalSGDStrategy": "trainer.strategy",
+    "Lighthouse": "membership.elastic",
     "OuterUpdate": "protocol.progress",
     "RunSummary": "worker.summary",
     "Settings": "settings",

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, MutableSequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from importlib.util import find_spec
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, arbitrary_address, wait
 from multiprocessing.process import BaseProcess
@@ -33,6 +34,9 @@ _IMPORTED = [
     "lightning_async_localsgd.trainer.monitor",
     "tests.modules",
 ]
+if find_spec("torchft") is not None:
+    os.environ.setdefault("RUST_LOG", "error")  # torchft looks at it once
+    _IMPORTED.append("torchft.coordination")
 _context.set_forkserver_preload(_IMPORTED)
 
 STILL_RUNNING = "still running after the timeout"

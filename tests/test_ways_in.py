@@ -352,7 +352,7 @@ def blocks(page: str, language: str, word: str = "") -> list[str]:
 
 ONE_HOST = [
     (page, number)
-    for page in ("launcher.md", "torchrun.md", "cli.md", "plain-pytorch.md", "fabric.md")
+    for page in ("launcher.md", "torchrun.md", "cli.md", "plain-pytorch.md", "fabric.md", "elastic.md")
     for number in range(len(blocks(page, "bash")))
 ]
 
@@ -362,6 +362,8 @@ def test_commands_for_one_host(page: str, number: int, folder: Path) -> None:
     command = blocks(page, "bash")[number]
     if page == "cli.md":
         pytest.importorskip("jsonargparse")
+    if page == "elastic.md":
+        pytest.importorskip("torchft")
     more = {}
     if page == "launcher.md":  # one of them from nothing: every process imports for itself
         more["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

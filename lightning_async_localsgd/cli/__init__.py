@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from lightning_async_localsgd.cli import plan, simulate
+from lightning_async_localsgd.cli import lighthouse, plan, simulate
 from lightning_async_localsgd.cli.usage import UsageError
 from lightning_async_localsgd.version import __version__
 
@@ -19,7 +19,7 @@ __all__ = ["main"]
 
 PROGRAM = "async-localsgd"
 # Each has `add_parser(subparsers)`, and a function from the arguments to the exit code as the default of `run`.
-COMMANDS = (simulate, plan)
+COMMANDS = (simulate, plan, lighthouse)
 
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed import Store
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from lightning_async_localsgd.data.random_state import RandomState, set_random_state
+from lightning_async_localsgd.loop.checkpoints import checkpoint_of, resume
+from lightning_async_localsgd.loop.steps import LoopSteps, check_parameters
+from lightning_async_localsgd.loop.workers import NoJob, find_rank, make_elastic, make_static, read_environment
 from lightning_async_localsgd.membership import StaticJob, join_job
+from lightning_async_localsgd.membership.elastic import Lighthouse
 from lightning_async_localsgd.protocol.messages import Cut, SaveNamed
 from lightning_async_localsgd.protocol.rounds import whole_samples
 from lightning_async_localsgd.settings import Settings
 from lightning_async_localsgd.settings.advice import warn_of_useless_settings
 from lightning_async_localsgd.settings.arguments import check_names, names_of
-from lightning_async_localsgd.version import __version__
-from lightning_async_localsgd.worker.step_watch import ParameterChanges, StepListener
+from lightning_async_localsgd.worker.base import BaseWorker
+from lightning_async_localsgd.worker.elastic import ElasticWorker
 from lightning_async_localsgd.worker.summary import RunSummary
-from lightning_async_localsgd.worker.worker import Worker
 
 __all__ = ["AsyncLocalSGD"]
 
@@ -58,6 +58,11 @@ class AsyncLocalSGD:
             :meth:`checkpoint`. It must save or copy the ``state_dict``, which refers to tensors that are trained.
         rank: rank of this process; None: ``RANK`` of the environment.
         size: number of processes; None: ``WORLD_SIZE`` of the environment.
+        lighthouse: where workers that come and go find each other; None: the workers are the processes of the
+            environment, from the beginning to the end. With it ``rank`` and ``size`` are not given: see
+            docs/ways-in/elastic.md.
+        name: the name of this worker among those that come and go, which it keeps after a restart; None:
+            ``ASYNC_LOCALSGD_WORKER`` of the environment, or a name of its own.
         **settings: fields of :class:`~lightning_async_localsgd.Settings`, as documented in
             :class:`~lightning_async_localsgd.AsyncLocalSGDStrategy`: ``local_steps``, ``outer_optimizer``, ``pace``...
 
@@ -77,41 +82,46 @@ class AsyncLocalSGD:
         on_checkpoint: Callable[[str, dict[str, Any]], None] | None = None,
         rank: int | None = None,
         size: int | None = None,
+        lighthouse: Lighthouse | None = None,
+        name: str | None = None,
         **settings: Any,
     ) -> None:
-        if not optimizers or not all(isinstance(optimizer, Optimizer) for optimizer in optimizers):
-            raise TypeError("Pass the module and then its optimizers: `AsyncLocalSGD(module, optimizer, ...)`.")
         if max_steps is not None and max_steps < 1:
             raise ValueError(f"`max_steps` must be at least 1, or None for no limit, got {max_steps}.")
-        _check_parameters(module, optimizers)
+        check_parameters(module, optimizers)
         check_names(settings, names_of(AsyncLocalSGD, Settings) - {"module"}, "AsyncLocalSGD")
         self.settings = Settings(**settings)
         self.max_steps = max_steps
         self.samples = whole_samples(samples)
         """Number of samples of each local step from now on, for the progress of shards and the summary."""
         self.on_checkpoint = on_checkpoint
-        self.rank = int(_environment("RANK")) if rank is None else rank
-        self.size = int(_environment("WORLD_SIZE")) if size is None else size
-        self.settings.check_workers(self.size)
+        self._fingerprint = {"max_steps": max_steps, "on_checkpoint": on_checkpoint is not None}
+        self._lighthouse = lighthouse
+        self._name = name
+        self.rank, self.size = find_rank(lighthouse, rank, size)
+        if lighthouse is None:
+            self.settings.check_workers(self.size)
         self.summary: RunSummary | None = None
         """Summary of the finished run."""
         self._module = module
         self._optimizers = optimizers
-        self._job: StaticJob | None = None
-        self._worker: Worker | None = None
+        self._job: StaticJob | NoJob | None = None
+        self._worker: BaseWorker | None = None
         self._running = False
-        self._steps: _Steps | None = None
-        self._stop = False
+        self._steps: LoopSteps | None = None
+        self._stop = self._leaves = False
         self._resumed: Mapping[str, Any] | None = None
         self._steps_before = 0  # steps of the job with an earlier number of workers
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            _environment(name)
         resumed, self._resumed = self._resumed, None
-        self.summary, self._stop, self._steps_before = None, False, 0
+        self.summary, self._stop, self._leaves, self._steps_before = None, False, False, 0
+        if self._lighthouse is not None:
+            return self._enter_elastic(self._lighthouse, resumed)
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            read_environment(name)
         if self.rank == 0:
             warn_of_useless_settings(self.settings, self.size, self.max_steps)
         self._job = join_job(self.rank, self.size, self.settings.timeout)
@@ -124,28 +134,29 @@ class AsyncLocalSGD:
             raise
         return self
 
+    def _enter_elastic(self, lighthouse: Lighthouse, resumed: Mapping[str, Any] | None) -> Self:
+        """Find the workers that are there, and start."""
+        module, optimizers, fingerprint = self._module, self._optimizers, self._fingerprint
+        worker = make_elastic(module, optimizers, lighthouse, self.settings, self._name, fingerprint, resumed)
+        worker.start(self.max_steps)
+        self._job, self.rank, self.size = NoJob(), worker.rank, worker.size
+        self._train(worker)
+        return self
+
     def _begin(self, store: Store, resumed: Mapping[str, Any] | None) -> None:
         """Meet the other workers, and start."""
-        self._worker = Worker(
-            self._module,
-            self._optimizers,
-            store,
-            self.rank,
-            self.size,
-            self.settings,
-            {
-                "lightning_async_localsgd": __version__,
-                "max_steps": self.max_steps,
-                "on_checkpoint": self.on_checkpoint is not None,
-                "resumed": [resumed["name"], resumed["global"]["global"]["version"]] if resumed is not None else None,
-            },
-        )
-        self._worker.on_cut = self._save
+        module, optimizers, rank, size = self._module, self._optimizers, self.rank, self.size
+        worker = make_static(module, optimizers, store, rank, size, self.settings, self._fingerprint, resumed)
         if resumed is not None:
-            self._resume(self._worker, resumed)
-        self._worker.start(None if self.max_steps is None else max(0, self.max_steps - self._steps_before))
-        self._running = not self._worker.budget_spent
-        self._steps = _Steps(self._module, self._optimizers, self._count)
+            self._steps_before = resume(worker, optimizers, resumed, self._module)
+        worker.start(None if self.max_steps is None else max(0, self.max_steps - self._steps_before))
+        self._train(worker)
+
+    def _train(self, worker: BaseWorker) -> None:
+        worker.on_cut = self._save
+        self._worker = worker
+        self._running = not worker.budget_spent
+        self._steps = LoopSteps(self._module, self._optimizers, self._count)
 
     def __exit__(
         self,
@@ -167,10 +178,14 @@ class AsyncLocalSGD:
             self._running = False
             self._worker = self._steps = None
 
-    def _finish(self, worker: Worker, job: StaticJob) -> None:
+    def _finish(self, worker: BaseWorker, job: StaticJob | NoJob) -> None:
         try:
             self._count_change()
-            self.summary = worker.finish(stop=self._stop)
+            if self._leaves:
+                assert isinstance(worker, ElasticWorker)
+                self.summary = worker.leave()
+            else:
+                self.summary = worker.finish(stop=self._stop)
         except BaseException as error:
             job.fail(error)
             raise
@@ -183,7 +198,7 @@ class AsyncLocalSGD:
         An iteration with changed parameters and no counted step is counted here.
         """
         self._count_change()
-        return self._running
+        return self._running and not self._leaves
 
     def step(self) -> None:
         """Count a local step, for updates made without a call of an optimizer's ``step``; such calls are counted.
@@ -218,12 +233,27 @@ class AsyncLocalSGD:
         self._stop = True
         self._running = False
 
-    @property
-    def _device(self) -> torch.device:
-        return next(self._module.parameters()).device
+    def leave(self) -> None:
+        """End the training of this worker alone: what it has learned goes to the others, who go on.
+
+        May be called by a signal handler: :attr:`running` is False from then on.
+
+        Raises:
+            RuntimeError: where workers do not come and go.
+        """
+        if self._lighthouse is None:
+            raise RuntimeError(
+                "A worker can leave the others alone only with a `lighthouse`; `stop` ends the run of all."
+            )
+        self._leaves = True
 
     @property
-    def worker(self) -> Worker:
+    def leads(self) -> bool:
+        """Whether this worker is the one, now, that validates, logs and saves: of those that are there the first."""
+        return self.worker.leads
+
+    @property
+    def worker(self) -> BaseWorker:
         """The worker, inside the ``with``.
 
         Raises:
@@ -278,25 +308,15 @@ class AsyncLocalSGD:
         """
         if self.on_checkpoint is None:
             raise RuntimeError("Pass `on_checkpoint` to `AsyncLocalSGD`, which is to save what it is called with.")
-        if self.rank != 0:
-            raise RuntimeError("Worker 0 alone asks for a checkpoint: put `if job.rank == 0:` before it.")
+        if not self.leads:
+            raise RuntimeError("The first worker alone asks for a checkpoint: put `if job.leads:` before it.")
         what = SaveNamed(name, self.job_steps)
         with self.worker.paused(), self.worker.cut(what):
             self._save(what)
 
     def _save(self, what: Cut) -> None:
         assert self.on_checkpoint is not None and isinstance(what, SaveNamed)
-        state = {
-            "name": what.name,
-            "job_steps": what.job_steps,
-            "steps_before": self._steps_before,
-            "size": self.size,
-            "global": self.worker.saved_state.global_state_dict(),
-            "worker": self.worker.saved_state.local_state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
-            "settings": self.settings.fingerprint(),
-            "random": RandomState(self._device).state_dict(),
-        }
+        state = checkpoint_of(self.worker, self._optimizers, what, self._steps_before, self._module)
         self.on_checkpoint(what.name, state)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -309,79 +329,3 @@ class AsyncLocalSGD:
                 worker 0's on all; inner optimizers then start from the state of worker 0's.
         """
         self._resumed = state_dict
-
-    def _resume(self, worker: Worker, state: Mapping[str, Any]) -> None:
-        same_workers = state["size"] == self.size
-        worker.saved_state.load_global_state_dict(state["global"], same_workers, state.get("settings"))
-        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        if same_workers:
-            worker.saved_state.load_local_state_dict(state["worker"])
-            if "random" in state:
-                set_random_state(state["random"], self._device)
-        self._steps_before = state["steps_before"] if same_workers else state["job_steps"]
-
-
-class _Steps:
-    """Tells the local steps of a loop: those of the last optimizer, and changes of the parameters past all of them.
-
-    Args:
-        module: the module that is trained.
-        optimizers: its optimizers, until :meth:`close`.
-        on_step: called after each local step.
-    """
-
-    def __init__(self, module: nn.Module, optimizers: Sequence[Optimizer], on_step: Callable[[], None]) -> None:
-        self._on_step = on_step
-        *others, last = optimizers
-        self._listeners = [*(StepListener(o, self.hear) for o in others), StepListener(last, self._after_step)]
-        self._changes = ParameterChanges(module)
-        self._heard = False  # a step of an optimizer, in this run
-        self._seen = False  # a step of an optimizer, since the parameters were settled
-
-    def hear(self, made: bool = True) -> None:
-        """An optimizer has stepped."""
-        self._heard = self._seen = True
-
-    def _after_step(self, made: bool) -> None:
-        self.hear()
-        if made:  # else a gradient scaler has had it skipped
-            self._on_step()
-
-    def look_for_change(self) -> None:
-        """Take a change of the parameters in which no optimizer has stepped for a local step."""
-        if not self._seen and self._changes.found(bits=not self._heard):
-            self._on_step()
-        self.settle()
-
-    def settle(self) -> None:
-        """What has changed the parameters until now was no training, or is counted."""
-        self._seen = False
-        self._changes.settle(bits=not self._heard)
-
-    def close(self) -> None:
-        """Leave the optimizers as they were."""
-        for listener in reversed(self._listeners):
-            listener.close()
-
-
-def _environment(name: str) -> str:
-    if name not in os.environ:
-        raise RuntimeError(
-            f"`{name}` is not set. Start the script with `torchrun`, or set RANK, WORLD_SIZE, MASTER_ADDR and "
-            "MASTER_PORT in every process (`rank` and `size` can be passed as arguments)."
-        )
-    return os.environ[name]
-
-
-def _check_parameters(module: nn.Module, optimizers: tuple[Optimizer, ...]) -> None:
-    """Refuse optimizers of parameters outside the module: these would not be exchanged."""
-    exchanged = {id(parameter) for parameter in module.parameters()}
-    for index, optimizer in enumerate(optimizers):
-        for group in optimizer.param_groups:
-            if not all(id(parameter) in exchanged for parameter in group["params"]):
-                raise ValueError(
-                    f"Optimizer {index} ({type(optimizer).__name__}) trains parameters that the module does not have: "
-                    "they would not be exchanged. Pass a module that holds all, for instance "
-                    "`nn.ModuleList([generator, discriminator])`."
-                )
