@@ -289,6 +289,35 @@ def test_one_that_holds_something_else_takes_over_what_the_others_hold(tmp_path:
     agree(results(run(flipped, 3, tmp_path)), 3 * STEPS)
 
 
+def saving(rank: int, address: str, folder: str) -> End:
+    """The leader asks for a checkpoint, and another worker dies in the turn that carries the message."""
+    signs, receive, asked = Signs(folder), TcpTransport.receive, []
+
+    def die_in_turn(self: TcpTransport, wire: Tensor, peer: int, channel: Channel) -> Wait:
+        if rank == 2 and signs.given("asked"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return receive(self, wire, peer, channel)
+
+    def ask(job: AsyncLocalSGD, step: int) -> None:
+        if job.leads and step >= 30 and not asked:
+            asked.append(step)
+            signs.give("asked")
+            job.checkpoint("saved")
+
+    def save(name: str, state: dict[str, Any]) -> None:
+        signs.give(f"{name}{rank}", str(state["global"]["global"]["version"]))
+
+    TcpTransport.receive = die_in_turn  # type: ignore[method-assign]
+    return train(Lighthouse(address, max_workers=3), f"w{rank}", ask, on_checkpoint=save)
+
+
+def test_a_checkpoint_is_saved_by_those_who_are_there_whoever_dies_meanwhile(tmp_path: Path) -> None:
+    outcomes = run(saving, 3, tmp_path)
+    assert outcomes.pop(2).error == "killed"
+    agree(results(outcomes), 3 * STEPS)
+    assert (tmp_path / "saved0").read_text() == (tmp_path / "saved1").read_text()
+
+
 def other_token(rank: int, address: str, folder: str) -> End:
     return train(Lighthouse(address, token=f"secret {rank // 2}"), f"w{rank}")
 

@@ -234,9 +234,7 @@ class AsyncLocalSGD:
         self._running = False
 
     def leave(self) -> None:
-        """End the training of this worker alone: what it has learned goes to the others, who go on.
-
-        May be called by a signal handler: :attr:`running` is False from then on.
+        """End this worker's part alone, also from a signal handler: what it has learned goes to the others, who go on.
 
         Raises:
             RuntimeError: where workers do not come and go.
@@ -310,9 +308,11 @@ class AsyncLocalSGD:
             raise RuntimeError("Pass `on_checkpoint` to `AsyncLocalSGD`, which is to save what it is called with.")
         if not self.leads:
             raise RuntimeError("The first worker alone asks for a checkpoint: put `if job.leads:` before it.")
-        what = SaveNamed(name, self.job_steps)
-        with self.worker.paused(), self.worker.cut(what):
+        self._count_change()
+        with self.worker.paused(), self.worker.cut(what := SaveNamed(name, self.job_steps)):
             self._save(what)
+        if self._steps is not None:
+            self._steps.settle()  # new global parameters may have come, which are no step
 
     def _save(self, what: Cut) -> None:
         assert self.on_checkpoint is not None and isinstance(what, SaveNamed)
