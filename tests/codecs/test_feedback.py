@@ -96,3 +96,36 @@ def test_a_restored_state_goes_on_to_the_bit(codec: TopK) -> None:
     assert torch.equal(first.state_dict()["residual"], second.state_dict()["residual"])
     with pytest.raises(ValueError, match="9001"):
         ErrorFeedback(3).load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize("codec", [INT4(), TopK(error_decay=0.95)], ids=repr)
+def test_an_abandoned_turn_leaves_no_error_and_its_delta_can_be_sent_again(codec: Codec) -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, delta, error = (torch.randn(NUMEL, generator=generator) for _ in range(3))
+    feedback, other = ErrorFeedback(NUMEL), ErrorFeedback(NUMEL)
+    for each in (feedback, other):
+        each.can_undo = True
+        each.encode(codec, first.clone(), 0)
+        each.keep(error[:500], 4000)
+        each.begin_turn()
+    sent = delta.clone()
+    feedback.encode(codec, sent, 0)  # it has the errors of before from now on
+    feedback.keep(error[:100], 8000)
+    feedback.undo_turn()
+    again, once = torch.empty(NUMEL), torch.empty(NUMEL)
+    codec.decode(feedback.encode(codec, sent, 0), again)
+    codec.decode(other.encode(codec, delta.clone(), 0), once)
+    assert torch.equal(again, once)
+
+
+def test_a_turn_that_is_over_cannot_be_undone_and_a_sum_that_was_not_applied_leaves_no_error() -> None:
+    feedback = ErrorFeedback(NUMEL)
+    feedback.can_undo = True
+    feedback.encode(INT4(), torch.randn(NUMEL), 0)
+    feedback.begin_turn()
+    before = feedback.state_dict()["residual"].clone()
+    feedback.undo_turn()
+    assert torch.equal(feedback.state_dict()["residual"], before)
+    feedback.keep(torch.ones(100), 50)
+    feedback.undo_turn()
+    assert torch.equal(feedback.state_dict()["residual"], before)

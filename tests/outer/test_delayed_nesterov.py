@@ -89,6 +89,19 @@ def test_open_buffer_size_is_refused_at_the_step_and_filled_in_once() -> None:
     assert optimizer.param_groups[0]["buffer_size"] == 3
 
 
+def test_a_buffer_that_was_left_open_follows_the_workers_and_a_given_one_does_not() -> None:
+    parameters = [Parameter(torch.zeros(2)) for _ in range(2)]
+    optimizer = DelayedNesterov([{"params": parameters[:1]}, {"params": parameters[1:], "buffer_size": 4}])
+    optimizer.set_default_buffer_size(3)
+    for parameter in parameters:
+        parameter.grad = torch.ones(2)
+    optimizer.step()
+    optimizer.step()
+    optimizer.follow_workers(2)
+    assert [group["buffer_size"] for group in optimizer.param_groups] == [2, 4]
+    assert [group["received"] for group in optimizer.param_groups] == [0, 2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
