@@ -257,7 +257,7 @@ class ElasticExchange:
     def _on_control(self, rank: int, data: bytes) -> None:
         with suppress(ValueError):
             kind, turn = data.decode().split()
-            if kind == "ring":
+            if kind == "ring" and int(turn) <= self.turns.position[0] + 1:  # nobody can be further
                 self.turns.hear(int(turn))
 
     # ---- the bell ---------------------------------------------------------------------------------------------------

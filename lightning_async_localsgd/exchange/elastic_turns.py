@@ -81,7 +81,7 @@ class ElasticTurns(Turns):
         self._feedbacks = feedbacks
         for feedback in feedbacks:
             feedback.can_undo = True
-        self._planned = workers
+        self._given = self._planned = workers
         self._fingerprint = json.dumps(dict(fingerprint), sort_keys=True)
         self._own = own
         self.has_state = self.has_run = False
@@ -181,8 +181,8 @@ class ElasticTurns(Turns):
         for data in transport.gather_some(text, sizes):
             try:
                 told = json.loads(data)
-                version, turn = map(int, told["position"])
-                greetings.append(_Greeting(str(told["fingerprint"]), (version, turn), int(told["checksum"])))
+                turn, version = map(int, told["position"])
+                greetings.append(_Greeting(str(told["fingerprint"]), (turn, version), int(told["checksum"])))
             except (ValueError, KeyError, TypeError) as error:
                 raise PeerLostError(f"A worker sent something that is not a greeting: {error}.") from error
         return greetings
@@ -196,7 +196,8 @@ class ElasticTurns(Turns):
 
     def _begin(self, view: View) -> None:
         """The beginning of a run, alike on all its first members."""
-        self._planned = self._planned or len(view.members)
+        self._planned = self._given or len(view.members)
+        self.books.load_state_dict(Accounts().state_dict())  # an attempt to begin may have failed
         self.books.meet(view.members)
         budget = self._budget()
         length = self._settings.round_length(budget.max_steps)

@@ -206,7 +206,9 @@ class ElasticMembership:
                 self._take(int(quorum.quorum_id), quorum.participants)
             except ImportError as error:
                 with self._changed:
-                    self._error = error
+                    self._error = ImportError(
+                        f"Workers that come and go need torchft: `pip install torchft` ({error})."
+                    )
                     self._changed.notify_all()
                 return
             except BaseException as error:  # torchft raises errors of many kinds
