@@ -17,13 +17,9 @@ from __future__ import annotations
 import atexit
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from datetime import timedelta
 
-from torch import Tensor
-
-from lightning_async_localsgd.codecs import ErrorFeedback
 from lightning_async_localsgd.errors import PeerAbortedError, PeerLostError, ReplicaDivergedError
 from lightning_async_localsgd.exchange.elastic_turns import ElasticTurns
 from lightning_async_localsgd.exchange.mailbox import Mailbox, Push
@@ -31,9 +27,7 @@ from lightning_async_localsgd.exchange.mesh import Mesh, UnreachableError
 from lightning_async_localsgd.exchange.tcp import TcpTransport
 from lightning_async_localsgd.membership import Roster
 from lightning_async_localsgd.membership.elastic import ElasticMembership, Lighthouse, new_incarnation
-from lightning_async_localsgd.outer import GlobalModel
 from lightning_async_localsgd.protocol.members import Member, View
-from lightning_async_localsgd.settings import Settings
 
 __all__ = ["ElasticExchange"]
 
@@ -51,13 +45,8 @@ class ElasticExchange:
         name: the name of this worker.
         address: the address at which the others reach this process.
         mailbox: where to meet the training thread.
-        state: the global state.
-        feedbacks: errors of the codec, of each fragment.
-        settings: settings of the run.
-        max_steps: local steps per worker of the run, as planned; None: no limit.
-        open_end: whether that is only an estimate.
-        fingerprint: values that must be equal on all workers: name to JSON value.
-        own: this worker's tensors that are not exchanged, by name.
+        turns: takes the turns.
+        timeout: how long a worker that sees no others waits, and a message of one that is there.
     """
 
     def __init__(
@@ -66,19 +55,12 @@ class ElasticExchange:
         name: str,
         address: str,
         mailbox: Mailbox,
-        state: GlobalModel,
-        feedbacks: Sequence[ErrorFeedback],
-        settings: Settings,
-        max_steps: int | None,
-        open_end: bool,
-        fingerprint: Mapping[str, Any],
-        own: Callable[[], Mapping[str, Tensor]],
+        turns: ElasticTurns,
+        timeout: timedelta,
     ) -> None:
+        self.turns = turns
         self._mailbox = mailbox
-        self._timeout = settings.timeout
-        self.turns = ElasticTurns(
-            mailbox, state, feedbacks, settings, max_steps, open_end, lighthouse.max_workers, fingerprint, own
-        )
+        self._timeout = timeout
         self._mesh = Mesh(lighthouse.proof)
         member = Member(name, new_incarnation(), address, self._mesh.port)
         self._membership = ElasticMembership(lighthouse, member, lambda: self.turns.position, self._on_change)

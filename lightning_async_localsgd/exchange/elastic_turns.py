@@ -57,8 +57,7 @@ class ElasticTurns(Turns):
         state: the global state.
         feedbacks: errors of the codec, of each fragment.
         settings: settings of the run.
-        max_steps: local steps per worker of the run, as planned; None: no limit.
-        open_end: whether that is only an estimate.
+        budget: how many local steps the run has, but for the number of workers that it is planned for.
         workers: number of workers that the run is planned for; None: those that it begins with.
         fingerprint: values that must be equal on all workers: name to JSON value.
         own: this worker's tensors that are not exchanged, by name.
@@ -70,14 +69,13 @@ class ElasticTurns(Turns):
         state: GlobalModel,
         feedbacks: Sequence[ErrorFeedback],
         settings: Settings,
-        max_steps: int | None,
-        open_end: bool,
+        budget: Budget,
         workers: int | None,
         fingerprint: Mapping[str, Any],
         own: Callable[[], Mapping[str, Tensor]],
     ) -> None:
         self.books = Accounts()
-        super().__init__(mailbox, state, settings, Budget(max_steps, workers or 1, True, open_end), self.books)
+        super().__init__(mailbox, state, settings, budget, self.books)
         self._feedbacks = feedbacks
         for feedback in feedbacks:
             feedback.can_undo = True

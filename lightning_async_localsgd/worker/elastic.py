@@ -11,9 +11,11 @@ from torch.optim import Optimizer
 
 from lightning_async_localsgd.exchange import Mailbox
 from lightning_async_localsgd.exchange.elastic import ElasticExchange
+from lightning_async_localsgd.exchange.elastic_turns import ElasticTurns
 from lightning_async_localsgd.membership.elastic import Lighthouse, worker_name
 from lightning_async_localsgd.outer import GlobalState
 from lightning_async_localsgd.protocol.accounts import Accounts
+from lightning_async_localsgd.protocol.budget import Budget
 from lightning_async_localsgd.protocol.header import PROTOCOL
 from lightning_async_localsgd.protocol.machine import Reason
 from lightning_async_localsgd.protocol.progress import Progress
@@ -89,19 +91,18 @@ class ElasticWorker(BaseWorker):
         model, replica = self._model, self._replica
         mailbox = Mailbox(Progress.at_start(1, self.settings.round_length(max_steps).first()))
         self._state.begin(replica.in_module)
-        exchange = ElasticExchange(
-            self._lighthouse,
-            self.name,
-            self._address,
+        lighthouse, settings = self._lighthouse, self.settings
+        turns = ElasticTurns(
             mailbox,
             self._state,
             model.feedbacks,
-            self.settings,
-            max_steps,
-            open_end,
+            settings,
+            Budget(max_steps, lighthouse.max_workers or 1, True, open_end),
+            lighthouse.max_workers,
             self._fingerprint | {"max_steps": max_steps},
             lambda: replica.others,
         )
+        exchange = ElasticExchange(lighthouse, self.name, self._address, mailbox, turns, settings.timeout)
         exchange.come()
         self._books = exchange.turns.books
         try:
